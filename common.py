@@ -1,0 +1,478 @@
+"""What all folders share and nothing more: flags, launch, precision, schedule, log, checkpoints, signals.
+
+It knows no model, batch, loss or loop. Copy it beside (or into) a folder that you lift into another project.
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+from tqdm import tqdm
+
+# Flags that a resumed run may change; every other one would make it another run.
+FREE = set("out steps compile device workers log_every eval_every save_every keep resume wandb".split())
+
+
+# --- flags
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False, argparse.SUPPRESS)
+        return action.help + (" [%(default)s]" if shown and "%(default)" not in action.help else "")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with `@preset.args` files, no abbreviations, and a hint for a mistyped flag."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=Help, fromfile_prefix_chars="@", allow_abbrev=False)
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+    def error(self, message):
+        known = [flag for action in self._actions for flag in action.option_strings]
+        wrong = [word for word in message.split() if word.startswith("--") and word not in known]
+        close = difflib.get_close_matches(wrong[0], known, 1) if wrong else []
+        self.exit(2, f"error: {message}{f'; did you mean {close[0]}?' if close else ''}\n")
+
+
+def flags(doc, omit=()):
+    """The flags that every train.py shares. `omit`: names that a folder cannot honour, such as {"amp"}."""
+    parser = Parser(doc)
+    group = parser.add_argument_group("run")
+
+    def add(name, help, **kwargs):
+        if name not in omit:
+            group.add_argument(f"--{name}", help=help, **kwargs)
+
+    whole, real = dict(type=int, metavar="N"), dict(type=float, metavar="X")
+    add("data", "where the data is; without it the demo runs on data it writes itself", nargs="+", metavar="PATH")
+    add("out", "folder of this run; without it the next free runs/FOLDER/NNN", metavar="DIR")
+    add("steps", "optimizer steps in all", default=1000, **whole)
+    add("batch-size", "samples per optimizer step, over all processes and micro-steps", default=64, **whole)
+    add("accum", "micro-steps per optimizer step: less memory, same batch", default=1, **whole)
+    add("lr", "peak learning rate", default=1e-3, **real)
+    add("lr-end", "learning rate after the last step (cosine)", default=0.0, **real)
+    add("warmup", "steps of linear warm-up", default=100, **whole)
+    add("betas", "AdamW betas", default=[0.9, 0.95], nargs=2, **real)
+    add("weight-decay", "AdamW weight decay of matrices", default=0.1, **real)
+    add("clip", "largest norm of the gradient", default=1.0, **real)
+    add("amp", "mixed precision", choices=["off", "bf16", "fp16"], default="off")
+    add("compile", "torch.compile the model", action="store_true")
+    add("device", "auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)", default="auto", metavar="NAME")
+    add("workers", "loader processes per rank; 0 loads in the training process", default=0, **whole)
+    add("seed", "of weights, batches, augmentation and noise", default=0, **whole)
+    add("log-every", "steps between two log lines", default=50, **whole)
+    add("eval-every", "steps between two validations", default=500, **whole)
+    add("save-every", "steps between two checkpoints", default=500, **whole)
+    add("keep", "newest checkpoints kept beside the best", default=2, **whole)
+    add("resume", "go on from OUT's newest whole checkpoint, or start if there is none", action="store_true")
+    add("init", "checkpoint whose weights to start from", metavar="CKPT")
+    add("wandb", "also log to this Weights & Biases project", metavar="PROJECT")
+    return parser
+
+
+def parse(parser, argv, demo):
+    """Parse `argv`; without --data, put the preset `demo` in front of it. `args.demo` says which it was."""
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    args = parser.parse_args(argv)
+    args.demo = args.data is None
+    if args.demo:
+        if args.init is None:
+            print(f"no --data: running the demo (the flags of {demo.name}, data written by demo.py)", flush=True)
+        args = parser.parse_args([f"@{demo}", *argv], argparse.Namespace(demo=True))
+    for name in ("steps", "batch_size", "accum", "lr", "clip", "log_every", "eval_every", "save_every", "keep"):
+        if not getattr(args, name, 1) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    for name in ("warmup", "workers", "seed", "lr_end", "weight_decay"):
+        if not getattr(args, name, 0) >= 0:
+            parser.error(f"--{name.replace('_', '-')} must not be negative")
+    if args.resume and not args.out:
+        parser.error("--resume needs --out, the folder of the run to go on with")
+    args.folder = demo.parent.name
+    return args
+
+
+def run(main):
+    """Call `main`; a user's mistake or a broken file ends in one line and exit code 2 (TRACEBACK=1 shows where)."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+    sys.stdout.flush()
+    os._exit(2)  # not sys.exit: the other ranks may never join this one's clean-up
+
+
+# --- launch
+
+
+def setup(args):
+    """Join the process group if torchrun started us; pick and seed the device. Returns rank, world, device."""
+    import torch
+
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    name = args.device
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        name = found.type if found else "cpu"
+    try:
+        device = torch.device(name if ":" in name or name in ("cpu", "mps") else f"{name}:{local}")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "mps"):
+        torch.accelerator.set_device_index(device.index)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    seed(args.seed)
+    return SimpleNamespace(rank=rank, world=max(world, 1), device=device, main=rank == 0)
+
+
+def share(dist, value):
+    """Rank 0's `value` (any plain object) on all ranks."""
+    if dist.world == 1:
+        return value
+    import torch
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def seed(*key):
+    """Seed torch from numbers such as (seed, step, rank), so that a resumed step draws what it drew before."""
+    import torch
+
+    torch.manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def cleanup(dist, log):
+    log.close()
+    if dist.world > 1:
+        import torch
+
+        torch.distributed.destroy_process_group()
+
+
+def autocast(args, device):
+    """(context, scaler). The scaler skips a step whose gradient is not finite in every precision; it scales in fp16."""
+    import torch
+
+    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    context = torch.autocast(device.type, dtype, enabled=args.amp != "off")
+    grow = {} if args.amp == "fp16" else dict(init_scale=1.0, growth_interval=2**31 - 1)
+    return context, torch.amp.GradScaler(device.type, **grow)
+
+
+def unwrap(model):
+    """The module inside DDP and torch.compile."""
+    model = getattr(model, "module", model)
+    return getattr(model, "_orig_mod", model)
+
+
+def cosine(step, args):
+    """Learning rate of `step`: linear warm-up to --lr, then half a cosine down to --lr-end at --steps."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup))
+    return args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def mean(dist, totals, counts):
+    """{name: total / count} over all ranks; a name missing on a rank counts as nothing there. Called by every rank."""
+    if dist.world > 1:
+        import torch
+
+        parts = [None] * dist.world
+        torch.distributed.all_gather_object(parts, (totals, counts))
+        names = [name for part, _ in parts for name in part]
+        totals = {name: sum(part.get(name, 0.0) for part, _ in parts) for name in names}
+        counts = {name: sum(part.get(name, 0.0) for _, part in parts) for name in names}
+    return {name: total / max(counts[name], 1e-12) for name, total in totals.items()}
+
+
+# --- the run's folder
+
+
+def open_run(args, dist):
+    """Choose (rank 0) and prepare --out: args.json, run.args. Refuses a folder that holds another run."""
+    if dist.main and args.out is None:
+        root = Path("runs") / args.folder
+        root.mkdir(parents=True, exist_ok=True)
+        used = [int(path.name) for path in root.iterdir() if path.name.isdigit()]
+        for number in range(max(used, default=0) + 1, 1_000_000):
+            with contextlib.suppress(FileExistsError):
+                (root / f"{number:03d}").mkdir()
+                args.out = str(root / f"{number:03d}")
+                break
+    args.out = share(dist, args.out)
+    if not dist.main:
+        return
+    out = Path(args.out)
+    before = out / "args.json"
+    if before.exists() and not args.resume:
+        raise ValueError(f"{out} holds a run already: --resume goes on with it, another --out starts a new one")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "stop").unlink(missing_ok=True)
+    now = {name: value for name, value in vars(args).items() if name != "demo"}
+    if before.exists():
+        old = json.loads(before.read_text())["flags"]
+        for name in sorted(set(old) | set(now)):
+            if name not in FREE and old.get(name) != now.get(name):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} was {old.get(name)} and is now {now.get(name)}: a resumed run keeps its flags")
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": sys.version.split()[0]}
+    for package in ("torch", "numpy", "jax", "transformers", "lerobot"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    about = dict(flags=now, versions=versions, commit=git.stdout.strip() or None, world=dist.world)
+    with atomic(before) as path:
+        path.write_text(json.dumps(about, indent=1, default=str))
+    lines = [f"# python {args.folder}/train.py @run.args"]
+    for name, value in now.items():
+        if name not in ("folder", "out", "resume") and value not in (None, False):
+            words = [] if value is True else value if isinstance(value, list) else [value]
+            lines.append(" ".join([f"--{name.replace('_', '-')}", *(shlex.quote(str(word)) for word in words)]))
+    with atomic(out / "run.args") as path:
+        path.write_text("\n".join(lines) + "\n")
+
+
+class Logger:
+    """Progress for people, log.jsonl for programs, figures, and wandb if asked for. Only rank 0 writes."""
+
+    def __init__(self, args, dist, first=0):
+        self.args, self.dist, self.out = args, dist, Path(args.out)
+        self.totals, self.count, self.since, self.waited, self.wandb, self.bar = {}, 0, time.monotonic(), 0.0, None, None
+        if not dist.main:
+            return
+        file = self.out / "log.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+        with atomic(file) as path:
+            path.write_text("".join(keep))
+        (self.out / "figures").mkdir(exist_ok=True)
+        self.bar = tqdm(total=args.steps, initial=first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        if args.wandb:
+            import wandb
+
+            name = self.out / "wandb_id"
+            identity = name.read_text() if name.exists() else wandb.util.generate_id()
+            name.write_text(identity)
+            self.wandb = wandb.init(project=args.wandb, id=identity, resume="allow", dir=self.out, config=vars(args))
+
+    def say(self, text):
+        if self.dist.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def add(self, metrics, share=1.0):
+        """Sum metrics, a micro-step's by its share of the step. Tensors stay on their device: no sync here."""
+        for name, value in metrics.items():
+            value = value.detach() if hasattr(value, "detach") else value
+            self.totals[name] = self.totals.get(name, 0.0) + value * share
+
+    def tick(self, waited=0.0):
+        """One optimizer step is done; `waited`: seconds of it spent waiting for data."""
+        self.count, self.waited = self.count + 1, self.waited + waited
+        if self.bar is not None:
+            self.bar.update()
+
+    def flush(self, **extra):
+        """Means over ranks and steps of what was added since the last flush, and the speed. Every rank calls it."""
+        totals = {f"train/{name}": float(value) for name, value in self.totals.items()}
+        metrics = mean(self.dist, totals, dict.fromkeys(totals, self.count))
+        if not math.isfinite(metrics["train/loss"]):
+            raise ValueError(f"the loss is not finite; {self.out}/checkpoints is as it was: try a lower --lr or --amp off")
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        metrics |= {f"train/{name}": value for name, value in extra.items()}
+        metrics |= {"steps_per_s": self.count / seconds, "data_share": self.waited / seconds}
+        self.totals, self.count, self.waited, self.since = {}, 0, 0.0, time.monotonic()
+        return metrics
+
+    def write(self, step, metrics):
+        """One line of log.jsonl at `step`."""
+        if not self.dist.main:
+            return
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        shown = "  ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())
+        self.say(f"step {step}/{self.args.steps}  {shown}")
+
+    def figure(self, step, name, figure):
+        """Write figures/NAME.png (and to wandb); returns its path."""
+        path = self.out / "figures" / f"{name}.png"
+        with atomic(path) as temporary:
+            figure.savefig(temporary, format="png")
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({name: wandb.Image(str(path))}, step=step)
+        return path
+
+    def pause(self):
+        """Leave what happened since the last flush (validation, saving) out of the speed."""
+        self.since = time.monotonic()
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+# --- checkpoints
+
+
+@contextlib.contextmanager
+def atomic(path, folder=False):
+    """A temporary neighbour of `path` to write into; synced and renamed at the end, so `path` is whole or absent."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        yield temporary
+        for part in [*temporary.rglob("*"), temporary] if folder else [temporary]:
+            handle = os.open(part, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        if folder and path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True) if folder else temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def checkpoint(args, dist, step, best=False):
+    """A folder to fill that becomes OUT/checkpoints/step_NNNNNNN, linked as `last` (and `best`). Rank 0 only."""
+    root = Path(args.out) / "checkpoints"
+    root.mkdir(exist_ok=True)
+    with atomic(root / f"step_{step:07d}", folder=True) as folder:
+        yield folder
+        sums = {str(p.relative_to(folder)): zlib.crc32(p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+        (folder / "whole.json").write_text(json.dumps(sums, indent=1))
+    for link in ["last"] + ["best"] * best:
+        with atomic(root / link) as temporary:
+            temporary.symlink_to(f"step_{step:07d}")
+    kept = {(root / link).resolve() for link in ("last", "best") if (root / link).exists()}
+    for old in sorted(root.glob("step_*"))[: -args.keep]:
+        if old.resolve() not in kept:
+            shutil.rmtree(old)
+
+
+def save(args, dist, step, model, opt, scaler, best, is_best=False):
+    """`model.save_pretrained` and the training state into a checkpoint. `best`: the best validation metric so far."""
+    if not dist.main:
+        return
+    import torch
+
+    state = dict(step=step, best=best, opt=opt.state_dict(), scaler=scaler.state_dict())
+    with checkpoint(args, dist, step, is_best) as folder:
+        unwrap(model).save_pretrained(folder)
+        torch.save(state, folder / "resume.pt")
+
+
+def load(path):
+    """torch.load that never runs code: a pickle with anything but tensors and plain values is a ValueError."""
+    import pickle
+
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a checkpoint that is safe to load ({str(error).splitlines()[0][:120]})") from None
+
+
+def newest(args, dist):
+    """The newest whole checkpoint of --out, or None; damaged ones are named and passed over."""
+    found = None
+    if dist.main:
+        root = Path(args.out) / "checkpoints"
+        for stale in root.glob(".*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+        for folder in sorted(root.glob("step_*"), reverse=True):
+            try:
+                sums = json.loads((folder / "whole.json").read_text())
+                wrong = [name for name, crc in sums.items() if zlib.crc32((folder / name).read_bytes()) != crc]
+                if not wrong:
+                    found = str(folder)
+                    break
+            except (OSError, ValueError) as error:
+                wrong = [str(error)]
+            print(f"{folder} is damaged ({wrong[0]}); trying the one before", flush=True)
+    found = share(dist, found)
+    return Path(found) if found else None
+
+
+def resume(args, dist, model, opt, scaler):
+    """Restore weights and training state if --resume; returns (first step, best metric). --init: weights alone."""
+    folder = newest(args, dist) if args.resume else None
+    if folder is None:
+        if args.init:
+            model.load_pretrained(args.init)
+        return 0, None
+    model.load_pretrained(folder)
+    state = load(folder / "resume.pt")
+    opt.load_state_dict(state["opt"])
+    scaler.load_state_dict(state["scaler"])
+    return state["step"], state["best"]
+
+
+class Interrupt:
+    """True once SIGTERM, SIGUSR1, Ctrl-C or a file OUT/stop asks to end; all ranks agree on the step."""
+
+    def __init__(self, args, dist):
+        self.dist, self.file, self.signal = dist, Path(args.out) / "stop", 0
+        for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(name, self.catch)
+
+    def catch(self, number, frame):
+        if number == signal.SIGINT and self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __call__(self):
+        asked = self.signal or (self.dist.main and self.file.exists())
+        if self.dist.world > 1:
+            import torch
+
+            flag = torch.tensor([float(bool(asked))])
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            asked = flag.item()
+        return bool(asked)
+
+    @property
+    def code(self):
+        return 130 if self.signal == signal.SIGINT else 75
