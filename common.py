@@ -92,7 +92,7 @@ def parse(parser, argv, demo):
     args = parser.parse_args(argv)
     args.demo = args.data is None
     if args.demo:
-        if args.init is None:
+        if os.environ.get("RANK", "0") == "0":
             print(f"no --data: running the demo (the flags of {demo.name}, data written by demo.py)", flush=True)
         args = parser.parse_args([f"@{demo}", *argv], argparse.Namespace(demo=True))
     for name in ("steps", "batch_size", "accum", "lr", "clip", "log_every", "eval_every", "save_every", "keep"):
@@ -242,7 +242,9 @@ def open_run(args, dist):
         for name in sorted(set(old) | set(now)):
             if name not in FREE and old.get(name) != now.get(name):
                 flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} was {old.get(name)} and is now {now.get(name)}: a resumed run keeps its flags")
+                raise ValueError(
+                    f"{flag} was {old.get(name)} and is now {now.get(name)}: a resumed run keeps its flags"
+                )
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": sys.version.split()[0]}
@@ -268,7 +270,14 @@ class Logger:
 
     def __init__(self, args, dist, first=0):
         self.args, self.dist, self.out = args, dist, Path(args.out)
-        self.totals, self.count, self.since, self.waited, self.wandb, self.bar = {}, 0, time.monotonic(), 0.0, None, None
+        self.totals, self.count, self.since, self.waited, self.wandb, self.bar = (
+            {},
+            0,
+            time.monotonic(),
+            0.0,
+            None,
+            None,
+        )
         if not dist.main:
             return
         file = self.out / "log.jsonl"
@@ -277,7 +286,9 @@ class Logger:
         with atomic(file) as path:
             path.write_text("".join(keep))
         (self.out / "figures").mkdir(exist_ok=True)
-        self.bar = tqdm(total=args.steps, initial=first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.bar = tqdm(
+            total=args.steps, initial=first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
         if args.wandb:
             import wandb
 
@@ -308,7 +319,9 @@ class Logger:
         totals = {f"train/{name}": float(value) for name, value in self.totals.items()}
         metrics = mean(self.dist, totals, dict.fromkeys(totals, self.count))
         if not math.isfinite(metrics["train/loss"]):
-            raise ValueError(f"the loss is not finite; {self.out}/checkpoints is as it was: try a lower --lr or --amp off")
+            raise ValueError(
+                f"the loss is not finite; {self.out}/checkpoints is as it was: try a lower --lr or --amp off"
+            )
         seconds = max(time.monotonic() - self.since, 1e-9)
         metrics |= {f"train/{name}": value for name, value in extra.items()}
         metrics |= {"steps_per_s": self.count / seconds, "data_share": self.waited / seconds}
@@ -412,7 +425,9 @@ def load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not a checkpoint that is safe to load ({str(error).splitlines()[0][:120]})") from None
+        raise ValueError(
+            f"{path}: not a checkpoint that is safe to load ({str(error).splitlines()[0][:120]})"
+        ) from None
 
 
 def newest(args, dist):

@@ -1,8 +1,8 @@
 """Robot actions from npz folders, LeRobot data sets (v2.1, v3.0) and robomimic HDF5, as chunks for the tokenizer.
 
-A batch is a dict: actions (B, T, A) float32 in robot units, mask (B, T) bool (False past the episode's end), source (B,)
-int64; shorter chunks and narrower actions of some sources are padded to the largest. The global batch of a step depends
-on (seed, step) alone; a rank and a micro-step take their slice of it.
+A batch is a dict: actions (B, T, A) float32 in robot units, mask (B, T) bool (False past the episode's end), source
+(B,) int64; shorter chunks and narrower actions of some sources are padded to the largest. The global batch of a step
+depends on (seed, step) alone; a rank and a micro-step take their slice of it.
 """
 
 import hashlib
@@ -177,7 +177,7 @@ def named(values, names, flag):
 
 
 def read_sources(data, chunk, val_share=0.1, val_episodes=()):
-    """`data`: NAME=PATH or PATH words; `chunk`: words such as 1s, 30 or g1=30; `val_episodes`: words such as g1=56-69,80."""
+    """The sources of the flags' words. data: NAME=PATH or PATH; chunk: 1s, 30 or g1=30; val_episodes: g1=56-69,80."""
     pairs = [word.partition("=") for word in data]
     pairs = [(name, path) if equals else (Path(name).stem or "data", name) for name, equals, path in pairs]
     names = [name for name, _ in pairs]
@@ -201,7 +201,9 @@ def read_sources(data, chunk, val_share=0.1, val_episodes=()):
                 number = first.isdigit() and last.isdigit() and dash
                 wanted |= {str(n) for n in range(int(first), int(last) + 1)} if number else {word}
             if wanted - set(source.ids):
-                raise ValueError(f"--val-episodes {source.name}: no episode is called {sorted(wanted - set(source.ids))[0]}")
+                raise ValueError(
+                    f"--val-episodes {source.name}: no episode is called {sorted(wanted - set(source.ids))[0]}"
+                )
             source.validation = np.array([identity in wanted for identity in source.ids])
         else:
             source.validation = np.array([is_validation(source.name, identity, val_share) for identity in source.ids])
@@ -229,7 +231,9 @@ def describe(source, normalise="quantile"):
         center, scale = (low + high) / 2, (high - low) / 2
     constant = scale < 1e-4 * np.maximum(np.abs(center), 1e-2)
     span = (rows.max(0) - rows.min(0)) / 2
-    scale = np.where(constant, np.where(span > 1e-6, span, 1.0), scale)  # a rare event, such as a gripper's, keeps its span
+    scale = np.where(
+        constant, np.where(span > 1e-6, span, 1.0), scale
+    )  # a rare event, such as a gripper's, keeps its span
     return dict(
         name=source.name,
         action_dim=rows.shape[1],
@@ -279,7 +283,7 @@ class TrainBatches(Dataset):
         source = draw.choice(len(self.sources), B, p=self.share)
         pick, other = draw.random((2, B))
         weight = draw.uniform(-self.mix, 1 + self.mix, B)
-        weight = np.where(draw.random(B) < self.mix_share, weight, 1.0).astype(np.float32)
+        weight = np.where(draw.random(B) < self.mix_share * (self.mix > 0), weight, 1.0).astype(np.float32)
         size = B // (self.accum * self.world)
         first = (micro * self.world + self.rank) * size
         mine = slice(first, first + size)
@@ -298,7 +302,7 @@ class TrainBatches(Dataset):
 
 
 class ValidationChunks(Dataset):
-    """Whole chunks of one source's validation episodes; this rank's every world-th, so that ranks share without repeats."""
+    """Whole chunks of one source's validation episodes; every world-th of them is this rank's, so none counts twice."""
 
     def __init__(self, sources, index, stride=5, rank=0, world=1):
         self.source, self.index = sources[index], index

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-
-GAIN_SLACK = 1.015  # see fit_skeleton
+GAIN_SLACK = 1.03  # see fit_skeleton
 
 
 class FSQ(nn.Module):
@@ -45,7 +44,7 @@ class FSQ(nn.Module):
             self.register_buffer(name, value.float(), persistent=False)
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("basis", basis, persistent=False)
-        # index = sum((digit + width) * basis), as one dot product with the unscaled digits
+        # index = sum((digit + width) * basis)
         self.register_buffer("weight", basis.float(), persistent=False)
         self.register_buffer("zero", (basis * (levels // 2)).sum().float(), persistent=False)
         self.size = int(levels.prod())
@@ -59,7 +58,7 @@ class FSQ(nn.Module):
         bounded = self.bound(z)
         digits = bounded.detach().round()
         codes = (bounded + (digits - bounded.detach())) / self.width
-        return codes, (digits @ self.weight + self.zero).long()
+        return codes, ((digits * self.weight).sum(-1) + self.zero).long()  # a matmul would run in bfloat16
 
     def codes(self, indices):
         """indices (...) int64 in [0, size) -> codes (..., L) float32."""
@@ -90,6 +89,8 @@ class FSQVQVAE(nn.Module):
     sources: one dict per data set with `name`, `action_dim`, `chunk` (steps), `fps` (Hz or None), and `center` and
     `scale` (per dim; normalised = (action - center) / scale). They live in config.json, so a checkpoint is complete.
     ordered: nested dropout (Rippel et al. 2014) trains every prefix of the tokens to decode by itself.
+    relative: code the chunk minus its first action, which decode then needs as `start` (a policy knows where its robot
+    is): side information that halves the error and more, and lets the joints drift.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class FSQVQVAE(nn.Module):
         commitment_weight=0.0,
         spectral_weight=0.0,
         ordered=0.0,
+        relative=False,
         fsq_bound="atanh",
     ):
         super().__init__()
@@ -115,7 +117,7 @@ class FSQVQVAE(nn.Module):
         if hidden_dim % num_heads:
             raise ValueError(f"hidden_dim {hidden_dim} is not divisible by {num_heads} heads")
         self.sources, self.names = sources, [source["name"] for source in sources]
-        self.num_tokens, self.patch, self.ordered = num_tokens, patch, ordered
+        self.num_tokens, self.patch, self.ordered, self.relative = num_tokens, patch, ordered, relative
         self.commitment_weight, self.spectral_weight = commitment_weight, spectral_weight
         self.fsq = FSQ(levels, fsq_bound)
         S, N, L, D = len(sources), num_tokens, len(levels), hidden_dim
@@ -164,6 +166,7 @@ class FSQVQVAE(nn.Module):
         step = torch.arange(self.steps, device=mask.device).clamp(max=last[:, None])  # B T
         actions = actions.gather(1, step[..., None].expand(-1, -1, actions.shape[2]))
         x = (actions - self.center[source, None]) / self.scale[source, None]
+        x = x - x[:, :1] if self.relative else x
         return torch.where(self.has_dim[source, None], x, 0.0)
 
     def look(self, source, tokens):
@@ -175,7 +178,7 @@ class FSQVQVAE(nn.Module):
         return torch.cat([inside, inside.new_ones(len(source), tokens)], 1)[:, None, None]
 
     def quantise(self, x, source):
-        """x (B, T, A) normalised -> codes (B, N, L), indices (B, N), commitment loss ()."""
+        """x (B, T, A) normalised -> codes (B, N, L), indices (B, N), and what was rounded, (B, N, L)."""
         N, L = self.num_tokens, len(self.fsq.levels)
         patches = rearrange(x, "b (p t) a -> b p (t a)", t=self.patch)
         h = per_source(patches, self.patch_in, source) + self.time[0] + self.source[0, source]
@@ -188,7 +191,7 @@ class FSQVQVAE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             flat = x.float().flatten(1) - self.mean[source]
             h = h.float().flatten(1) - self.threshold[source] + per_source(flat[:, None], self.analysis, source)[:, 0]
-            codes, indices, commitment = [], [], 0.0
+            codes, indices, bounded = [], [], []
             for i in range(N):
                 slot = slice(i * L, (i + 1) * L)
                 z = h[:, slot]
@@ -196,9 +199,8 @@ class FSQVQVAE(nn.Module):
                 h = h - per_source(q[:, None], self.feedback[:, slot], source)[:, 0]  # only later slots are read again
                 codes.append(q)
                 indices.append(index)
-                if self.commitment_weight:
-                    commitment = commitment + (self.fsq.bound(z) / self.fsq.width - q.detach()).square().mean() / N
-        return torch.stack(codes, 1), torch.stack(indices, 1), commitment
+                bounded.append(self.fsq.bound(z))
+        return torch.stack(codes, 1), torch.stack(indices, 1), torch.stack(bounded, 1)
 
     def reconstruct(self, codes, source, keep):
         """codes (B, N, L), keep (B, N) True for the tokens that are there -> (B, T, A) normalised."""
@@ -218,7 +220,7 @@ class FSQVQVAE(nn.Module):
     # --- training
 
     def forward(self, batch):
-        """A batch (dict, see data.py) -> (loss, metrics). Chunks instead (array or tensor) -> list[list[int]], as FAST."""
+        """A batch (dict, see data.py) -> (loss, metrics); chunks (array or tensor) -> list[list[int]], as FAST does."""
         return self.compute_loss(batch) if isinstance(batch, dict) else self.encode(batch).tolist()
 
     def compute_loss(self, batch):
@@ -226,7 +228,7 @@ class FSQVQVAE(nn.Module):
         average: mean squared error in time, the same on the DCT's magnitude (L1) and the commitment term."""
         mask, source = batch["mask"], batch["source"]
         x = self.normalise(batch["actions"], mask, source)
-        codes, indices, commitment = self.quantise(x, source)
+        codes, indices, bounded = self.quantise(x, source)
         keep = torch.ones_like(indices, dtype=torch.bool)
         if self.ordered and self.training:
             kept = torch.randint(1, self.num_tokens + 1, (len(x), 1), device=x.device)
@@ -238,22 +240,23 @@ class FSQVQVAE(nn.Module):
         share = valid / valid.sum((1, 2), keepdim=True) / len(x)
         error = x_hat - x
         mse = (error.square() * share).sum()
-        loss, metrics = mse + self.commitment_weight * commitment, {"mse": mse, "mae": (error.abs() * share).sum()}
+        loss, metrics = mse, {"mse": mse, "mae": (error.abs() * share).sum()}
         if self.spectral_weight:
             spectrum = torch.einsum("f t, b t a -> b f a", self.dct, error * valid)
             metrics["spectral"] = (spectrum.abs().sum((1, 2)) / valid.sum((1, 2))).mean()
             loss = loss + self.spectral_weight * metrics["spectral"]
         if self.commitment_weight:
-            metrics["commitment"] = commitment
+            metrics["commitment"] = (bounded / self.fsq.width - codes.detach()).square().mean()
+            loss = loss + self.commitment_weight * metrics["commitment"]
         return loss, {"loss": loss, **metrics}
 
     @torch.no_grad()
     def fit_skeleton(self, name, actions, mask):
         """Fit one source's linear residual coder to chunks (B, T, A), in robot units, B of some thousands.
 
-        Token by token: the residual's leading principal directions, scaled into the quantiser's range by a gain, then the
-        least-squares decoder of the codes. The gain is the largest whose error is within GAIN_SLACK of the smallest:
-        a larger one puts more of the vocabulary to use. Deterministic; seconds.
+        Token by token: the residual's leading principal directions, scaled into the quantiser's range by a gain, then
+        the least-squares decoder of the codes. The gain is the largest whose error is within GAIN_SLACK of the
+        smallest: a larger one puts more of the vocabulary to use. Deterministic; seconds.
         """
         s, L = self.names.index(name), len(self.fsq.levels)
         source = torch.full((len(actions),), s)
@@ -303,8 +306,9 @@ class FSQVQVAE(nn.Module):
     def encode(self, actions, mask=None, source=None):
         """Actions in robot units -> indices, int64, on the CPU in float32 unless the model was moved.
 
-        actions: (T, A) or (B, T, A), array or tensor, T up to the source's chunk. mask: (T,) or (B, T), False for padded
-        steps at the end, whose content never matters. Returns (N,) or (B, N) of the same kind, each below prod(levels).
+        actions: (T, A) or (B, T, A), array or tensor, T up to the source's chunk. mask: (T,) or (B, T), False for
+        padded steps at the end, whose content never matters. Returns (N,) or (B, N) of the same kind, each below
+        prod(levels).
         """
         s = self.source_index(source)
         about, array, device = self.sources[s], not torch.is_tensor(actions), self.mean.device
@@ -320,6 +324,10 @@ class FSQVQVAE(nn.Module):
             raise ValueError("mask must be (B, T), True for the first valid steps and False for the padding after them")
         if not torch.where(mask[..., None], x, 0.0).isfinite().all():
             raise ValueError(f"actions of {about['name']} hold NaN or infinity")
+        if (
+            (torch.where(mask[..., None], x, 0.0) - self.center[s, : x.shape[2]]) / self.scale[s, : x.shape[2]]
+        ).abs().max() > 1e6:
+            raise ValueError(f"actions of {about['name']} lie a million times outside the range of its training data")
         index = torch.full((len(x),), s, device=device)
         x = F.pad(x, (0, self.dim - x.shape[2]))
         training = self.training
@@ -331,11 +339,12 @@ class FSQVQVAE(nn.Module):
         return indices.cpu().numpy() if array else indices
 
     @torch.no_grad()
-    def decode(self, indices, source=None, prefix=None, time_horizon=None, action_dim=None):
+    def decode(self, indices, source=None, prefix=None, start=None, time_horizon=None, action_dim=None):
         """Indices (N,) or (B, N), list, array or tensor -> actions (T, A) or (B, T, A) in robot units.
 
-        prefix: decode from the first so many tokens alone (a model trained with `ordered`). time_horizon, action_dim:
-        FAST's arguments; the chunk is cut to the first, the second must be the source's own.
+        prefix: decode from the first so many tokens alone (a model trained with `ordered`). start: (A,) or (B, A), where
+        the chunk starts (a `relative` model needs it). time_horizon, action_dim: FAST's arguments; the chunk is cut to
+        the first, the second must be the source's own.
         """
         s = self.source_index(source)
         about, array, device = self.sources[s], not torch.is_tensor(indices), self.mean.device
@@ -348,9 +357,13 @@ class FSQVQVAE(nn.Module):
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.fsq.size:
             raise ValueError(f"indices must lie in [0, {self.fsq.size})")
         if prefix is not None and (not 1 <= prefix <= N or (prefix < N and not self.ordered)):
-            raise ValueError(f"prefix {prefix}: must be 1 to {N}, and shorter than {N} only for a model trained --ordered")
+            raise ValueError(
+                f"prefix {prefix}: must be 1 to {N}, and shorter than {N} only for a model trained --ordered"
+            )
         if action_dim not in (None, about["action_dim"]):
             raise ValueError(f"action_dim {action_dim}: {about['name']} has {about['action_dim']}")
+        if (start is None) == self.relative:
+            raise ValueError("decode needs start= for a model trained --relative, and takes none otherwise")
         horizon = about["chunk"] if time_horizon is None else time_horizon
         if not 1 <= horizon <= about["chunk"]:
             raise ValueError(f"time_horizon {horizon}: {about['name']} has chunks of {about['chunk']} steps")
@@ -361,7 +374,11 @@ class FSQVQVAE(nn.Module):
         with torch.autocast(device.type, enabled=False):
             x = self.reconstruct(self.fsq.codes(indices), index, keep)
         self.train(training)
-        actions = (x * self.scale[s] + self.center[s])[:, :horizon, : about["action_dim"]]
+        x = x[:, :horizon] * self.scale[s] + (0.0 if self.relative else self.center[s])
+        actions = x[..., : about["action_dim"]]
+        if self.relative:
+            start = torch.as_tensor(np.asarray(start) if array else start, dtype=torch.float32, device=device)
+            actions = actions + start.reshape(-1, 1, about["action_dim"])
         actions = actions[0] if single else actions
         return actions.cpu().numpy() if array else actions
 

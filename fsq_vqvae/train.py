@@ -15,12 +15,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
-import common
 import demo
 import figures
 from data import TrainBatches, describe, prepare_dataloaders, read_sources
 from model import FSQVQVAE
 from user_data import prepare_user_data
+
+import common
 
 HERE = Path(__file__).resolve().parent
 
@@ -32,10 +33,23 @@ def parse(argv=None):
     add = group.add_argument
     add("--chunk", nargs="+", default=["1s"], metavar="T", help="chunk length, 1s or 30 (steps) or g1=30 droid=15")
     add("--val-share", type=float, default=0.1, metavar="X", help="share of the episodes held out, by hash of the name")
-    add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 droid=3")
+    add(
+        "--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 droid=3"
+    )
     add("--val-stride", type=int, default=5, metavar="N", help="steps between two validation chunks")
-    add("--normalise", choices=["quantile", "std"], default="quantile", help="q01/q99 to -1/1, or zero mean and unit std")
-    add("--mix", type=float, default=0.5, metavar="X", help="mix half of the chunks with another, weights -X to 1+X; 0: off")
+    add(
+        "--normalise",
+        choices=["quantile", "std"],
+        default="quantile",
+        help="q01/q99 to -1/1, or zero mean and unit std",
+    )
+    add(
+        "--mix",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="mix half of the chunks with another, weights -X to 1+X; 0: off",
+    )
     add("--tokens", type=int, default=8, metavar="N", help="tokens per chunk")
     add("--levels", type=int, nargs="+", default=[8, 5, 5, 5], metavar="L", help="FSQ levels; vocabulary = product")
     add("--fsq-bound", choices=["atanh", "paper"], default="atanh", help="see FSQ in model.py")
@@ -46,15 +60,18 @@ def parse(argv=None):
     add("--num-decoder-layers", type=int, default=2, metavar="N", help="decoder blocks")
     add("--patch", type=int, default=5, metavar="N", help="steps per transformer input")
     add("--dropout", type=float, default=0.0, metavar="X", help="dropout")
-    add("--commitment-weight", type=float, default=0.0, metavar="X", help="pulls latents to their codes; FSQ needs none")
+    add(
+        "--commitment-weight", type=float, default=0.0, metavar="X", help="pulls latents to their codes; FSQ needs none"
+    )
     add("--spectral-weight", type=float, default=0.0, metavar="X", help="L1 on the DCT of the error")
     add("--ordered", type=float, default=0.0, metavar="X", help="share of chunks trained on a random prefix of tokens")
+    add("--relative", action="store_true", help="code a chunk minus its first action; decode is then given that action")
     return common.parse(parser, argv, demo=HERE / "demo.args")
 
 
 @torch.no_grad()
 def validate(model, loaders, dist, amp):
-    """Per source mse, mae (normalised), code usage and perplexity, over all ranks; an example chunk, true and decoded."""
+    """Per source mse, mae (normalised), code usage and perplexity, over all ranks; a chunk, true and decoded."""
     model.eval()
     totals, counts, used, examples = {}, {}, {}, {}
     for name, loader in loaders.items():
@@ -73,7 +90,8 @@ def validate(model, loaders, dist, amp):
             histogram += torch.bincount(indices.flatten().cpu(), minlength=model.fsq.size)
             if name not in examples:
                 moves = actions.std(1).mean(1).argmax()
-                decoded = model.decode(indices[moves], about["name"])
+                start = actions[moves, 0] if model.relative else None
+                decoded = model.decode(indices[moves], about["name"], start=start)
                 examples[name] = actions[moves].cpu().numpy(), decoded.cpu().numpy(), about["fps"]
         if dist.world > 1:
             histogram = histogram.to(dist.device)
@@ -121,6 +139,7 @@ def main(argv=None):
         commitment_weight=args.commitment_weight,
         spectral_weight=args.spectral_weight,
         ordered=args.ordered,
+        relative=args.relative,
         fsq_bound=args.fsq_bound,
     )
     for about, sample in zip(abouts, samples, strict=True):
@@ -139,7 +158,8 @@ def main(argv=None):
     # --- resume
     first, best = common.resume(args, dist, model, opt, scaler)
     log = common.Logger(args, dist, first)
-    log.say(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {dist.device}, {dist.world} process(es)")
+    size = sum(p.numel() for p in model.parameters())
+    log.say(f"{args.out}: {size:,} parameters, {dist.device}, {dist.world} process(es)")
     net = torch.compile(model) if args.compile else model
     if dist.world > 1:
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -148,9 +168,11 @@ def main(argv=None):
     if args.data[0].startswith("module:"):
         batches = stream.endless(skip=first * args.accum)
     else:
-        ranks, wide = dict(rank=dist.rank, world=dist.world), dict(workers=args.workers, val_stride=args.val_stride)
+        ranks, wide = (dict(rank=dist.rank, world=dist.world), dict(workers=args.workers, val_stride=args.val_stride))
         span = dict(steps=args.steps, first=first, accum=args.accum)
-        train, validation = prepare_dataloaders(args.batch_size, sources, args.seed, mix=args.mix, **span, **ranks, **wide)[1:]
+        train, validation = prepare_dataloaders(
+            args.batch_size, sources, args.seed, mix=args.mix, **span, **ranks, **wide
+        )[1:]
         batches = iter(train)
         for source in sources:
             held = source.validation.sum()

@@ -1,8 +1,8 @@
 """A user's own loaders: `--data module:path.py`, where path.py has `prepare_dataloaders(batch_size)`.
 
-It returns an example action tensor (T, A), a training loader, and {data set name: validation loader}. A batch is a tensor
-(B, T, A), a tuple that starts with one, or a dict with `actions` and, where chunks are padded, `mask` (B, T). Under
-torchrun each process calls it, with its own share of the batch, and should yield its own samples (RANK, WORLD_SIZE).
+It returns an example action tensor (T, A), a training loader, and {data set name: validation loader}. A batch is a
+tensor (B, T, A), a tuple that starts with one, or a dict with `actions` and, where chunks are padded, `mask` (B, T).
+Under torchrun each process calls it, with its share of the batch, and should yield its own samples (RANK, WORLD_SIZE).
 """
 
 import importlib.util
@@ -30,7 +30,9 @@ def as_batch(item, shape):
     item = item if isinstance(item, dict) else dict(actions=item[0] if isinstance(item, (tuple, list)) else item)
     actions = torch.as_tensor(item["actions"]).float()
     if actions.ndim != 3 or actions.shape[1:] != shape:
-        raise ValueError(f"a batch has shape {tuple(actions.shape)}, expected (B, {shape[0]}, {shape[1]}) as the example")
+        raise ValueError(
+            f"a batch has shape {tuple(actions.shape)}, expected (B, {shape[0]}, {shape[1]}) as the example"
+        )
     mask = torch.as_tensor(item.get("mask", torch.ones(actions.shape[:2], dtype=torch.bool))).bool()
     if not actions[mask].isfinite().all():
         raise ValueError("a batch of the user's loader holds NaN or infinity")
