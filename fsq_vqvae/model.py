@@ -161,13 +161,14 @@ class FSQVQVAE(nn.Module):
     # --- from actions to tokens and back, normalised, padded to (B, steps, dim)
 
     def normalise(self, actions, mask, source):
-        """Padded steps hold the last valid action and absent dims are 0, so what lies there cannot matter."""
+        """Padded steps hold the last valid action; absent dims and steps beyond the source's chunk are 0."""
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
         step = torch.arange(self.steps, device=mask.device).clamp(max=last[:, None])  # B T
         actions = actions.gather(1, step[..., None].expand(-1, -1, actions.shape[2]))
         x = (actions - self.center[source, None]) / self.scale[source, None]
         x = x - x[:, :1] if self.relative else x
-        return torch.where(self.has_dim[source, None], x, 0.0)
+        inside = torch.arange(self.steps, device=x.device) < self.chunk[source, None]  # B T
+        return torch.where(inside[..., None] & self.has_dim[source, None], x, 0.0)
 
     def look(self, source, tokens):
         """Attention mask over [patches, tokens]: patches beyond a source's chunk are not looked at."""
@@ -259,6 +260,7 @@ class FSQVQVAE(nn.Module):
         smallest: a larger one puts more of the vocabulary to use. Deterministic; seconds.
         """
         s, L = self.names.index(name), len(self.fsq.levels)
+        actions = F.pad(actions, (0, self.dim - actions.shape[2]))
         source = torch.full((len(actions),), s)
         x = self.normalise(actions, mask, source).flatten(1).double()
         mean, rows = x.mean(0), len(x)
@@ -322,14 +324,12 @@ class FSQVQVAE(nn.Module):
         mask = (mask[None] if single and mask.ndim == 1 else mask).to(device)
         if mask.shape != x.shape[:2] or not mask[:, 0].all() or (mask[:, 1:] > mask[:, :-1]).any():
             raise ValueError("mask must be (B, T), True for the first valid steps and False for the padding after them")
-        if not torch.where(mask[..., None], x, 0.0).isfinite().all():
-            raise ValueError(f"actions of {about['name']} hold NaN or infinity")
-        if (
-            (torch.where(mask[..., None], x, 0.0) - self.center[s, : x.shape[2]]) / self.scale[s, : x.shape[2]]
-        ).abs().max() > 1e6:
-            raise ValueError(f"actions of {about['name']} lie a million times outside the range of its training data")
         index = torch.full((len(x),), s, device=device)
-        x = F.pad(x, (0, self.dim - x.shape[2]))
+        x = F.pad(torch.where(mask[..., None], x, 0.0), (0, self.dim - x.shape[2]))
+        if not x.isfinite().all():
+            raise ValueError(f"actions of {about['name']} hold NaN or infinity")
+        if len(x) and self.normalise(x, mask, index).abs().max() > 1e6:
+            raise ValueError(f"actions of {about['name']} lie a million times outside the range of its training data")
         training = self.training
         self.eval()
         with torch.autocast(device.type, enabled=False):
@@ -342,9 +342,9 @@ class FSQVQVAE(nn.Module):
     def decode(self, indices, source=None, prefix=None, start=None, time_horizon=None, action_dim=None):
         """Indices (N,) or (B, N), list, array or tensor -> actions (T, A) or (B, T, A) in robot units.
 
-        prefix: decode from the first so many tokens alone (a model trained with `ordered`). start: (A,) or (B, A), where
-        the chunk starts (a `relative` model needs it). time_horizon, action_dim: FAST's arguments; the chunk is cut to
-        the first, the second must be the source's own.
+        prefix: decode from the first so many tokens alone (a model trained with `ordered`).
+        start: (A,) or (B, A), where the chunk starts (a `relative` model needs it).
+        time_horizon, action_dim: FAST's arguments; the chunk is cut to the first, the second must be the source's own.
         """
         s = self.source_index(source)
         about, array, device = self.sources[s], not torch.is_tensor(indices), self.mean.device

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -113,6 +114,19 @@ def test_skeleton_is_the_residual_coder_written_out(this):
     expected = decoded.detach().view(500, 12, 4) * 2 + 0.5
     torch.testing.assert_close(model.decode(indices)[same], expected[same], rtol=1e-3, atol=1e-3)
     assert residual.square().mean() < 0.2 * (x - x.mean(0)).square().mean()
+
+
+def test_skeleton_of_a_source_is_the_same_beside_larger_ones(this):
+    """Padding to the largest chunk and width of a mix must not leak into a smaller source's coder."""
+    chunks, mask = torch.from_numpy(smooth(300)), torch.ones(300, 12, dtype=torch.bool)
+    sizes = dict(num_tokens=3, hidden_dim=16, latent_dim=8, patch=4)
+    alone = this.model.FSQVQVAE([about()], **sizes)
+    mixed = this.model.FSQVQVAE([about("big", 7, 30), about()], **sizes)
+    for model in (alone, mixed):
+        model.fit_skeleton("arm", chunks, mask)
+    torch.testing.assert_close(alone.mean[0].view(12, 4), mixed.mean[1].view(32, 7)[:12, :4])
+    a, b = (model.decode(model.encode(chunks, source="arm"), source="arm") for model in (alone, mixed))
+    assert ((a - b).abs().amax((1, 2)) < 1e-3).float().mean() > 0.95  # float32 ties may fall either way
 
 
 def test_skeleton_beats_pca_at_equal_bits(this):
@@ -553,6 +567,15 @@ def test_loss_falls(this, tmp_path):
     assert np.mean(losses[-3:]) < 0.85 * np.mean(losses[:3])
 
 
+def test_a_diverging_run_stops_with_clean_checkpoints(this, tmp_path):
+    """The loss is not finite: one line, no further checkpoint, and no NaN in those that are there."""
+    folder = write_npz(tmp_path / "data", [30] * 8)
+    with pytest.raises(ValueError, match="not finite"):
+        this.train.main(flags(folder, tmp_path / "out", "--lr", 1e30, "--clip", 1e30, "--steps", 20))
+    for path in (tmp_path / "out" / "checkpoints").glob("step_*"):
+        assert all(value.isfinite().all() for value in weights(tmp_path / "out", int(path.name[5:])).values())
+
+
 def test_init_takes_weights_only(this, tmp_path):
     folder = write_npz(tmp_path / "data", [30] * 8)
     this.train.main(flags(folder, tmp_path / "one"))
@@ -639,6 +662,28 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         assert done.returncode == 0, done.stderr
         assert equal(weights(out, 80), weights(tmp_path / "one", 80))
         assert [line["step"] for line in logged(out)] == [line["step"] for line in logged(tmp_path / "one")]
+
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+@pytest.mark.slow
+def test_full_disk_keeps_the_checkpoints_that_are_there(tmp_path):
+    """A write that fails half-way ends in one line; what was saved before is whole and the run goes on from it."""
+    folder, script = write_npz(tmp_path / "data", [30] * 8), ROOT / "fsq_vqvae" / "train.py"
+    more = ["--steps", 9, "--save-every", 3]
+    assert launch(script, *flags(folder, tmp_path / "one", *more)).returncode == 0
+    out = tmp_path / "two"
+    shutil.copytree(tmp_path / "one", out, symlinks=True)
+    shutil.rmtree(out / "checkpoints" / "step_0000009")
+    words = [sys.executable, script, *flags(folder, out, *more, "--resume")]
+    full = subprocess.run(words, preexec_fn=limit_file_size, capture_output=True, text=True, check=False)
+    lines = [line for line in full.stderr.splitlines() if line.strip()]
+    assert full.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), full.stderr
+    assert sorted(path.name for path in (out / "checkpoints").glob("*step*")) == ["step_0000006"]
+    assert launch(script, *flags(folder, out, *more, "--resume")).returncode == 0
+    assert equal(weights(out, 9), weights(tmp_path / "one", 9))
 
 
 @pytest.mark.slow
