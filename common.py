@@ -140,7 +140,7 @@ def setup(args):
         device = torch.device(name if ":" in name or name in ("cpu", "mps") else f"{name}:{local}")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {args.device}: {str(error).split('\n')[0]}") from None
     if device.type not in ("cpu", "mps"):
         torch.accelerator.set_device_index(device.index)
         torch.set_float32_matmul_precision("high")
@@ -413,7 +413,7 @@ def save(args, dist, step, model, opt, scaler, best, is_best=False):
             unwrap(model).save_pretrained(folder)
             torch.save(state, folder / "resume.pt")
     except RuntimeError as error:  # torch's writer says so when a disk is full
-        raise OSError(f"cannot write {args.out}/checkpoints ({str(error).splitlines()[0]})") from None
+        raise OSError(f"cannot write {args.out}/checkpoints ({str(error).split('\n')[0]})") from None
 
 
 def load(path):
@@ -425,9 +425,8 @@ def load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: not a checkpoint that is safe to load ({str(error).splitlines()[0][:120]})"
-        ) from None
+        reason = str(error).split("\n")[0][:120] or type(error).__name__
+        raise ValueError(f"{path}: not a checkpoint that is safe to load ({reason})") from None
 
 
 def newest(args, dist):

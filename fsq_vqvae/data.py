@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import h5py
@@ -39,6 +40,12 @@ class Source:
     @property
     def start(self):
         return np.cumsum(self.length) - self.length
+
+    @cached_property
+    def scale(self):
+        """Half of each dim's range in the training episodes, q01 to q99; (A,)."""
+        low, high = np.quantile(self.rows(validation=False), [0.01, 0.99], axis=0)
+        return ((high - low) / 2).astype(np.float32)
 
     def rows(self, validation):
         """All steps of the training (or validation) episodes, (n, A)."""
@@ -259,17 +266,18 @@ def pad(actions, mask, steps, dims):
 class TrainBatches(Dataset):
     """Item (step * accum + micro) is this rank's slice of the step's global batch, augmented.
 
-    Augmentation, in units of each dim's scale: a chunk is mixed with another of its source (weights -mix to 1 + mix,
-    on a share `mix_share` of the chunks): the set of chunks a policy will meet is wider than the recorded one.
+    Augmentation, each on half of the chunks, because what a policy will meet is wider than what was recorded: a chunk
+    is mixed with another of its source (weights -mix to 1 + mix); a constant is added to each dim (about `offset` times
+    the dim's scale), for joints drift between recordings.
     """
 
-    def __init__(self, sources, batch_size, seed, accum=1, rank=0, world=1, mix=0.5, mix_share=0.5):
+    def __init__(self, sources, batch_size, seed, accum=1, rank=0, world=1, mix=0.5, offset=0.2):
         if batch_size % (accum * world):
             raise ValueError(f"--batch-size {batch_size} is not divisible by {accum} micro-steps x {world} processes")
         self.sources, self.batch_size, self.seed, self.accum, self.rank, self.world = (
             sources, batch_size, seed, accum, rank, world,
         )  # fmt: skip
-        self.mix, self.mix_share = mix, mix_share
+        self.mix, self.offset = mix, offset
         self.starts = [source.starts(validation=False) for source in sources]
         # the square root keeps a small source from drowning and a large one from being starved
         size = np.sqrt([len(rows) for rows, _ in self.starts])
@@ -283,11 +291,12 @@ class TrainBatches(Dataset):
         source = draw.choice(len(self.sources), B, p=self.share)
         pick, other = draw.random((2, B))
         weight = draw.uniform(-self.mix, 1 + self.mix, B)
-        weight = np.where(draw.random(B) < self.mix_share * (self.mix > 0), weight, 1.0).astype(np.float32)
+        weight = np.where(draw.random(B) < 0.5 * (self.mix > 0), weight, 1.0).astype(np.float32)
+        shift = draw.normal(0, 1, (B, self.dims)) * draw.random((B, 1)) * (draw.random((B, 1)) < 0.5) * self.offset
         size = B // (self.accum * self.world)
         first = (micro * self.world + self.rank) * size
         mine = slice(first, first + size)
-        source, pick, other, weight = source[mine], pick[mine], other[mine], weight[mine]
+        source, pick, other, weight, shift = source[mine], pick[mine], other[mine], weight[mine], shift[mine]
         actions = np.zeros((size, self.steps, self.dims), np.float32)
         mask = np.zeros((size, self.steps), bool)
         for s in np.unique(source):
@@ -297,6 +306,7 @@ class TrainBatches(Dataset):
             one, valid = self.sources[s].gather(rows[a], episodes[a])
             two, _ = self.sources[s].gather(rows[b], episodes[b])
             one = np.where(weight[here, None, None] == 1, one, two + weight[here, None, None] * (one - two))
+            one = one + (shift[here, : one.shape[2]] * self.sources[s].scale)[:, None]
             actions[here], mask[here] = pad(one, valid, self.steps, self.dims)
         return dict(actions=torch.from_numpy(actions), mask=torch.from_numpy(mask), source=torch.from_numpy(source))
 
@@ -320,14 +330,25 @@ class ValidationChunks(Dataset):
 
 
 def prepare_dataloaders(
-    batch_size, sources, seed=0, steps=1000, first=0, accum=1, rank=0, world=1, workers=0, val_stride=5, mix=0.5
+    batch_size,
+    sources,
+    seed=0,
+    steps=1000,
+    first=0,
+    accum=1,
+    rank=0,
+    world=1,
+    workers=0,
+    val_stride=5,
+    mix=0.5,
+    offset=0.2,
 ):
     """(example action tensor (T, A), train loader, {source name: validation loader}) for `sources` of read_sources.
 
     The train loader yields this rank's micro-batches of the optimizer steps first to steps - 1. A source without a
     whole validation chunk has no validation loader.
     """
-    batches = TrainBatches(sources, batch_size, seed, accum, rank, world, mix)
+    batches = TrainBatches(sources, batch_size, seed, accum, rank, world, mix, offset)
     items = range(first * accum, steps * accum)
     train = DataLoader(batches, batch_size=None, sampler=items, num_workers=workers)
     validation = {}

@@ -401,7 +401,7 @@ class FSQVQVAE(nn.Module):
         try:
             self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path}: cannot be loaded into this model ({str(error).splitlines()[0][:150]})") from None
+            raise ValueError(f"{path}: cannot be loaded into this model ({str(error).split('\n')[0][:150]})") from None
         return self
 
     @classmethod

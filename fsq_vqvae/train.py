@@ -50,6 +50,13 @@ def parse(argv=None):
         metavar="X",
         help="mix half of the chunks with another, weights -X to 1+X; 0: off",
     )
+    add(
+        "--offset",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="shift half of the chunks by constants of about X scales; 0: off",
+    )
     add("--tokens", type=int, default=8, metavar="N", help="tokens per chunk")
     add("--levels", type=int, nargs="+", default=[8, 5, 5, 5], metavar="L", help="FSQ levels; vocabulary = product")
     add("--fsq-bound", choices=["atanh", "paper"], default="atanh", help="see FSQ in model.py")
@@ -119,8 +126,9 @@ def main(argv=None):
         abouts, samples = [about], [sample]
     else:
         sources = read_sources(args.data, args.chunk, args.val_share, args.val_episodes)
+        augment = dict(mix=args.mix, offset=args.offset)
         abouts = [describe(source, args.normalise) for source in sources]
-        samples = [TrainBatches([source], 8192, args.seed, mix=args.mix)[0] for source in sources]
+        samples = [TrainBatches([source], 8192, args.seed, **augment)[0] for source in sources]
     common.open_run(args, dist)
     stop = common.Interrupt(args, dist)
 
@@ -171,7 +179,7 @@ def main(argv=None):
         ranks, wide = (dict(rank=dist.rank, world=dist.world), dict(workers=args.workers, val_stride=args.val_stride))
         span = dict(steps=args.steps, first=first, accum=args.accum)
         train, validation = prepare_dataloaders(
-            args.batch_size, sources, args.seed, mix=args.mix, **span, **ranks, **wide
+            args.batch_size, sources, args.seed, **augment, **span, **ranks, **wide
         )[1:]
         batches = iter(train)
         for source in sources:

@@ -500,11 +500,12 @@ def test_without_mixing_batches_hold_recorded_chunks(this, tmp_path):
     write_npz(tmp_path / "a", [30] * 4)
     sources = this.data.read_sources([f"a={tmp_path / 'a'}"], ["8"], 0.0)
     recorded = {chunk.tobytes() for chunk in sources[0].gather(*sources[0].starts(False))[0]}
-    plain = this.data.TrainBatches(sources, 32, 0, mix=0)[0]
+    plain = this.data.TrainBatches(sources, 32, 0, mix=0, offset=0)[0]
     assert all(chunk.numpy().tobytes() in recorded for chunk in plain["actions"])
-    mixed = this.data.TrainBatches(sources, 32, 0, mix=0.5)[0]
-    share = np.mean([chunk.numpy().tobytes() in recorded for chunk in mixed["actions"]])
-    assert 0.2 < share < 0.8
+    for more in (dict(mix=0.5, offset=0), dict(mix=0, offset=0.2)):
+        changed = this.data.TrainBatches(sources, 32, 0, **more)[0]
+        share = np.mean([chunk.numpy().tobytes() in recorded for chunk in changed["actions"]])
+        assert 0.2 < share < 0.8
 
 
 # --- the loop
@@ -562,7 +563,7 @@ def test_accumulation_and_amp_train_the_same_model(this, tmp_path):
 def test_loss_falls(this, tmp_path):
     folder = write_npz(tmp_path / "data", [30] * 8)
     times = ["--eval-every", 100, "--save-every", 100, "--log-every", 10]
-    this.train.main(flags(folder, tmp_path / "out", "--steps", 100, "--lr", 1e-2, "--mix", 0, *times))
+    this.train.main(flags(folder, tmp_path / "out", "--steps", 100, "--lr", 1e-2, "--mix", 0, "--offset", 0, *times))
     losses = [line["train/mse"] for line in logged(tmp_path / "out")]
     assert np.mean(losses[-3:]) < 0.85 * np.mean(losses[:3])
 
