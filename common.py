@@ -29,10 +29,14 @@ FREE = set("out steps compile device workers log_every eval_every save_every kee
 # --- flags
 
 
+def given(value):
+    """False for a flag's None, a switch that is off, an empty list; 0 is a value."""
+    return value is not None and value is not False and value not in ([], argparse.SUPPRESS)
+
+
 class Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        shown = action.default not in (None, False, argparse.SUPPRESS)
-        return action.help + (" [%(default)s]" if shown and "%(default)" not in action.help else "")
+        return action.help + (" [%(default)s]" if given(action.default) else "")
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,7 +50,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         known = [flag for action in self._actions for flag in action.option_strings]
-        wrong = [word for word in message.split() if word.startswith("--") and word not in known]
+        unknown = message.startswith("unrecognized")
+        wrong = [word for word in message.split() if word.startswith("--") and unknown]
         close = difflib.get_close_matches(wrong[0], known, 1) if wrong else []
         self.exit(2, f"error: {message}{f'; did you mean {close[0]}?' if close else ''}\n")
 
@@ -108,6 +113,11 @@ def parse(parser, argv, demo):
     return args
 
 
+def brief(error):
+    """The first line of an error, or its kind if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0][:150]
+
+
 def run(main):
     """Call `main`; a user's mistake or a broken file ends in one line and exit code 2 (TRACEBACK=1 shows where)."""
     try:
@@ -139,11 +149,11 @@ def setup(args):
     try:
         device = torch.device(name if ":" in name or name in ("cpu", "mps") else f"{name}:{local}")
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).split('\n')[0]}") from None
-    if device.type not in ("cpu", "mps"):
-        torch.accelerator.set_device_index(device.index)
-        torch.set_float32_matmul_precision("high")
+        if device.type not in ("cpu", "mps"):
+            torch.accelerator.set_device_index(device.index)
+            torch.set_float32_matmul_precision("high")
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"--device {args.device}: {brief(error)}") from None
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, device_id=device if device.type == "cuda" else None)
@@ -261,7 +271,7 @@ def open_run(args, dist):
         path.write_text(json.dumps(dict(flags=now, versions=versions, commit=commit, world=dist.world), indent=1))
     lines = [f"# python {args.folder}/train.py @run.args"]
     for name, value in now.items():
-        if name not in ("folder", "out", "resume") and value not in (None, False):
+        if name not in ("folder", "out", "resume") and given(value):
             words = [] if value is True else value if isinstance(value, list) else [value]
             lines.append(" ".join([f"--{name.replace('_', '-')}", *(shlex.quote(str(word)) for word in words)]))
     with atomic(out / "run.args") as path:
@@ -370,6 +380,8 @@ def atomic(path, folder=False):
         if folder:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+        else:
+            temporary.unlink(missing_ok=True)
         yield temporary
         for part in [*temporary.rglob("*"), temporary] if folder else [temporary]:
             handle = os.open(part, os.O_RDONLY)
@@ -413,20 +425,19 @@ def save(args, dist, step, model, opt, scaler, best, is_best=False):
             unwrap(model).save_pretrained(folder)
             torch.save(state, folder / "resume.pt")
     except RuntimeError as error:  # torch's writer says so when a disk is full
-        raise OSError(f"cannot write {args.out}/checkpoints ({str(error).split('\n')[0]})") from None
+        raise OSError(f"cannot write {args.out}/checkpoints ({brief(error)})") from None
 
 
 def load(path):
     """torch.load that never runs code: a pickle with anything but tensors and plain values is a ValueError."""
-    import pickle
-
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
-        reason = str(error).split("\n")[0][:120] or type(error).__name__
-        raise ValueError(f"{path}: not a checkpoint that is safe to load ({reason})") from None
+    except OSError:
+        raise
+    except Exception as error:  # for a damaged file torch raises struct.error, IndexError and a dozen more
+        raise ValueError(f"{path}: not a checkpoint that is safe to load ({brief(error)})") from None
 
 
 def newest(args, dist):

@@ -1,4 +1,4 @@
-"""Figures of a run: loss curves, true against decoded actions. One look for all: grey is true, blue is decoded."""
+"""Figures of a run and of a report card. One look for all: grey is true, blue is decoded."""
 
 import json
 
@@ -58,4 +58,52 @@ def reconstruction(examples):
         row[0].set_ylabel("action (robot units)")
     axes[0, 0].legend(frameon=False)
     figure.suptitle("a held-out chunk and what its tokens decode to (closer is better)")
+    return figure
+
+
+def per_dim(errors):
+    """Mean absolute error of every action dim. errors: {source: list of A numbers}, normalised units."""
+    figure = Figure(figsize=(9, 0.4 + 2.2 * len(errors)), layout="constrained")
+    axes = figure.subplots(len(errors), 1, squeeze=False)[:, 0]
+    for axis, (name, values) in zip(axes, errors.items(), strict=True):
+        axis.bar(range(len(values)), values, color=DECODED)
+        axis.axhline(sum(values) / len(values), color=TRUE, lw=1, ls="--", label="mean over dims")
+        axis.set(title=name, xlabel="action dim", ylabel="MAE (normalised)", xticks=range(len(values)))
+    axes[0].legend(frameon=False)
+    figure.suptitle("error of each dim on held-out chunks (lower is better; one tall bar is a dim to look at)")
+    return figure
+
+
+def rate_distortion(tables):
+    """Bits against error, ours among the baselines. tables: {source: rows with method, bits, mse}, ours first.
+
+    What sends no bits, or unlimited ones, has no place on the axis and is a line.
+    """
+    figure = Figure(figsize=(6.5 * len(tables), 4.2), layout="constrained")
+    for axis, (name, rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
+        for i, row in enumerate(rows):
+            style = (
+                dict(color=DECODED, marker="*", ms=13, zorder=3) if i == 0 else dict(color=f"C{i}", marker="o", ms=6)
+            )
+            if row["bits"]:
+                axis.plot(row["bits"], row["mse"], ls="", label=row["method"], **style)
+            else:
+                axis.axhline(row["mse"], color=style["color"], lw=1, ls="--", label=row["method"])
+        axis.set(xscale="log", yscale="log", xlabel="bits per chunk (nominal)", title=name)
+        axis.set_ylabel("mean squared error (normalised)")
+        axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle("rate and distortion on held-out chunks (lower left is better)")
+    return figure
+
+
+def codebook(counts):
+    """How often each code is used, the most used first. counts: {source: K numbers}."""
+    figure = Figure(figsize=(5.5 * len(counts), 3.2), layout="constrained")
+    for axis, (name, used) in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts.items(), strict=True):
+        total, rank = sum(used), range(1, len(used) + 1)
+        axis.fill_between(rank, [100 * n / total for n in sorted(used, reverse=True)], step="mid", color=DECODED)
+        axis.axhline(100 / len(used), color=TRUE, lw=1, ls="--", label="all codes alike")
+        axis.set(title=f"{name}: {total:,} tokens", xlabel="code, most used first", ylabel="share of tokens (%)")
+        axis.legend(frameon=False)
+    figure.suptitle("use of the codebook on held-out chunks (flat and wide is better; few tokens cannot fill it)")
     return figure

@@ -9,7 +9,6 @@ Letters: B batch, T steps, A action dims, P patches, N tokens, L levels per toke
 
 import json
 import math
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -400,8 +399,11 @@ class FSQVQVAE(nn.Module):
         path = Path(folder) / "pytorch_model.bin"
         try:
             self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path}: cannot be loaded into this model ({str(error).split('\n')[0][:150]})") from None
+        except OSError:
+            raise
+        except Exception as error:  # for a damaged file torch raises struct.error, IndexError and a dozen more
+            reason = (str(error) or type(error).__name__).splitlines()[0][:150]
+            raise ValueError(f"{path}: cannot be loaded into this model ({reason})") from None
         return self
 
     @classmethod

@@ -22,7 +22,7 @@ import torch
 from conftest import load
 from torch import nn
 
-fsq_vqvae = load("fsq_vqvae")
+fsq_vqvae = load("fsq_vqvae", "demo")
 
 
 def interleaved(variants, repeats, calls):

@@ -1,4 +1,4 @@
-"""Load a folder's modules beside the other folders', launch its scripts, find the shared real data."""
+"""Load a folder's modules beside the others', launch scripts, find the real data, leave nothing behind."""
 
 import os
 import signal
@@ -13,21 +13,28 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+FOLDERS = ["fsq_vqvae", "vvae_lam", "laq", "vla", "pi05_finetune", "vae_distill"]
 torch.set_num_threads(1)
 
 
-def load(folder):
-    """The modules of a folder as a namespace. All six have a model.py, so none stays in sys.modules."""
-    home, before = ROOT / folder, list(sys.path)
+def load(folder, *more):
+    """model, data, train (and `more`) of a folder as a namespace; none stays in sys.modules, `common` does.
+
+    Limit: classes loaded so cannot be pickled, so tests in this process use --workers 0.
+    """
+    home, path = ROOT / folder, list(sys.path)
+    own = [file.stem for file in home.glob("*.py")]
+    hidden = {name: sys.modules.pop(name) for name in own if name in sys.modules}
     sys.path[:0] = [str(home), str(ROOT)]
     try:
-        return SimpleNamespace(**{file.stem: import_module(file.stem) for file in sorted(home.glob("*.py"))})
+        return SimpleNamespace(**{name: import_module(name) for name in ("model", "data", "train", *more)})
     finally:
-        sys.path[:] = before
+        sys.path[:] = path
         for name, module in list(sys.modules.items()):
-            if Path(getattr(module, "__file__", None) or "/").parent == home:
+            if home in Path(getattr(module, "__file__", None) or "/").parents:
                 del sys.modules[name]
+        sys.modules.update(hidden)
 
 
 def shared(name):
@@ -37,30 +44,44 @@ def shared(name):
     return SHARED / name
 
 
-def launch(script, *words, ranks=1, cwd=None, env=None, timeout=300):
-    """Run a script in a process of its own, under torchrun if there are several ranks."""
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launch(*words, ranks=1, cwd=None, env=None, timeout=300):
+    """Run a script and its flags in a process of its own, under torchrun if there are several ranks."""
     command = [sys.executable]
     if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    command += [str(script), *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True, check=False)
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port()]
+    command = [str(word) for word in [*command, *words]]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "WANDB_MODE": "offline", **(env or {})}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    # a session of its own, so that a time-out or Ctrl-C ends torchrun's workers too
+    with subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.fixture(scope="module")
 def this(request):
-    """The folder that the test file is named after."""
+    """The folder that the test file is named after: test_laq.py -> laq."""
     return load(Path(request.fspath).stem.removeprefix("test_"))
 
 
 @pytest.fixture(autouse=True)
-def signals():
-    """common.Interrupt installs handlers; put pytest's back."""
+def tidy():
+    """Put back the signal handlers that common.Interrupt replaced; end a wandb run that a failed test left open."""
     names = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(name) for name in names]
     yield
     for name, handler in zip(names, before, strict=True):
         signal.signal(name, handler)
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()

@@ -1,47 +1,190 @@
-"""Every command in a README's ```bash fence runs, in an empty folder; ```bash norun fences are for reading."""
+"""Every command of the READMEs runs as printed, in a copy of the repository.
+
+A fence opened as ```bash is run, line by line and without a shell; one opened as ```bash norun is not (it installs,
+needs a cluster, or names files that only the reader has).
+"""
 
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import FOLDERS, ROOT, SHARED, free_port
 
-READMES = sorted([ROOT / "README.md", *ROOT.glob("*/README.md")])
-SHORT = {
-    "train.py": "--steps 4 --eval-every 2 --save-every 2 --log-every 2".split(),
-    "evaluate.py": ["--random-tuples", "200"],
-}
-
-
-def commands(readme):
-    for fence in re.findall(r"^```bash\n(.*?)^```", readme.read_text(), re.M | re.S):
-        yield from (line.split("  #")[0].strip() for line in fence.splitlines() if line.strip())
+READMES = [name for name in ("README.md", *(f"{folder}/README.md" for folder in FOLDERS)) if (ROOT / name).exists()]
+NORUN = "use ```bash norun for it"
+SHORT = "--steps 4 --eval-every 2 --save-every 2 --log-every 2".split()
+MORE = {"fsq_vqvae/evaluate.py": ["--random-tuples", "200"]}
+every = pytest.mark.parametrize("readme", READMES)
 
 
-def test_fences_are_either_run_or_marked():
-    """A fence in another spelling of bash would be skipped in silence."""
-    for readme in READMES:
-        for opening in re.findall(r"^```(\S.*)$", readme.read_text(), re.M):
-            assert opening in ("bash", "bash norun", "python", "json", "yaml", "text"), f"{readme}: ```{opening}"
+def fences(text):
+    """(info string, lines) of each fenced block."""
+    info, block = None, []
+    for line in text.splitlines():
+        fence = re.match(r"\s*```(.*)$", line)
+        if fence and info is None:
+            info, block = fence[1].strip(), []
+        elif fence:
+            yield info, block
+            info = None
+        elif info is not None:
+            block.append(line)
+    assert info is None, f"a fence is not closed: ```{info}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_commands_run_in_an_empty_folder(readme, tmp_path):
-    for source in [*ROOT.glob("*.py"), *(path.parent for path in ROOT.glob("*/train.py"))]:
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, tmp_path / source.name)
-    for line in commands(readme):
-        words = shlex.split(line)
-        assert words[0] in ("python", "torchrun"), f"{readme.name}: `{line}` cannot be run here: fence it ```bash norun"
-        start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
-        more = SHORT.get(os.path.basename(next(word for word in words if word.endswith(".py"))), [])
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*start, *words[1:], *more], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+def commands(block):
+    """The commands of a block: continued lines joined, comments and blank lines gone."""
+    for line in "\n".join(block).replace("\\\n", " ").splitlines():
+        if shlex.split(line, comments=True):
+            yield line.strip()
+
+
+def split(line):
+    """(environment, words) of a command; what only a shell understands is refused."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>()")
+    lexer.whitespace_split = True
+    words, env = list(lexer), {}
+    for word in words:
+        assert not re.fullmatch(r"[|&;<>()]+", word) and not re.search(r"[$`~*]", word), (
+            f"`{line}` needs a shell ({word}): {NORUN}"
         )
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        name, _, env[name] = words.pop(0).partition("=")
+    return env, words
+
+
+class Place:
+    """A copy of the repository to run a README's commands in; `cd` moves inside it."""
+
+    def __init__(self, folder):
+        self.root = self.here = folder / "repository"
+        ignore = shutil.ignore_patterns(".*", "__pycache__", "runs", "tests", "wandb")
+        shutil.copytree(ROOT, self.root, ignore=ignore)
+        if SHARED.exists():
+            (folder / "shared").symlink_to(SHARED.parent)
+
+    def inside(self, word):
+        path = (self.here / word).resolve()
+        assert path.is_relative_to(self.root.resolve()), f"{word} is outside the repository: {NORUN}"
+        return path
+
+    def program(self, line, words):
+        """The command to start for `words`, or None for what is done here or not at all."""
+        match words:
+            case ["pytest", *_] | ["python", "-m", "pytest", *_]:
+                return None
+            case ["cd", folder]:
+                self.here = self.inside(folder)
+            case ["mkdir", *names]:
+                for name in (name for name in names if name != "-p"):
+                    self.inside(name).mkdir(parents="-p" in names, exist_ok="-p" in names)
+            case ["cp", "-r", *names, target]:
+                target = self.inside(target)
+                for path in map(self.inside, names):
+                    to = target / path.name if target.is_dir() else target
+                    shutil.copytree(path, to) if path.is_dir() else shutil.copy(path, to)
+            case ["python", *rest] if rest[:2] != ["-m", "pip"]:
+                return [sys.executable, *rest]
+            case ["torchrun", *rest]:
+                return [sys.executable, "-m", "torch.distributed.run", "--master_port", str(free_port()), *rest]
+            case _:
+                pytest.fail(f"`{line}`: {words[0]} is not run by the tests: {NORUN}")
+
+    def run(self, line, timeout=900):
+        """Run one line of a README; an error shows the line and the end of what it wrote."""
+        env, words = split(line)
+        command = self.program(line, words)
+        if command is None:
+            return
+        scripts = [Path(self.here, word).resolve() for word in words if word.endswith(".py")]
+        scripts = [str(path.relative_to(self.root.resolve())) for path in scripts if path.exists()]
+        command += SHORT if any(Path(script).name == "train.py" for script in scripts[:1]) else []
+        command += [word for script in scripts[:1] for word in MORE.get(script, [])]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "WANDB_MODE": "offline", **env}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True)
+        with subprocess.Popen(command, cwd=self.here, env=env, start_new_session=True, **pipes) as process:
+            try:
+                shown, _ = process.communicate(timeout=timeout)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        assert process.returncode == 0, f"`{line}` ended with {process.returncode}:\n{shown[-3000:]}"
+
+
+@every
+def test_fences(readme):
+    """A fence hides from the tests (```sh, ```console, a typing error), or a script that it names is gone."""
+    for info, block in fences((ROOT / readme).read_text()):
+        assert info in ("", "bash", "bash norun", "python", "python norun", "json", "text", "mermaid"), f"```{info}"
+        if not info.startswith("bash"):
+            assert not [line for line in block if re.match(r"\s*(\$ |torchrun |python \S+\.py )", line) and info], info
+            continue
+        for line in commands(block):
+            for script in re.findall(r"(?:python|torchrun)\b[^|&;]*?\s([\w./]+\.py)\b", line):
+                if script.split("/")[0] in (*FOLDERS, "tests", "slurm"):
+                    assert (ROOT / script).exists(), f"`{line}`: there is no {script}"
+
+
+@every
+def test_flags_of_train(readme):
+    """A command for real data, which the tests cannot run, has a flag that train.py does not know."""
+    for info, block in fences((ROOT / readme).read_text()):
+        for line in commands(block) if info.startswith("bash") else []:
+            script = re.search(r"(\w+)/train\.py", line)
+            if script and (ROOT / script[1] / "train.py").exists():
+                known = (ROOT / script[1] / "train.py").read_text() + (ROOT / "common.py").read_text()
+                used = re.findall(r"(?<=\s)--([a-z][\w-]*)", line[script.end() :].split("#")[0].split("&&")[0])
+                unknown = [flag for flag in used if f'"--{flag}"' not in known and f'add("{flag}"' not in known]
+                assert not unknown, f"`{line}`: no flag {unknown}"
+
+
+@every
+@pytest.mark.slow
+def test_commands(readme, tmp_path):
+    """A command of the README fails for the reader who copies it."""
+    blocks = [block for info, block in fences((ROOT / readme).read_text()) if info == "bash"]
+    lines = [line for block in blocks for line in commands(block)]
+    place, left_out = Place(tmp_path), []
+    for line in lines:
+        if "../shared/data" in line and not SHARED.exists():
+            left_out.append(line)
+        else:
+            place.run(line)
+    if left_out or not lines:
+        pytest.skip(f"real data (../shared/data) is absent: not run: {left_out}" if left_out else "no command to run")
+
+
+# --- the tests' own reading of a README
+
+
+def test_reading_of_a_readme(tmp_path, monkeypatch):
+    """The runner skips a fence, loses a continued line or passes a failing command, and so tests nothing."""
+    text = "a\n```bash\n# x\npython a.py --x 1 \\\n  --y 2  # two\n\ncd b\n```\n```bash norun\npip\n```\n```\nx\n```\n"
+    (one, block), (two, _), (three, _) = fences(text)
+    assert (one, two, three) == ("bash", "bash norun", "")
+    lines = list(commands(block))
+    assert [split(line) for line in lines] == [({}, "python a.py --x 1 --y 2".split()), ({}, ["cd", "b"])]
+    assert split("A_B=1 python 'x y.py'") == ({"A_B": "1"}, ["python", "x y.py"])
+    for line in ("a && b", "a | b", "a > b", "a; b", "ls *.py", "cp -r a ~/b", "echo $HOME"):
+        with pytest.raises(AssertionError, match="norun"):
+            split(line)
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path / "r")
+    (tmp_path / "r" / "a").mkdir(parents=True)
+    (tmp_path / "r" / "a" / "train.py").write_text("import sys\nopen('seen', 'w').write(' '.join(sys.argv[1:]))\n")
+    place = Place(tmp_path)
+    place.run("python a/train.py --lr 1")
+    assert (place.root / "seen").read_text() == "--lr 1 " + " ".join(SHORT)
+    for line in ("mkdir -p b/c", "cp -r a b/c", "cd b/c/a", "python train.py"):
+        place.run(line)
+    assert (place.root / "b/c/a/seen").read_text() == " ".join(SHORT)
+    with pytest.raises(AssertionError, match="ended with 3"):
+        place.run('python -c "import sys; sys.exit(3)"')
+    for line in ("pip install x", "sbatch a", "git clone x", "python -m pip list", "cp -r train.py /tmp"):
+        with pytest.raises((AssertionError, pytest.fail.Exception), match="norun"):
+            place.run(line)
