@@ -127,7 +127,8 @@ def rate(indices, vocabulary, about):
 
 def codebook(indices, fsq):
     counts = np.bincount(indices.ravel(), minlength=fsq.size)
-    digits = ((fsq.codes(torch.from_numpy(indices)) + 1) * fsq.width).round().long().numpy()  # B N L
+    codes = fsq.codes(torch.from_numpy(indices).to(fsq.width.device))
+    digits = ((codes + 1) * fsq.width).round().long().cpu().numpy()  # B N L
     levels = [np.bincount(digits[..., i].ravel(), minlength=n) for i, n in enumerate(fsq.levels.tolist())]
     return dict(
         usage=float((counts > 0).mean()),
@@ -243,8 +244,7 @@ def measure(model, source, args):
         two_valued_accuracy=right[..., binary].mean((0, 1)).tolist(),
     )
     card["rate"] = rate(indices, model.fsq.size, about)
-    card["codebook"] = codebook(indices, model.fsq.cpu())
-    model.fsq.to(model.mean.device)
+    card["codebook"] = codebook(indices, model.fsq)
     card["structure"] = structure(source, coder, rows, episodes, true, indices, normal, rng)
     card["robustness"] = robustness(coder, about, true, indices, args.random_tuples, normal, rng)
     card["speed"] = speed(model, name, true, indices)

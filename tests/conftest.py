@@ -76,7 +76,7 @@ def this(request):
 
 @pytest.fixture(autouse=True)
 def tidy():
-    """Put back the signal handlers that common.Interrupt replaced; end a wandb run that a failed test left open."""
+    """Put back the signal handlers that common.Interrupt replaced; end a wandb run left open."""
     names = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(name) for name in names]
     yield

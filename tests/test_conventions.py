@@ -105,7 +105,8 @@ def test_local_names(folder):
     """The same thing has another name in another loop, and a fix does not carry over."""
     if folder == "vae_distill":
         pytest.skip("JAX: its state holds the optimizer")
-    stored = {node.id for node in ast.walk(main_of(folder)) if isinstance(node, ast.Name)}
+    names = [node for node in ast.walk(main_of(folder)) if isinstance(node, ast.Name)]
+    stored = {node.id for node in names if isinstance(node.ctx, ast.Store)}
     assert not NAMES - stored
 
 
@@ -127,7 +128,7 @@ def test_forbidden_words(file):
 
 @every_file
 def test_the_sys_path_line(file):
-    """append or insert(0) imports the host project's common.py or model.py when a folder is copied into one."""
+    """append or insert(0) imports a host project's common.py or model.py when a folder is copied there."""
     lines, code = (ROOT / file).read_text().splitlines(), tree(file)
     uses = file != "common.py" and "common" in {name.split(".")[0] for name in imports(code)}
     calls = [node for node in ast.walk(code) if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"]
@@ -149,7 +150,7 @@ def test_common_imports_torch_in_functions_only():
 
 @each
 def test_flags(folder, monkeypatch):
-    """A flag has no help, an underscore or a one-letter twin, is on by default, or is accepted and ignored."""
+    """A flag has no help, an underscore or a short twin, is on by default, or is accepted and ignored."""
     parser = parser_of(folder, monkeypatch)
     code = "\n".join(file.read_text() for file in [*(ROOT / folder).glob("*.py"), ROOT / "common.py"])
     for action in parser._actions:

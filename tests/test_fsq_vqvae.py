@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, launch, shared
+from conftest import ROOT, launch, load, shared
 
 
 def about(name="arm", action_dim=4, chunk=12):
@@ -721,6 +721,65 @@ def test_errors_are_one_line(tmp_path):
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         assert done.returncode == 2 and len(lines) == 1 and text in lines[0], done.stderr
     assert equal(weights(tmp_path / "good"), weights(tmp_path / "good"))
+
+
+# --- the report card
+
+
+def test_baselines_against_plain_arithmetic():
+    """A baseline that is worse than its definition would flatter the tokenizer."""
+    baselines = load("fsq_vqvae", "baselines").baselines
+    train, held = smooth(300, seed=1) / 10, smooth(40, seed=2) / 10
+    coded = baselines.bins256(held)
+    inside = np.abs(held) <= 1
+    assert np.abs(coded.decoded - held)[inside].max() <= 1 / 255 + 1e-6 and (coded.tokens == 48).all()
+    for scale in (2, 10):
+        coded = baselines.fast(train, held, scale)
+        # rounding DCT coefficients to 1/scale errs by 1/(12 scale^2) on average; the DCT keeps that
+        assert coded.undecodable == 0 and np.square(coded.decoded - held).mean() < 1.3 / (12 * scale**2)
+    mean, directions = baselines.pca(train)
+    exact = baselines.pca_codec(train, held, mean, directions, 48)
+    np.testing.assert_allclose(exact.decoded, held, atol=1e-4)
+    errors = [
+        np.square(baselines.pca_codec(train, held, mean, directions, 16, n).decoded - held).mean() for n in (4, 64)
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_reconstruction_numbers_of_the_card():
+    """Against numpy on a case one can do by hand: the decoded chunk is the true one, shifted by 0.1."""
+    metrics = load("fsq_vqvae", "metrics").metrics
+    true = smooth(20)
+    card = metrics.reconstruction(true, true + np.float32(0.1))
+    assert card["mse"] == pytest.approx(0.01, rel=1e-4) and card["max"] == pytest.approx(0.1, rel=1e-4)
+    assert card["jerk"] == pytest.approx(1, rel=1e-3) and card["vrr_0.3"] == 1 and card["vrr_0.03"] == 0
+    assert card["mse_low"] == pytest.approx(0.01, rel=1e-4) and card["mse_high"] == pytest.approx(0, abs=1e-6)
+    assert metrics.entropy(np.array([4, 4, 0, 8])) == pytest.approx(1.5)
+
+
+def test_report_card_of_a_run(this, tmp_path):
+    """From a checkpoint alone, on the run's own split; its MSE is what training logged."""
+    evaluate = load("fsq_vqvae", "evaluate").evaluate
+    write_npz(tmp_path / "a", [30] * 12)
+    write_npz(tmp_path / "b", [30] * 12, dims=5, seed=1)
+    words = flags(tmp_path / "a", tmp_path / "run")
+    words.insert(2, f"b={tmp_path / 'b'}")
+    assert this.train.main([*words, "--val-stride", 3]) == 0
+    more = ["--out", tmp_path / "card", "--random-tuples", 300, "--val-stride", 3, "--device", "cpu"]
+    checkpoint = ["--checkpoint", tmp_path / "run" / "checkpoints" / "last"]
+    assert evaluate.main([*map(str, [*checkpoint, *more])]) == 0
+    card = json.loads((tmp_path / "card" / "report.json").read_text())["sources"]
+    last = logged(tmp_path / "run")[-1]
+    for name in ("a", "b"):
+        assert card[name]["reconstruction"]["mse"] == pytest.approx(last[f"val/{name}/mse"], rel=1e-3)
+        assert card[name]["robustness"]["random_tuples_failed"] == 0
+        assert card[name]["robustness"]["tokens_changed_by_pad_content"] == 0
+        assert card[name]["robustness"]["codes_changed_in_round_trip"] == 0
+    text = (tmp_path / "card" / "report.md").read_text()
+    assert "| FSQVQVAE |" in text and "| 256 bins |" in text and "FAST" in text
+    assert len(list((tmp_path / "card" / "figures").glob("*.png"))) == 4
+    with pytest.raises(ValueError, match="knows a, b"):
+        evaluate.main([*map(str, [*checkpoint, *more, "--data", f"c={tmp_path / 'a'}"])])
 
 
 # --- real data

@@ -1,7 +1,7 @@
 """Every command of the READMEs runs as printed, in a copy of the repository.
 
-A fence opened as ```bash is run, line by line and without a shell; one opened as ```bash norun is not (it installs,
-needs a cluster, or names files that only the reader has).
+A fence opened as ```bash is run, line by line and without a shell; one opened as ```bash norun is not (it
+installs, needs a cluster, or names files that only the reader has).
 """
 
 import os
