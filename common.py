@@ -199,7 +199,9 @@ def autocast(args, device):
 
     dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     context = torch.autocast(device.type, dtype, enabled=args.amp != "off")
-    grow = {} if args.amp == "fp16" else dict(init_scale=1.0, growth_interval=2**31 - 1)
+    # without fp16 the scale stays 1: it never grows, and backs off to what rounds to 1 again
+    grow = dict(init_scale=1.0, growth_interval=2**31 - 1, backoff_factor=math.nextafter(1, 0))
+    grow = {} if args.amp == "fp16" else grow
     return context, torch.amp.GradScaler(device.type, **grow)
 
 
@@ -390,9 +392,17 @@ def atomic(path, folder=False):
         if folder and path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
+        handle = os.open(path.parent, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True) if folder else temporary.unlink(missing_ok=True)
         raise
+
+
+def numbered(root):
+    """The checkpoint folders of a run, oldest first."""
+    return sorted(root.glob("step_*"), key=lambda path: int(path.name[5:]))
 
 
 @contextlib.contextmanager
@@ -408,7 +418,7 @@ def checkpoint(args, step, best=False):
         with atomic(root / link) as temporary:
             temporary.symlink_to(f"step_{step:07d}")
     kept = {(root / link).resolve() for link in ("last", "best") if (root / link).exists()}
-    for old in sorted(root.glob("step_*"))[: -args.keep]:
+    for old in numbered(root)[: -args.keep]:
         if old.resolve() not in kept:
             shutil.rmtree(old)
 
@@ -447,7 +457,7 @@ def newest(args, dist):
         root = Path(args.out) / "checkpoints"
         for stale in root.glob(".*.tmp"):
             shutil.rmtree(stale, ignore_errors=True)
-        for folder in sorted(root.glob("step_*"), reverse=True):
+        for folder in reversed(numbered(root)):
             try:
                 sums = json.loads((folder / "whole.json").read_text())
                 wrong = [name for name, crc in sums.items() if zlib.crc32((folder / name).read_bytes()) != crc]
