@@ -265,10 +265,10 @@ def open_run(args, dist):
     for package in ("torch", "numpy", "jax", "transformers", "lerobot"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    commit = (
-        subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
-    )
+    commit = None
+    if shutil.which("git"):
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     with atomic(before) as path:
         path.write_text(json.dumps(dict(flags=now, versions=versions, commit=commit, world=dist.world), indent=1))
     lines = [f"# python {args.folder}/train.py @run.args"]
@@ -303,7 +303,11 @@ class Logger:
             name = self.out / "wandb_id"
             identity = name.read_text() if name.exists() else wandb.util.generate_id()
             name.write_text(identity)
-            self.wandb = wandb.init(project=args.wandb, id=identity, resume="allow", dir=self.out, config=vars(args))
+            more = dict(id=identity, resume="allow", dir=self.out, config=vars(args))
+            try:
+                self.wandb = wandb.init(project=args.wandb, **more)
+            except wandb.errors.Error as error:
+                raise ValueError(f"--wandb: {brief(error)} (WANDB_MODE=offline needs no account)") from None
 
     def say(self, text):
         if self.dist.main:

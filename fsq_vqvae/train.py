@@ -176,11 +176,19 @@ def main(argv=None):
     if args.data[0].startswith("module:"):
         batches = stream.endless(skip=first * args.accum)
     else:
-        ranks, wide = (dict(rank=dist.rank, world=dist.world), dict(workers=args.workers, val_stride=args.val_stride))
-        span = dict(steps=args.steps, first=first, accum=args.accum)
-        train, validation = prepare_dataloaders(
-            args.batch_size, sources, args.seed, **augment, **span, **ranks, **wide
-        )[1:]
+        _, train, validation = prepare_dataloaders(
+            args.batch_size,
+            sources,
+            seed=args.seed,
+            steps=args.steps,
+            first=first,
+            accum=args.accum,
+            rank=dist.rank,
+            world=dist.world,
+            workers=args.workers,
+            val_stride=args.val_stride,
+            **augment,
+        )
         batches = iter(train)
         for source in sources:
             held = source.validation.sum()
