@@ -36,7 +36,8 @@ def given(value):
 
 class Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        return action.help + (" [%(default)s]" if given(action.default) else "")
+        words = action.default if isinstance(action.default, list) else [action.default]
+        return action.help + (f" [{' '.join(map(str, words))}]" if given(action.default) else "")
 
 
 class Parser(argparse.ArgumentParser):

@@ -55,7 +55,9 @@ def test_help_shows_each_default(capsys):
     for action in (parser := common.flags("doc"))._actions:
         if action.dest not in ("help", "data", "out", "init", "wandb", "compile", "resume"):
             shown = parser._get_formatter()._expand_help(action)
-            assert f"[{parser.get_default(action.dest)}]" in shown, action.dest
+            default = parser.get_default(action.dest)
+            value = " ".join(map(str, default)) if isinstance(default, list) else default
+            assert f"[{value}]" in shown, action.dest
 
 
 def test_no_abbreviation_is_accepted(tmp_path, capsys):
