@@ -34,6 +34,11 @@ def given(value):
     return value is not None and value is not False and value not in ([], argparse.SUPPRESS)
 
 
+def flag(name):
+    """lr_end -> --lr-end."""
+    return f"--{name.replace('_', '-')}"
+
+
 class Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         words = action.default if isinstance(action.default, list) else [action.default]
@@ -104,10 +109,10 @@ def parse(parser, argv, demo):
         args = parser.parse_args([f"@{demo}", *argv], argparse.Namespace(demo=True))
     for name in ("steps", "batch_size", "accum", "lr", "clip", "log_every", "eval_every", "save_every", "keep"):
         if not getattr(args, name, 1) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
+            parser.error(f"{flag(name)} must be above 0")
     for name in ("warmup", "workers", "seed", "lr_end", "weight_decay"):
         if not getattr(args, name, 0) >= 0:
-            parser.error(f"--{name.replace('_', '-')} must not be negative")
+            parser.error(f"{flag(name)} must not be negative")
     if args.resume and not args.out:
         parser.error("--resume needs --out, the folder of the run to go on with")
     args.folder = demo.parent.name
@@ -261,7 +266,7 @@ def open_run(args, dist):
     for name in sorted(set(old) | set(now)):
         was, new = old.get(name), now.get(name)
         if name not in FREE and was != new:
-            raise ValueError(f"--{name.replace('_', '-')} was {was} and is now {new}: a resumed run keeps its flags")
+            raise ValueError(f"{flag(name)} was {was} and is now {new}: a resumed run keeps its flags")
     versions = {"python": sys.version.split()[0]}
     for package in ("torch", "numpy", "jax", "transformers", "lerobot"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -276,7 +281,7 @@ def open_run(args, dist):
     for name, value in now.items():
         if name not in ("folder", "out", "resume") and given(value):
             words = [] if value is True else value if isinstance(value, list) else [value]
-            lines.append(" ".join([f"--{name.replace('_', '-')}", *(shlex.quote(str(word)) for word in words)]))
+            lines.append(" ".join([flag(name), *(shlex.quote(str(word)) for word in words)]))
     with atomic(out / "run.args") as path:
         path.write_text("\n".join(lines) + "\n")
 
@@ -378,30 +383,38 @@ class Logger:
 # --- checkpoints
 
 
+def sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def discard(path):
+    """Remove a file, link or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic(path, folder=False):
     """A temporary neighbour of `path` to write into; synced and renamed at the end, so `path` is whole or absent."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        discard(temporary)
         if folder:
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        else:
-            temporary.unlink(missing_ok=True)
         yield temporary
         for part in [*temporary.rglob("*"), temporary] if folder else [temporary]:
-            handle = os.open(part, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        if folder and path.exists():
-            shutil.rmtree(path)
+            sync(part)
+        if folder:
+            discard(path)
         os.replace(temporary, path)
-        handle = os.open(path.parent, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        sync(path.parent)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True) if folder else temporary.unlink(missing_ok=True)
+        discard(temporary)
         raise
 
 
@@ -461,7 +474,7 @@ def newest(args, dist):
     if dist.main:
         root = Path(args.out) / "checkpoints"
         for stale in root.glob(".*.tmp"):
-            shutil.rmtree(stale, ignore_errors=True)
+            discard(stale)
         for folder in reversed(numbered(root)):
             try:
                 sums = json.loads((folder / "whole.json").read_text())

@@ -37,7 +37,7 @@ class Source:
         """All of `actions` as one training episode."""
         return cls(name, ["0"], actions, np.array([len(actions)]), None, chunk, np.array([False]))
 
-    @property
+    @cached_property
     def start(self):
         return np.cumsum(self.length) - self.length
 
@@ -80,7 +80,10 @@ def read_npz(folder):
                     raise ValueError(f"has no array `actions`, only {', '.join(arrays)}")
                 episodes.append(np.asarray(arrays["actions"], np.float32))
                 if "timestamps" in arrays and len(arrays["timestamps"]) > 1:
-                    rates.append(1 / np.median(np.diff(arrays["timestamps"])))
+                    step = np.median(np.diff(arrays["timestamps"]))
+                    if not step > 0:
+                        raise ValueError("its `timestamps` do not increase")
+                    rates.append(1 / step)
         except Exception as error:  # numpy and zipfile raise a dozen kinds for a broken file
             raise ValueError(f"{file}: {str(error) or type(error).__name__}") from None
         ids.append(file.stem)
@@ -166,10 +169,21 @@ def read_source(name, path):
 # --- split and normalisation
 
 
+def episode_hash(source, episode):
+    """A number in [0, 1) that depends on the two names alone."""
+    digest = hashlib.sha256(f"{source}/{episode}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
 def is_validation(source, episode, share):
     """True for about `share` of the episodes; decided by a hash, so the same in every run and every folder."""
-    digest = hashlib.sha256(f"{source}/{episode}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return episode_hash(source, episode) < share
+
+
+def named_paths(data):
+    """["g1=PATH", "PATH"] -> [(name, path)]; without a name it is the path's own."""
+    pairs = [word.partition("=") for word in data]
+    return [(name, path) if equals else (Path(name).stem or "data", name) for name, equals, path in pairs]
 
 
 def named(values, names, flag):
@@ -185,8 +199,7 @@ def named(values, names, flag):
 
 def read_sources(data, chunk, val_share=0.1, val_episodes=()):
     """The sources of the flags' words. data: NAME=PATH or PATH; chunk: 1s, 30 or g1=30; val_episodes: g1=56-69,80."""
-    pairs = [word.partition("=") for word in data]
-    pairs = [(name, path) if equals else (Path(name).stem or "data", name) for name, equals, path in pairs]
+    pairs = named_paths(data)
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         raise ValueError(f"--data: two sources are called {max(names, key=names.count)}: write NAME=PATH")
@@ -216,9 +229,9 @@ def read_sources(data, chunk, val_share=0.1, val_episodes=()):
             source.validation = np.array([is_validation(source.name, identity, val_share) for identity in source.ids])
             if source.validation.all() or (val_share > 0 and len(source.ids) > 1 and not source.validation.any()):
                 # too few episodes for a share: hold out the one with the smallest hash
-                order = [hashlib.sha256(f"{source.name}/{identity}".encode()).digest() for identity in source.ids]
+                hashes = [episode_hash(source.name, identity) for identity in source.ids]
                 source.validation[:] = False
-                source.validation[order.index(min(order))] = len(source.ids) > 1
+                source.validation[np.argmin(hashes)] = len(source.ids) > 1
         if source.validation.all():
             raise ValueError(f"--val-episodes {source.name}: all {len(source.ids)} episodes are held out, none is left")
     return sources

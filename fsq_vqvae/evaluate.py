@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
-from data import read_sources
+from data import named_paths, read_sources
 from metrics import measure
 from model import FSQVQVAE
 
@@ -53,7 +53,7 @@ def open_sources(args, model):
         raise ValueError(f"{record} is not there to tell the data: give --data NAME=PATH")
     if data[0].startswith("module:"):
         raise ValueError(f"--data {data[0]}: episodes are needed here: give --data {model.names[0]}=PATH")
-    names = [name if equals else Path(name).stem for name, equals, _ in (word.partition("=") for word in data)]
+    names = [name for name, _ in named_paths(data)]
     for name in names:
         if name not in model.names:
             raise ValueError(f"--data {name}: the checkpoint knows {', '.join(model.names)}; write NAME=PATH")

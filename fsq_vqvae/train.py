@@ -150,8 +150,9 @@ def main(argv=None):
         relative=args.relative,
         fsq_bound=args.fsq_bound,
     )
-    for about, sample in zip(abouts, samples, strict=True):
-        model.fit_skeleton(about["name"], sample["actions"], sample["mask"])
+    if not args.init:
+        for about, sample in zip(abouts, samples, strict=True):
+            model.fit_skeleton(about["name"], sample["actions"], sample["mask"])
     model.to(dist.device)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]

@@ -51,11 +51,14 @@ class Batches:
     def endless(self, skip):
         """Epoch after epoch, without the first `skip` batches: a stream that cannot seek is read again."""
         while True:
+            item = None
             for item in self.loader:
                 if skip > 0:
                     skip -= 1
                 else:
                     yield as_batch(item, self.shape)
+            if item is None:
+                raise ValueError("the user's training loader is used up: it must give its batches again in each epoch")
 
 
 def prepare_user_data(path, batch_size, normalise="quantile", chunks=8192):

@@ -364,6 +364,7 @@ def truncate(file):
         (lambda f: np.savez(f / "ep01.npz", actions=np.zeros((0, 3))), "expected"),
         (lambda f: np.savez(f / "ep01.npz", actions=np.array([{}], dtype=object)), "ep01.npz: .*pickle"),
         (lambda f: truncate(f / "ep01.npz"), "ep01.npz"),
+        (lambda f: np.savez(f / "ep01.npz", actions=np.zeros((9, 3)), timestamps=np.zeros(9)), "ep01.npz: .*increase"),
         (lambda f: [file.unlink() for file in f.glob("*.npz")], "no episodes"),
         (shutil.rmtree, "no such file"),
     ],
@@ -602,6 +603,12 @@ def test_users_own_loaders(this, tmp_path):
     last = logged(tmp_path / "out")[-1]
     assert last["val/lab/mse"] == pytest.approx(last["val/field/mse"], rel=1e-4)
     assert last["val/mse"] == pytest.approx((last["val/lab/mse"] + last["val/field/mse"]) / 2)
+    # a generator can be read once: that must end in an error, not in an endless wait
+    text = (tmp_path / "mine.py").read_text()
+    (tmp_path / "once.py").write_text(text.replace("return chunks[0], train", "return chunks[0], (x for x in train)"))
+    words[1], words[3] = f"module:{tmp_path / 'once.py'}", str(tmp_path / "once")
+    with pytest.raises(ValueError, match="used up"):
+        this.train.main(words)
     words[1], words[3] = f"module:{tmp_path / 'absent.py'}", str(tmp_path / "out2")
     with pytest.raises(ValueError, match="no such file"):
         this.train.main(words)
