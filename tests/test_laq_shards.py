@@ -1,0 +1,816 @@
+"""laq/videos_to_shards.py: every kind of source on tiny data written here, faults, stops, and real recordings."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from types import ModuleType
+
+import av
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import webdataset
+from conftest import ROOT, launch, load, shared
+
+VERB = ROOT / "laq" / "videos_to_shards.py"
+
+
+@pytest.fixture(scope="module")
+def laq():
+    return load("laq", "shards", "sources", "videos_to_shards")
+
+
+def run(laq, out, *words):
+    """Run the verb here on `words`; returns (clips by key, summary)."""
+    laq.videos_to_shards.main([str(word) for word in [*words, "--out", out, "--workers", 0]])
+    summary = json.loads((out / "summary.json").read_text())
+    clips = laq.shards.read_clips(out) if any(about["clips"] for about in summary.values()) else []
+    return {clip.key: clip for clip in clips}, summary
+
+
+# --- tiny data: the grey level of a frame is its number, so that a clip tells which frames it holds
+
+
+def grey(numbers, height=48, width=64):
+    """Frames (T, H, W, 3) uint8: level 30 + 10 n all over, but for a moving stripe that gives the codec work."""
+    frames = np.stack([np.full((height, width, 3), 30 + 10 * (n % 20), np.uint8) for n in numbers])
+    for frame, n in zip(frames, numbers, strict=True):
+        frame[:4, (3 * n) % (width - 8) :][:, :8] = 200
+    return frames
+
+
+def numbers(frames):
+    """What `grey` drew: (T, H, W, 3) -> list of T, modulo 20."""
+    rows = frames[:, frames.shape[1] // 2 :].reshape(len(frames), -1).astype(float)
+    return [round((level - 30) / 10) for level in np.median(rows, 1)]
+
+
+def write_video(path, frames, codec="libx264", fps=10, pix_fmt="yuv420p", head=True, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    more = dict(movflags="faststart") if head and path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=more) as video:
+        stream = video.add_stream(codec, rate=fps, options={name: str(value) for name, value in options.items()})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
+        for frame in frames:
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        video.mux(stream.encode())
+
+
+def picture(frame, codec="png", pix_fmt="rgb24"):
+    """The bytes of a PNG or (mjpeg, yuvj420p) JPEG."""
+    coder = av.CodecContext.create(codec, "w")
+    coder.height, coder.width, coder.pix_fmt, coder.time_base = *frame.shape[:2], pix_fmt, Fraction(1, 10)
+    packets = coder.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pix_fmt))
+    return b"".join(bytes(packet) for packet in [*packets, *coder.encode()])
+
+
+def jpeg(frame):
+    return picture(frame, "mjpeg", "yuvj420p")
+
+
+def rows(numbers, width=3):
+    """Actions (T, width) whose first column is the frame's number."""
+    return np.float32(numbers)[:, None] + np.arange(width, dtype=np.float32) / 100
+
+
+CAMERAS = ["observation.images.top", "observation.images.wrist"]
+
+
+def lerobot_info(root, version, cameras, dtype="video", **more):
+    features = {name: dict(dtype=dtype, shape=[48, 64, 3]) for name in cameras}
+    features |= {"action": dict(dtype="float32", shape=[3]), "observation.state": dict(dtype="float32", shape=[2])}
+    (root / "meta").mkdir(parents=True, exist_ok=True)
+    (root / "meta/info.json").write_text(json.dumps(dict(codebase_version=version, fps=10, features=features, **more)))
+
+
+def lerobot_table(path, lengths, **columns):
+    """A parquet of episodes {index: length}."""
+    parts = [(episode, n) for episode, length in lengths.items() for n in range(length)]
+    table = dict(episode_index=[episode for episode, _ in parts], frame_index=[n for _, n in parts])
+    table |= {
+        "action": [rows([n])[0].tolist() for _, n in parts],
+        "observation.state": [[1.0 * n, 5.0] for _, n in parts],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(table | columns), path)
+
+
+def lerobot_v21(root, lengths):
+    """Episodes {index: length}, two cameras; the wrist's frames are numbered from 3."""
+    paths = dict(
+        data_path="data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        video_path="videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    )
+    lerobot_info(root, "v2.1", CAMERAS, chunks_size=2, **paths)
+    lines = [dict(episode_index=n, tasks=[f"task {n}"], length=length) for n, length in lengths.items()]
+    (root / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    for n, length in lengths.items():
+        lerobot_table(root / f"data/chunk-{n // 2:03d}/episode_{n:06d}.parquet", {n: length})
+        for offset, camera in zip((0, 3), CAMERAS, strict=True):
+            path = root / f"videos/chunk-{n // 2:03d}/{camera}/episode_{n:06d}.mp4"
+            write_video(path, grey(range(offset, offset + length)))
+
+
+def lerobot_v30(root, lengths, **options):
+    """All episodes in one video, whose frames are numbered through, and one parquet."""
+    camera = CAMERAS[0]
+    paths = dict(
+        data_path="data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        video_path="videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    )
+    lerobot_info(root, "v3.0", [camera], **paths)
+    lerobot_table(root / "data/chunk-000/file-000.parquet", lengths)
+    write_video(root / f"videos/{camera}/chunk-000/file-000.mp4", grey(range(sum(lengths.values()))), **options)
+    ends = np.cumsum([0, *lengths.values()])
+    table = dict(episode_index=list(lengths), tasks=[[f"task {n}"] for n in lengths], length=list(lengths.values()))
+    for name in ("data", f"videos/{camera}"):
+        table |= {f"{name}/chunk_index": [0] * len(lengths), f"{name}/file_index": [0] * len(lengths)}
+    table[f"videos/{camera}/from_timestamp"] = (ends[:-1] / 10).tolist()
+    table[f"videos/{camera}/to_timestamp"] = (ends[1:] / 10).tolist()
+    (root / "meta/episodes/chunk-000").mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.table(table), root / "meta/episodes/chunk-000/file-000.parquet")
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """tf.train.Example, in the package `tfrecord` if it is installed, else in a stand-in made by protobuf itself."""
+    try:
+        from tfrecord.example_pb2 import Example
+    except ImportError:
+        Example = build_example()
+        package, module = ModuleType("tfrecord"), ModuleType("tfrecord.example_pb2")
+        module.Example = Example
+        monkeypatch.setitem(sys.modules, "tfrecord", package)
+        monkeypatch.setitem(sys.modules, "tfrecord.example_pb2", module)
+    return Example
+
+
+def build_example():
+    """The message as tensorflow/core/example/{example,feature}.proto define it."""
+    descriptor_pb2 = pytest.importorskip("google.protobuf.descriptor_pb2")
+    from google.protobuf import descriptor_pool, message_factory
+
+    F = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="example_test.proto", package="laqtest", syntax="proto3")
+
+    def message(name, *fields):
+        made = file.message_type.add(name=name)
+        for number, (field, kind, label, of) in enumerate(fields, 1):
+            made.field.add(name=field, number=number, type=kind, label=label, type_name=of and f".laqtest.{of}")
+        return made
+
+    one, many = F.LABEL_OPTIONAL, F.LABEL_REPEATED
+    message("BytesList", ("value", F.TYPE_BYTES, many, None))
+    message("FloatList", ("value", F.TYPE_FLOAT, many, None))
+    message("Int64List", ("value", F.TYPE_INT64, many, None))
+    lists = [("bytes_list", "BytesList"), ("float_list", "FloatList"), ("int64_list", "Int64List")]
+    feature = message("Feature", *((name, F.TYPE_MESSAGE, one, of) for name, of in lists))
+    feature.oneof_decl.add(name="kind")
+    for field in feature.field:
+        field.oneof_index = 0
+    features = message("Features", ("feature", F.TYPE_MESSAGE, many, "Features.FeatureEntry"))
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=F.TYPE_STRING, label=one)
+    entry.field.add(name="value", number=2, type=F.TYPE_MESSAGE, label=one, type_name=".laqtest.Feature")
+    message("Example", ("features", F.TYPE_MESSAGE, one, "Features"))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("laqtest.Example"))
+
+
+def write_tfrecord(path, Example, records):
+    """records: {feature: list of bytes, floats or ints}. The checksums are zeros: nobody here reads them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        for record in records:
+            made = Example()
+            for key, values in record.items():
+                kind = {bytes: "bytes_list", float: "float_list", int: "int64_list"}[type(values[0])]
+                getattr(made.features.feature[key], kind).value.extend(values)
+            data = made.SerializeToString()
+            file.write(struct.pack("<Q", len(data)) + bytes(4) + data + bytes(4))
+
+
+# --- videos and pictures
+
+
+def test_kinds_of_video(laq, tmp_path):
+    """A container or codec is read wrongly, a frame is lost or doubled, or its fps is."""
+    data, kinds = tmp_path / "data", {"a.avi": "mpeg4", "b.webm": "libvpx-vp9", "c.mkv": "libx264", "d.mov": "libx264"}
+    for name, codec in kinds.items():
+        write_video(data / "deep" / "er" / name, grey(range(12)), codec)
+    write_video(data / "AV1.MP4".lower(), grey(range(12)), "libsvtav1", fps=5)
+    write_video(data / "loop.gif", grey(range(12)), "gif", pix_fmt="gray")
+    write_video(data / "ein Tisch, grün 桌.mp4", grey(range(12)))
+    (data / "notes.txt").write_text("no video")
+    (data / "._a.mp4").write_bytes(b"left by a Mac")
+    clips, summary = run(laq, tmp_path / "out", "--data", f"web={data}")
+    assert len(clips) == 7 and not summary["web"]["broken"]
+    for clip in clips.values():
+        assert numbers(clip.frames()) == list(range(12)), clip
+        assert clip.meta["fps"] == (5 if clip.meta["episode"] == "av1" else 10)
+        assert (clip.meta["source"], clip.meta["camera"], clip.meta["instruction"]) == ("web", "video", "")
+        assert "actions" not in clip.meta and set(clip.members) == {"mp4", "json"}
+    names = {clip.meta["episode"] for clip in clips.values()}
+    assert names == {"deep/er/a", "deep/er/b", "deep/er/c", "deep/er/d", "av1", "loop", "ein Tisch, grün 桌"}
+    assert summary["web"]["clips"] == 7 and summary["web"]["frames"] == 84
+    assert summary["web"]["hours"] == pytest.approx((6 * 1.2 + 2.4) / 3600)
+
+
+def test_sidecars(laq, tmp_path):
+    """The instruction, the actions or the episode that lie beside a video are not with its clip."""
+    data = tmp_path / "data"
+    for name in ("one", "two"):
+        write_video(data / f"{name}.mp4", grey(range(6)))
+        np.savez(data / f"{name}.npz", actions=rows(range(6)), state=rows(range(6), 2))
+        (data / f"{name}.txt").write_text(f"open drawer {name}\n")
+    about = dict(episode=7, camera="left", fps=3, actions="absolute", operator="B", joints=[1, 2], source="x", length=1)
+    (data / "two.json").write_text(json.dumps(about))
+    clips, summary = run(laq, tmp_path / "out", "--data", f"lab={data}")
+    one, two = clips["lab-one-video"], clips["lab-7-left"]
+    np.testing.assert_array_equal(one.array("actions.npy"), rows(range(6)))
+    np.testing.assert_array_equal(two.array("state.npy"), rows(range(6), 2))
+    assert one.meta["instruction"] == "open drawer one" and one.meta["actions"] == "delta" and one.meta["fps"] == 10
+    assert two.meta == dict(
+        instruction="open drawer two",
+        fps=3,
+        source="lab",
+        episode="7",
+        camera="left",
+        length=6,
+        actions="absolute",
+        operator="B",
+    )
+    assert (summary["lab"]["with_actions"], summary["lab"]["with_instruction"]) == (2, 2)
+    clips, _ = run(laq, tmp_path / "flag", "--data", f"lab={data}", "--actions", "lab=absolute", "--fps", "30")
+    assert {(clip.meta["actions"], clip.meta["fps"]) for clip in clips.values()} == {("absolute", 30.0)}
+
+
+@pytest.mark.parametrize(
+    "name, codec, options, size, copied",
+    [
+        ("a.mp4", "libx264", dict(g=250), (48, 64), True),
+        ("a.mp4", "libx264", dict(g=250, pix_fmt="yuv444p"), (48, 64), False),
+        ("a.mp4", "mpeg4", {}, (48, 64), False),
+        ("a.mov", "libx264", {}, (48, 64), False),
+        ("a.mp4", "libx264", {}, (96, 130), False),
+        ("a.mkv", "libx264", dict(pix_fmt="yuv444p"), (47, 63), False),
+    ],
+)
+def test_what_is_copied(laq, tmp_path, name, codec, options, size, copied):
+    """A file that need not be touched is spoilt by a second encoding, or one that readers trip over is kept."""
+    write_video(tmp_path / "data" / name, grey(range(30), *size), codec, **options)
+    clips, _ = run(laq, tmp_path / "out", "--data", tmp_path / "data", "--height", 48)
+    (clip,) = clips.values()
+    assert (clip.read("mp4") == (tmp_path / "data" / name).read_bytes()) == copied
+    assert numbers(clip.frames()) == [n % 20 for n in range(30)]
+    height, width = clip.frames().shape[1:3]
+    assert height == 48 and width % 2 == 0 and abs(width / height - size[1] / size[0]) < 0.03
+    if not copied:
+        (tmp_path / "clip.mp4").write_bytes(clip.read("mp4"))
+        with av.open(str(tmp_path / "clip.mp4")) as video:
+            packets = [packet for packet in video.demux(video=0) if packet.size]
+        keyframes = [n for n, packet in enumerate(packets) if packet.is_keyframe]
+        assert len(packets) == 30 and max(np.diff([*keyframes, 30])) <= 10
+        assert [packet.pts for packet in packets] == [packet.dts for packet in packets]
+
+
+def test_sound_is_not_copied(laq, tmp_path):
+    (tmp_path / "data").mkdir()
+    with av.open(str(tmp_path / "data/a.mp4"), "w") as video:
+        stream, sound = video.add_stream("libx264", rate=10), video.add_stream("aac", rate=16000)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for frame in grey(range(10)):
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        noise = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        noise.sample_rate = 16000
+        video.mux([*stream.encode(), *sound.encode(noise), *sound.encode()])
+    clips, _ = run(laq, tmp_path / "out", "--data", f"d={tmp_path / 'data'}")
+    assert numbers(clips["d-a-video"].frames()) == list(range(10))
+    with av.open(io.BytesIO(clips["d-a-video"].read("mp4"))) as video:
+        assert [stream.type for stream in video.streams] == ["video"]
+
+
+def test_encoding_keeps_the_picture(laq, tmp_path):
+    """Scaling or colours go wrong: the clip is not what one sees when the video itself is read at that size."""
+    grid = np.stack(np.meshgrid(np.linspace(0, 255, 160), np.linspace(0, 255, 120)), -1)
+    frames = np.stack([np.dstack([grid, np.full((120, 160), 60.0 + 10 * n)]) for n in range(8)]).astype(np.uint8)
+    write_video(tmp_path / "data/a.mkv", frames, crf=5)
+    clips, _ = run(laq, tmp_path / "out", "--data", tmp_path / "data", "--height", 60, "--crf", 10)
+    seen = next(iter(clips.values())).frames().astype(float)
+    small = frames.reshape(8, 60, 2, 80, 2, 3).mean((2, 4))
+    assert seen.shape == small.shape and np.abs(seen - small).mean() < 2.5
+
+
+def test_a_turned_phone(laq, tmp_path):
+    """A video that players turn upright reaches the model lying on its side."""
+    frames = grey(range(4), 48, 64)
+    frames[:, :, :16] = 250  # what a quarter turn clockwise brings to the top
+    write_video(tmp_path / "data/a.mp4", frames)
+    data = bytearray((tmp_path / "data/a.mp4").read_bytes())
+    at = data.index(b"tkhd") + 4 + 40  # the display matrix of the track's header
+    data[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    (tmp_path / "data/a.mp4").write_bytes(data)
+    clips, _ = run(laq, tmp_path / "out", "--data", tmp_path / "data")
+    seen = next(iter(clips.values())).frames()
+    assert seen.shape == (4, 64, 48, 3) and seen[:, :12].min() > 230 > seen[:, 20:].max()
+
+
+def test_pictures(laq, tmp_path):
+    """frame10 comes before frame2, or a folder's frame rate is guessed."""
+    for episode, write in (("run 1/cam", picture), ("run 2/cam", jpeg)):
+        (tmp_path / "data" / episode).mkdir(parents=True)
+        for n in range(12):
+            name = f"frame{n}.{'png' if write is picture else 'jpg'}"
+            (tmp_path / "data" / episode / name).write_bytes(write(grey([n])[0]))
+    (tmp_path / "data/run 1/cam.txt").write_text("stack")
+    np.savez(tmp_path / "data/run 1/cam.npz", actions=rows(range(12)))
+    with pytest.raises(ValueError, match="does not tell its frame rate: give --fps im=X"):
+        run(laq, tmp_path / "out", "--data", f"im={tmp_path / 'data'}")
+    words = ("--data", f"im={tmp_path / 'data'}", "--fps", 4, "--group-cameras", "im")
+    clips, _ = run(laq, tmp_path / "out", *words)
+    assert {(clip.meta["episode"], clip.meta["camera"]) for clip in clips.values()} == {
+        ("run 1", "cam"),
+        ("run 2", "cam"),
+    }
+    for clip in clips.values():
+        assert numbers(clip.frames()) == list(range(12)) and clip.meta["fps"] == 4
+    first = next(clip for clip in clips.values() if clip.meta["episode"] == "run 1")
+    assert first.meta["instruction"] == "stack" and len(first.array("actions.npy")) == 12
+
+
+def test_cameras_of_an_episode_stay_together(laq, tmp_path):
+    """Two cameras of one episode count as two episodes, so that one is trained on and the other validated on."""
+    for episode in "13":
+        for camera in ("0", "1", "wrist"):
+            write_video(tmp_path / "data/train" / episode / f"{camera}.mp4", grey(range(4)))
+    clips, _ = run(laq, tmp_path / "out", "--data", f"droid={tmp_path / 'data'}", "--group-cameras", "droid")
+    assert {clip.meta["episode"] for clip in clips.values()} == {"train/1", "train/3"} and len(clips) == 6
+    words = ("--data", f"droid={tmp_path / 'data'}", "--group-cameras", "droid", "--cameras", "wrist")
+    clips, summary = run(laq, tmp_path / "wrist", *words)
+    assert summary["droid"]["cameras"] == {"wrist": 2}
+
+
+# --- LeRobot
+
+
+def test_lerobot_v21(laq, tmp_path):
+    """Actions, language or frames of another episode or camera."""
+    lerobot_v21(tmp_path / "data", {0: 6, 1: 7, 2: 5})
+    clips, _ = run(laq, tmp_path / "out", "--data", f"g1={tmp_path / 'data'}")
+    assert list(clips) == [f"g1-{n}-{camera}" for n in range(3) for camera in ("top", "wrist")]
+    for key, clip in clips.items():
+        first, length = 3 * key.endswith("wrist"), {0: 6, 1: 7, 2: 5}[int(clip.meta["episode"])]
+        assert numbers(clip.frames()) == list(range(first, first + length))
+        np.testing.assert_array_equal(clip.array("actions.npy"), rows(range(length)))
+        np.testing.assert_array_equal(clip.array("state.npy")[:, 0], np.arange(length))
+        about = clip.meta["instruction"], clip.meta["fps"], clip.meta["actions"]
+        assert about == (f"task {clip.meta['episode']}", 10.0, "absolute")
+    clips, _ = run(laq, tmp_path / "one", "--data", f"g1={tmp_path / 'data'}", "--cameras", CAMERAS[1])
+    assert list(clips) == ["g1-0-wrist", "g1-1-wrist", "g1-2-wrist"]
+    with pytest.raises(ValueError, match="--cameras rear: g1 has top, wrist"):
+        run(laq, tmp_path / "none", "--data", f"g1={tmp_path / 'data'}", "--cameras", "rear")
+    with pytest.raises(ValueError, match="holds LeRobotDatasets: give each"):
+        run(laq, tmp_path / "none", "--data", tmp_path)
+
+
+@pytest.mark.parametrize("options", [dict(g=100, bf=3), dict(g=2, bf=0), dict(g=14, bf=3, sc_threshold=0)])
+def test_lerobot_v30_is_cut_exactly(laq, tmp_path, options):
+    """An episode begins or ends with its neighbour's frame, with B-frames and keyframes anywhere."""
+    lengths = {0: 13, 1: 1, 2: 28, 3: 18}
+    lerobot_v30(tmp_path / "data", lengths, **options)
+    clips, summary = run(laq, tmp_path / "out", "--data", f"r={tmp_path / 'data'}")
+    ends = np.cumsum([0, *lengths.values()])
+    for n, clip in enumerate(clips.values()):
+        assert numbers(clip.frames()) == [i % 20 for i in range(ends[n], ends[n + 1])]
+        np.testing.assert_array_equal(clip.array("actions.npy"), rows(range(lengths[n])))
+        assert clip.meta["instruction"] == f"task {n}"
+    assert summary["r"]["short"] == ["r-1-top"] and summary["r"]["clips"] == 4
+
+
+def test_lerobot_v30_file_with_one_episode_is_copied(laq, tmp_path):
+    lerobot_v30(tmp_path / "data", {0: 12})
+    clips, _ = run(laq, tmp_path / "out", "--data", f"r={tmp_path / 'data'}")
+    file = tmp_path / f"data/videos/{CAMERAS[0]}/chunk-000/file-000.mp4"
+    assert clips["r-0-top"].read("mp4") == file.read_bytes()
+
+
+def test_lerobot_pictures_in_the_parquet(laq, tmp_path):
+    """Sets that store PNGs in the table instead of videos (LIBERO's, for one)."""
+    path = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+    lerobot_info(tmp_path / "data", "v2.0", ["image"], "image", data_path=path, video_path=None)
+    (tmp_path / "data/meta/episodes.jsonl").write_text(json.dumps(dict(episode_index=0, tasks=[], length=5)))
+    cells = [dict(bytes=picture(frame), path=None) for frame in grey(range(5))]
+    lerobot_table(tmp_path / "data/data/chunk-000/episode_000000.parquet", {0: 5}, image=cells)
+    clips, _ = run(laq, tmp_path / "out", "--data", f"libero={tmp_path / 'data'}")
+    clip = clips["libero-0-image"]
+    assert numbers(clip.frames()) == [0, 1, 2, 3, 4] and clip.meta["instruction"] == ""
+    np.testing.assert_array_equal(clip.array("actions.npy"), rows(range(5)))
+
+
+def test_lerobot_that_disagrees(laq, tmp_path):
+    """A camera, table or row is missing: silently other actions, or a traceback after hours."""
+    lerobot_v21(tmp_path / "data", {0: 6, 1: 6, 2: 6, 3: 6})
+    data = tmp_path / "data"
+    lerobot_table(data / "data/chunk-000/episode_000000.parquet", {0: 5})
+    (data / f"videos/chunk-000/{CAMERAS[1]}/episode_000001.mp4").unlink()
+    (data / "data/chunk-001/episode_000002.parquet").write_bytes(b"PAR1 but not really")
+    bad = [rows([n])[0].tolist() for n in range(6)]
+    bad[4] = [1.0, float("nan"), 2.0]
+    lerobot_table(data / "data/chunk-001/episode_000003.parquet", {3: 6}, action=bad)
+    clips, summary = run(laq, tmp_path / "out", "--data", f"g1={data}", "--shard-clips", 2)
+    broken = summary["g1"]["broken"]
+    assert list(clips) == ["g1-1-top"] and len(broken) == 7
+    assert "6 frames, but 5 rows in" in broken["g1-0-top"]
+    assert broken["g1-1-wrist"].endswith("episode_000001.mp4: no such file")
+    assert "episode_000002" in broken["g1-2-top"] and "\n" not in broken["g1-2-top"]
+    assert "actions of frame 4 are not finite" in broken["g1-3-wrist"]
+
+
+# --- RLDS
+
+
+def record(steps, **more):
+    """An episode of Open X as TFDS flattens it."""
+    black = jpeg(np.zeros((48, 64, 3), np.uint8))
+    depth = picture(np.zeros((48, 64, 3), np.uint8), pix_fmt="rgb48be")
+    return {
+        "steps/observation/image": [jpeg(frame) for frame in grey(steps)],
+        "steps/observation/black": [black] * len(steps),
+        "steps/observation/depth": [depth] * len(steps),
+        "steps/observation/state": rows(steps, 2).ravel().tolist(),
+        "steps/is_first": [1] + [0] * (len(steps) - 1),
+    } | more
+
+
+def test_rlds(laq, tmp_path, example):
+    """Actions of another step, the wrong words, depth or a dead camera taken for a view."""
+    words = b"push the blue block"
+    letters = list(words) + [0] * (32 - len(words))
+    records = [
+        record(
+            range(5), **{"steps/action": rows(range(5)).ravel().tolist(), "steps/language_instruction": [words] * 5}
+        ),
+        record(
+            range(7),
+            **{"steps/action/world_vector": rows(range(7)).ravel().tolist(), "steps/action/gripper": [0.5] * 7},
+            **{"steps/observation/natural_language_instruction": [b"", *[words] * 6]},
+        ),
+        record(range(4), **{"steps/action": [0.0] * 8, "steps/observation/instruction": letters * 4}),
+    ]
+    write_tfrecord(tmp_path / "oxe/1.0.0/oxe-train.tfrecord-00000-of-00002", example, records)
+    write_tfrecord(tmp_path / "oxe/1.0.0/oxe-train.tfrecord-00001-of-00002", example, records[:1])
+    clips, summary = run(laq, tmp_path / "out", "--data", f"oxe={tmp_path / 'oxe'}", "--fps", "oxe=5")
+    assert list(clips) == [f"oxe-oxe-train-{name}-image" for name in ("00000-0", "00000-1", "00000-2", "00001-0")]
+    first, second, third, _ = clips.values()
+    assert numbers(first.frames()) == list(range(5)) and first.meta["fps"] == 5 and first.meta["actions"] == "delta"
+    np.testing.assert_array_equal(first.array("actions.npy"), rows(range(5)))
+    np.testing.assert_array_equal(first.array("state.npy"), rows(range(5), 2))
+    assert second.meta["actions_parts"] == ["gripper", "world_vector"]
+    np.testing.assert_array_equal(second.array("actions.npy")[:, 1:], rows(range(7)))
+    assert {clip.meta["instruction"] for clip in clips.values()} == {words.decode()}
+    assert third.array("actions.npy").shape == (4, 2)
+    assert (
+        len(summary["oxe"]["broken"]) == 4
+        and "every frame is black" in summary["oxe"]["broken"]["oxe-oxe-train-00001-0-black"]
+    )
+
+
+def test_rlds_faults(laq, tmp_path, example):
+    """A shard whose copy was cut off, or of another format, ends the run instead of losing its last record."""
+    first, second = tmp_path / "x/x-train.tfrecord-00000-of-00003", tmp_path / "x/x-train.tfrecord-00001-of-00003"
+    write_tfrecord(first, example, [record(range(3)), record(range(3))])
+    first.write_bytes(first.read_bytes()[:-200])
+    second.write_bytes(struct.pack("<Q", 20) + bytes(4) + b"\xff" * 20 + bytes(4))
+    (tmp_path / "x/x-train.tfrecord-00002-of-00003").touch()
+    clips, summary = run(laq, tmp_path / "out", "--data", f"x={tmp_path / 'x'}", "--fps", 5)
+    broken = summary["x"]["broken"]
+    assert list(clips) == ["x-x-train-00000-0-image"] and "actions" not in clips["x-x-train-00000-0-image"].meta
+    assert "truncated" in broken["x-x-train-00000-1-image"]
+    assert "not a tfrecord of tf.train.Example" in broken["x-x-train-00001-0-unknown"]
+    assert "an empty file" in broken["x-x-train-00002-0-unknown"]
+
+
+def test_rlds_without_the_package(laq, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tfrecord", None)
+    monkeypatch.setitem(sys.modules, "tfrecord.example_pb2", None)
+    (tmp_path / "x.tfrecord").write_bytes(bytes(16))
+    with pytest.raises(ValueError, match="pip install tfrecord"):
+        run(laq, tmp_path / "out", "--data", tmp_path / "x.tfrecord", "--fps", 5)
+
+
+# --- faults
+
+
+def test_broken_clips_are_named_counted_and_left_out(laq, tmp_path, capsys):
+    """One bad file among thousands ends the run, or slips into the shards."""
+    data = tmp_path / "data"
+    write_video(data / "good.mp4", grey(range(30)), "mpeg4")
+    write_video(data / "head.mp4", grey(range(30)))
+    write_video(data / "tail.mp4", grey(range(30)), head=False)
+    write_video(data / "cut.mkv", grey(range(30)))
+    for name in ("head.mp4", "tail.mp4", "cut.mkv"):
+        whole = (data / name).read_bytes()
+        (data / name).write_bytes(whole[: len(whole) * 2 // 3])
+    (data / "empty.mp4").touch()
+    (data / "text.mp4").write_text("not a video " * 50)
+    write_video(data / "black.mp4", np.zeros((8, 48, 64, 3), np.uint8))
+    write_video(data / "rows.mp4", grey(range(8)))
+    np.savez(data / "rows.npz", actions=rows(range(9)))
+    write_video(data / "pickle.mp4", grey(range(8)))
+    np.savez(data / "pickle.npz", actions=np.array([{}], object))
+    write_video(data / "zip.mp4", grey(range(8)))
+    (data / "zip.npz").write_bytes(b"PK\x03\x04 no archive")
+    write_video(data / "json.mp4", grey(range(8)))
+    (data / "json.json").write_text("{")
+    write_video(data / "kind.mp4", grey(range(8)))
+    (data / "kind.json").write_text('{"actions": "relative"}')
+    (data / "mixed").mkdir()
+    (data / "mixed/0.png").write_bytes(picture(grey([0])[0]))
+    (data / "mixed/1.png").write_bytes(picture(grey([1], 48, 32)[0]))
+    (data / "torn").mkdir()
+    (data / "torn/0.png").write_bytes(picture(grey([0])[0]))
+    (data / "torn/1.png").write_bytes(picture(grey([1])[0])[:40])
+    (data / "jpeg").mkdir()
+    (data / "jpeg/0.jpg").write_bytes(jpeg(grey([0])[0]))
+    (data / "jpeg/1.jpg").write_bytes(jpeg(grey([1])[0])[:-30])
+    clips, summary = run(laq, tmp_path / "out", "--data", f"d={data}", "--fps", 10, "--shard-clips", 4)
+    broken = summary["d"]["broken"]
+    said = {
+        **{"d-head-video": "not a readable video", "d-tail-video": "no video stream"},
+        **{"d-cut-video": "truncated: its frames end at", "d-empty-video": "an empty file"},
+        **{"d-text-video": "not a readable video", "d-black-video": "every frame is black"},
+        **{
+            "d-rows-video": "8 frames, but actions of shape (9, 3)",
+            "d-pickle-video": "pickle.npz: expected the arrays",
+        },
+        **{
+            "d-zip-video": "zip.npz: expected the arrays actions and state",
+            "d-json-video": "json.json",
+            "d-kind-video": "expected delta or absolute",
+        },
+        **{
+            "d-mixed-video": "frame 1 is 32x48, those before 64x48",
+            "d-torn-video": "picture 1 is not a whole",
+            "d-jpeg-video": "picture 1 is not a whole",
+        },
+    }
+    assert list(clips) == ["d-good-video"] and set(broken) == set(said)
+    for key, part in said.items():
+        assert part in broken[key] and str(data) in broken[key] and "\n" not in broken[key], broken[key]
+    shown = capsys.readouterr().out
+    assert "d: 1 clips (video 1), 30 frames" in shown and "14 broken and left out" in shown
+
+
+def test_bit_rot(laq, tmp_path):
+    """A damaged stretch that the decoder papers over is taken for motion. (Some damage no decoder can notice.)"""
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 255, (8, 10, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    write_video(tmp_path / "whole.mp4", np.stack([np.roll(texture, 3 * n, 1) for n in range(60)]))
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    first = whole.index(b"mdat") + 200
+    (tmp_path / "data").mkdir()
+    for n, at in enumerate(rng.integers(first, len(whole) - 200, 6)):
+        (tmp_path / f"data/{n}.mp4").write_bytes(whole[:at] + rng.bytes(60) + whole[at + 60 :])
+    _, summary = run(laq, tmp_path / "out", "--data", f"d={tmp_path / 'data'}")
+    assert sum("damaged at" in why for why in summary["d"]["broken"].values()) >= 2
+    assert len(summary["d"]["broken"]) >= 4
+
+
+def test_one_frame_is_kept_and_reported(laq, tmp_path, capsys):
+    write_video(tmp_path / "data/one.mp4", grey([3]))
+    write_video(tmp_path / "data/many.mp4", grey(range(9)))
+    clips, summary = run(laq, tmp_path / "out", "--data", f"d={tmp_path / 'data'}", "--min-frames", 9)
+    assert numbers(clips["d-one-video"].frames()) == [3] and summary["d"]["short"] == ["d-one-video"]
+    assert "d: 1 clips have fewer than 9 frames, such as d-one-video" in capsys.readouterr().out
+
+
+def test_twins(laq, tmp_path):
+    """Two clips with one name: the second would hide the first."""
+    for name in ("a.mp4", "a.mkv", "b.mp4"):
+        write_video(tmp_path / "data" / name, grey(range(3)))
+    clips, _ = run(laq, tmp_path / "out", "--data", f"d={tmp_path / 'data'}")
+    assert {clip.meta["episode"] for clip in clips.values()} == {"a.mp4", "a.mkv", "b"}
+    for name in ("a", "b"):
+        (tmp_path / "data" / f"{name}.json").write_text('{"episode": "x"}')
+    with pytest.raises(ValueError, match="both are episode x, camera video"):
+        run(laq, tmp_path / "no", "--data", f"d={tmp_path / 'data'}")
+    assert not (tmp_path / "no").exists()
+
+
+def test_links_in_a_circle(laq, tmp_path):
+    write_video(tmp_path / "data/in/a.mp4", grey(range(3)))
+    (tmp_path / "data/in/back").symlink_to(tmp_path / "data")
+    clips, _ = run(laq, tmp_path / "out", "--data", f"d={tmp_path / 'data'}")
+    assert list(clips) == [laq.shards.key_of("d", "in/a", "video")]
+
+
+def test_a_name_that_is_not_utf8(laq, tmp_path):
+    write_video(tmp_path / "a.mp4", grey(range(3)))
+    (tmp_path / "data").mkdir()
+    try:
+        os.rename(tmp_path / "a.mp4", os.fsencode(tmp_path / "data") + b"/caf\xe9.mp4")
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    _, summary = run(laq, tmp_path / "out", "--data", f"d={tmp_path / 'data'}")
+    assert summary["d"]["clips"] == 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--data", "d={data}", "--fps", "e=5"], "--fps e=5: no source is called e"),
+        (["--data", "d={data}", "--fps", "fast"], "--fps fast: expected a number above 0"),
+        (["--data", "d={data}", "--actions", "d=relative"], "--actions relative: expected delta or absolute"),
+        (["--data", "d={data}", "--group-cameras", "e"], "--group-cameras e: --data has no such NAME"),
+        (["--data", "d={data}", "d={data}"], "two sources are called d"),
+        (["--data", "d={data}/nowhere"], "nowhere: no such file or folder"),
+        (["--data", "d={empty}"], "nothing to read: no videos, pictures, LeRobotDataset or tfrecords"),
+    ],
+)
+def test_wrong_flags(laq, tmp_path, words, message):
+    """A mistyped name is ignored, or noticed only after hours of encoding."""
+    write_video(tmp_path / "data/a.mp4", grey(range(3)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=message):
+        run(laq, tmp_path / "out", *(word.format(data=tmp_path / "data", empty=tmp_path / "empty") for word in words))
+    assert not (tmp_path / "out").exists()
+
+
+def test_old_lerobot(laq, tmp_path):
+    lerobot_info(tmp_path, "v1.6", CAMERAS)
+    with pytest.raises(ValueError, match="codebase_version is v1.6, expected v2.x or v3.x"):
+        run(laq, tmp_path / "out", "--data", f"d={tmp_path}")
+    (tmp_path / "meta/info.json").write_text('{"codebase_version": "v2.1", "fps": 10}')
+    with pytest.raises(ValueError, match="no 'features'"):
+        run(laq, tmp_path / "out", "--data", f"d={tmp_path}")
+
+
+# --- stops
+
+
+def files_of(out):
+    """{name: bytes} of everything that readers look at."""
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.suffix in (".tar", ".json")}
+
+
+def many(folder, clips=24, frames=40):
+    for n in range(clips):
+        write_video(folder / f"{n}.avi", grey(range(n, n + frames), 96, 128), "mpeg4")
+    return "--data", f"d={folder}", "--shard-clips", 3
+
+
+def test_a_rerun_goes_on(laq, tmp_path):
+    """Finished shards are made again, a lost one is not, or other flags make other shards beside the old ones."""
+    words, out = many(tmp_path / "data", 7, 4), tmp_path / "out"
+    run(laq, out, *words)
+    before, times = files_of(out), {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    (out / "d-000001.tar").unlink()
+    (out / ".d-000001.tar.123.tmp").write_bytes(b"left by a killed run")
+    run(laq, out, *words)
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert files_of(out) == before and {name for name in after if after[name] != times[name]} == {"d-000001.tar"}
+    assert not list(out.glob(".*"))
+    with pytest.raises(ValueError, match="--crf was 23 and is now 30"):
+        run(laq, out, *words, "--crf", 30)
+    with pytest.raises(ValueError, match="--shard-clips was 3 and is now 2"):
+        run(laq, out, *words[:2], "--shard-clips", 2)
+    assert files_of(out) == before
+    (out / "plan.json").unlink()
+    with pytest.raises(ValueError, match="holds shards but no plan.json"):
+        run(laq, out, *words)
+
+
+def test_a_full_disk(laq, tmp_path, monkeypatch):
+    """A half-written shard is taken for a whole one, or the run cannot go on when there is room again."""
+    words, write, written = many(tmp_path / "data", 7, 4), webdataset.TarWriter.write, []
+    run(laq, tmp_path / "whole", *words)
+
+    def full(tar, sample):
+        written.append(sample)
+        if len(written) == 5:
+            raise OSError(28, "No space left on device")
+        return write(tar, sample)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device; finished shards stay"):
+        patch.setattr(webdataset.TarWriter, "write", full)
+        run(laq, tmp_path / "out", *words)
+    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["d-000000.tar"]
+    assert not list((tmp_path / "out").glob(".*"))
+    run(laq, tmp_path / "out", *words)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def state(pid):
+    """A process's letter in /proc (Z: dead, not yet collected), None if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_kill_9(laq, tmp_path):
+    """Killed at any moment: workers live on, or the shards differ from those of an undisturbed run."""
+    words, out = [str(word) for word in many(tmp_path / "data")], tmp_path / "out"
+    run(laq, tmp_path / "whole", *words)
+    command = [sys.executable, str(VERB), *words, "--out", str(out), "--workers", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env) as process:
+        end = time.monotonic() + 60
+        while not list(out.glob("*.tar")) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        workers = children(process.pid)
+        process.send_signal(signal.SIGKILL)
+    assert 0 < len(list(out.glob("*.tar"))) < 8 and len(workers) == 2, "killed too late to tell"
+    end = time.monotonic() + 10
+    while any(state(pid) not in ("Z", None) for pid in workers):
+        assert time.monotonic() < end, "the workers live on"
+        time.sleep(0.02)
+    done = launch(*command[1:])
+    assert done.returncode == 0 and done.stderr == "" and "of them there already" in done.stdout
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_errors_are_one_line(tmp_path):
+    """A folder that cannot be written to ends in a traceback."""
+    write_video(tmp_path / "data/a.mp4", grey(range(3)))
+    (tmp_path / "file").write_text("in the way")
+    done = launch(VERB, "--data", tmp_path / "data", "--out", tmp_path / "file/out")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(tmp_path / "file") in done.stderr
+
+
+# --- real recordings
+
+
+def test_real_v30(laq, tmp_path):
+    """Two G1 episodes in one AV1 file, against the frames and rows read one by one."""
+    root = shared("g1_lerobot_v21") / "converted"
+    clips, _ = run(laq, tmp_path / "out", "--data", f"g1={root / 'lerobot_v30'}", "--height", 64)
+    assert [clip.meta["length"] for clip in clips.values()] == [221, 277]
+    with av.open(str(next(root.rglob("file-000.mp4")))) as video:
+        true = np.stack(
+            [frame.reformat(86, 64, "rgb24", interpolation="AREA").to_ndarray() for frame in video.decode(video=0)]
+        )
+    for first, (number, clip) in zip((0, 221), zip((29, 30), clips.values(), strict=True), strict=True):
+        seen, length = clip.frames().astype(float), clip.meta["length"]
+        right = ((seen - true[first : first + length]) ** 2).mean((1, 2, 3))
+        assert right.max() < 100  # 28 dB
+        late = ((seen[:-1] - true[first + 1 : first + length]) ** 2).mean()
+        assert late > 2 * right.mean(), "one frame off is no worse"
+        with np.load(root / f"g1_ep{number:03d}.npz") as rows:
+            np.testing.assert_array_equal(clip.array("actions.npy"), rows["actions"])
+            np.testing.assert_array_equal(clip.array("state.npy"), rows["obs.state"])
+
+
+def test_real_v21_that_is_partly_there(laq, tmp_path):
+    """100 episodes in the meta, two videos on disk."""
+    root = shared("g1_lerobot_v21") / "original"
+    shutil.copytree(root / "meta", tmp_path / "g1/meta")
+    for name in ("data/chunk-000", "videos/chunk-000/observation.images.cam_high"):
+        (tmp_path / "g1" / name).mkdir(parents=True)
+        for file in (root / name).glob("episode_0000[23][09].*"):
+            (tmp_path / "g1" / name / file.name).symlink_to(file)
+    clips, summary = run(laq, tmp_path / "out", "--data", f"g1={tmp_path / 'g1'}", "--height", 32)
+    assert list(clips) == ["g1-29-cam_high", "g1-30-cam_high"] and len(summary["g1"]["broken"]) == 98
+    for clip in clips.values():
+        with np.load(root.parent / f"converted/g1_ep{int(clip.meta['episode']):03d}.npz") as rows:
+            np.testing.assert_array_equal(clip.array("actions.npy"), rows["actions"])
+
+
+def test_real_bridge(laq, tmp_path, example):
+    """25 episodes of Bridge as TFDS wrote them."""
+    root = shared("bridge_octo")
+    words = ("--data", f"bridge={root / 'original'}", "--fps", 5, "--cameras", "image_0")
+    clips, _ = run(laq, tmp_path / "out", *words)
+    assert len(clips) == 25
+    for n, clip in enumerate(clips.values()):
+        with np.load(root / f"converted/ep{n:02d}.npz") as rows:
+            np.testing.assert_array_equal(clip.array("actions.npy"), rows["actions"])
+            np.testing.assert_array_equal(clip.array("state.npy"), rows["obs.state"])
+            assert clip.meta["instruction"] == str(rows["instruction"])
+        assert clip.frames().shape == (10, 64, 64, 3)
+
+
+def test_real_droid(laq, tmp_path):
+    """Three cameras of three episodes, small h264 already: not a byte may change."""
+    root = shared("droid_ctrlworld") / "original/droid_subset/videos/train"
+    clips, summary = run(laq, tmp_path / "out", "--data", f"droid={root}", "--group-cameras", "droid")
+    assert {clip.meta["episode"] for clip in clips.values()} == {"1", "3", "6"} and summary["droid"]["frames"] == 624
+    for clip in clips.values():
+        assert clip.read("mp4") == (root / clip.meta["episode"] / f"{clip.meta['camera']}.mp4").read_bytes()
