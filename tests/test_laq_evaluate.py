@@ -11,7 +11,7 @@ from conftest import load
 
 @pytest.fixture(scope="module")
 def laq():
-    return load("laq", "evaluate", "probes", "shards")
+    return load("laq", "evaluate", "probes", "shards", "card")
 
 
 # --- probes.py
@@ -273,8 +273,31 @@ def test_card_of_a_model_that_ignores_its_codes(laq, monkeypatch, tmp_path):
     assert image["gain"] == image["delta_psnr_random"] == image["nearer_to_the_future"] == 0
     assert card["codebook"]["joint"] == dict(perplexity=1, usage=0.25, commonest=1, words=1, possible=4)
     assert card["probe"][0]["r2"] <= 0 and card["eta_squared"]["mean"] == pytest.approx(0, abs=1e-9)
-    verdict = laq.evaluate.verdict("w", card)
+    verdict = laq.card.verdict("w", card)
     assert "good: nothing." in verdict and "commonest word holds 100 %" in verdict and "pairs: indicative" in verdict
+
+
+def test_card_of_a_model_that_knows_its_frames_by_heart(laq, monkeypatch, tmp_path):
+    """A fine image and a full cycle without any use of the code: delta-PSNR and transfer tell."""
+
+    class Parrot(Perfect):
+        known = {}
+
+        def encode(self, first, second):
+            codes, vectors = super().encode(first, second)
+            for frame, code in zip(first, codes, strict=True):
+                self.known.setdefault(frame.numpy().tobytes(), code)
+            return codes, vectors
+
+        def decode(self, first, codes):
+            return super().decode(first, torch.stack([self.known[frame.numpy().tobytes()] for frame in first]))
+
+    data = rolling(laq, tmp_path / "data", length=40)
+    words = ["--data", f"w={data}", "--val-episodes", "0,1", "--pairs", 60, "--train-pairs", 12]
+    card = card_of(laq, monkeypatch, Parrot(), tmp_path, *words)["w"]
+    assert card["reconstruction"]["gain"] > 15 and card["reconstruction"]["delta_psnr_random"] == 0
+    assert card["consistency"]["cycle"] == [1] and card["consistency"]["transfer"][0] < 0.6
+    assert card["pairs"] == 60 and card["labelled"]["fitted"] == 12  # spread over the clips: 30 and 3 of each
 
 
 def test_leave_one_out(laq, monkeypatch, tmp_path):
