@@ -369,7 +369,8 @@ def gauges(table, N, K, started):
     Returns metrics and (moves (n, A), codes (n, N)), or () without moves. mse; psnr and its gain over "nothing moves",
     dB; once the codes have started also delta_psnr, true against random codes (Genie); usage, share of the codes that
     at least 1 pair in 10 K chooses; perplexity of each slot (at most K) and of whole words; commonest, the share of
-    the commonest word; action_r2, of a ridge from codes to moves, fitted on half of the pairs, told of the other half.
+    the commonest word; action_r2, what a linear map of the codes tells of the moves' variance, mean over dims, adjusted
+    for the number of codes (evaluate.py probes across episodes).
     """
     psnr = -10 * table[:, :3].mean(0).clamp(min=1e-10).log10()
     metrics = dict(mse=table[:, 0].mean().item(), psnr=psnr[0].item(), gain=(psnr[0] - psnr[2]).item())
@@ -388,12 +389,11 @@ def gauges(table, N, K, started):
         return metrics, ()
     moves = moves[:, moves.std(0) > 0]
     x = F.pad(F.one_hot(codes, K).flatten(1), (0, 1), value=1).double()
-    half = len(x) // 2
-    y = ((moves - moves[:half].mean(0)) / moves.std(0)).double()
-    fit = x[:half].T @ x[:half] + torch.eye(x.shape[1])
-    off = y[half:] - x[half:] @ torch.linalg.solve(fit, x[:half].T @ y[:half])
-    rest = (y[half:] - y[half:].mean(0)).square().sum(0).clamp(min=1e-12)
-    metrics["action_r2"] = (1 - off.square().sum(0) / rest).mean().item()
+    y = ((moves - moves.mean(0)) / moves.std(0, correction=0)).double()
+    off = y - x @ torch.linalg.lstsq(x, y, driver="gelsd").solution  # the slots' columns each sum to 1: not full rank
+    free = len(y) - 1 - (share > 0).sum().item() + N
+    if free > 0:
+        metrics["action_r2"] = 1 - off.square().mean().item() * (len(y) - 1) / free
     return metrics, (moves.numpy(), codes.numpy())
 
 
