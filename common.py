@@ -423,6 +423,25 @@ def numbered(root):
     return sorted(root.glob("step_*"), key=lambda path: int(path.name[5:]))
 
 
+def card(args, step):
+    """A model card to complete: what, from which data, the newest validation, licence."""
+    log, found = Path(args.out) / "log.jsonl", {}
+    for line in log.read_text().splitlines() if log.exists() else ():
+        found |= {name: value for name, value in json.loads(line).items() if name.startswith("val/")}
+    data = " ".join(shlex.quote(str(word)) for word in args.data)
+    rows = [f"| `{name}` | {value:.4g} |" for name, value in found.items() if value is not None]
+    return "\n".join(
+        [
+            *("---", "license: other  # yours to choose; the data's licence may bind it", "---", ""),
+            *(f"# {args.folder}, step {step} of {args.steps}", ""),
+            *(f"Trained with `{args.folder}/train.py` on `{data}`; all flags are in the run's `args.json`.", ""),
+            *("What it is for, and what it is not for: (to be written)", ""),
+            *("Data, its origin and licence: (to be written)", ""),
+            *(["| held-out metric | value |", "| --- | ---: |", *rows, ""] if rows else []),
+        ]
+    )
+
+
 @contextlib.contextmanager
 def checkpoint(args, step, best=False):
     """A folder to fill that becomes OUT/checkpoints/step_NNNNNNN, linked as `last` (and `best`). Rank 0 only."""
@@ -430,6 +449,7 @@ def checkpoint(args, step, best=False):
     root.mkdir(exist_ok=True)
     with atomic(root / f"step_{step:07d}", folder=True) as folder:
         yield folder
+        (folder / "README.md").write_text(card(args, step))
         sums = {str(p.relative_to(folder)): zlib.crc32(p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
         (folder / "whole.json").write_text(json.dumps(sums, indent=1))
     for link in ["last"] + ["best"] * best:

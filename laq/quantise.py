@@ -32,7 +32,8 @@ def broadcast(x):
 
 def nearest(x, codebooks):
     """x (B, N, D), codebooks (N, K, D) -> index (B, N) of the nearest of the slot's K codes."""
-    return torch.cdist(x.transpose(0, 1), codebooks).argmin(2).T
+    exact = "donot_use_mm_for_euclid_dist"  # so that a code does not depend on the batch around it
+    return torch.cdist(x.transpose(0, 1), codebooks, compute_mode=exact).argmin(2).T
 
 
 def pick(codebooks, codes):

@@ -327,7 +327,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
     write(args, 10)
     root = Path(args.out) / "checkpoints"
     text = f"""{KILL}from types import SimpleNamespace
-with common.checkpoint(SimpleNamespace(out=sys.argv[1], keep=2), 20) as folder:
+with common.checkpoint(SimpleNamespace(out=sys.argv[1], keep=2, steps=20, data=["x"], folder="f"), 20) as folder:
     (folder / "weights").write_bytes(b"20")
 """
     assert launch(script(tmp_path, text), args.out).returncode == -signal.SIGKILL
@@ -337,6 +337,17 @@ with common.checkpoint(SimpleNamespace(out=sys.argv[1], keep=2), 20) as folder:
 
 
 # --- checkpoints
+
+
+def test_model_card_beside_a_checkpoint(tmp_path):
+    """A checkpoint that is passed on says neither what it is, nor from which data, nor how good."""
+    args = run_of(tmp_path)
+    lines = [{"step": 5, "val/a/mse": 0.5, "train/loss": 3}, {"step": 10, "val/a/mse": 0.25, "val/b/mse": None}]
+    (Path(args.out) / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write(args, 10)
+    card = (Path(args.out) / "checkpoints" / "last" / "README.md").read_text()
+    assert "step 10 of" in card and "| `val/a/mse` | 0.25 |" in card and "train/loss" not in card
+    assert all(word in card for word in (args.folder, *args.data, "licence")) and "val/b" not in card
 
 
 def write(args, step, best=False):
