@@ -5,6 +5,7 @@ It knows no model, batch, loss or loop. Copy it beside (or into) a folder that y
 
 import argparse
 import contextlib
+import datetime
 import difflib
 import importlib.metadata
 import json
@@ -23,7 +24,9 @@ from types import SimpleNamespace
 from tqdm import tqdm
 
 # Flags that a resumed run may change; every other one would make it another run.
-FREE = set("out steps compile device workers log_every eval_every save_every keep resume wandb".split())
+FREE = set(
+    "out steps compile device devices compile_cache workers log_every eval_every save_every keep resume wandb".split()
+)
 
 
 # --- flags
@@ -162,7 +165,9 @@ def setup(args):
         raise ValueError(f"--device {args.device}: {brief(error)}") from None
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        patience = datetime.timedelta(seconds=float(os.environ.get("DIST_TIMEOUT", 600)))  # gloo's own: half an hour
+        gpu = device if device.type == "cuda" else None
+        torch.distributed.init_process_group(backend, timeout=patience, device_id=gpu)
     seed(args.seed)
     return SimpleNamespace(rank=rank, world=max(world, 1), device=device, main=rank == 0)
 
@@ -196,6 +201,7 @@ def cleanup(dist, log):
     if dist.world > 1:
         import torch
 
+        torch.distributed.barrier()  # 30 s after the first process has ended torchrun kills rank 0 in its last save
         torch.distributed.destroy_process_group()
 
 
@@ -291,8 +297,8 @@ class Logger:
 
     def __init__(self, args, dist, first=0):
         self.args, self.dist, self.out = args, dist, Path(args.out)
-        self.totals, self.count, self.waited, self.since = {}, 0, 0.0, time.monotonic()
-        self.bar = self.wandb = None
+        self.totals, self.count, self.waited, self.seconds = {}, 0, 0.0, 0.0
+        self.since, self.bar, self.wandb = time.monotonic(), None, None
         if not dist.main:
             return
         file = self.out / "log.jsonl"
@@ -328,7 +334,9 @@ class Logger:
 
     def tick(self, waited=0.0):
         """One optimizer step is done; `waited`: seconds of it spent waiting for data."""
-        self.count, self.waited = self.count + 1, self.waited + waited
+        now = time.monotonic()
+        self.count, self.waited, self.seconds = self.count + 1, self.waited + waited, self.seconds + now - self.since
+        self.since = now
         if self.bar is not None:
             self.bar.update()
 
@@ -340,10 +348,10 @@ class Logger:
             raise ValueError(
                 f"the loss is not finite; {self.out}/checkpoints is as it was: try a lower --lr or --amp off"
             )
-        seconds = max(time.monotonic() - self.since, 1e-9)
+        seconds = max(self.seconds, 1e-9)
         metrics |= {f"train/{name}": value for name, value in extra.items()}
         metrics |= {"steps_per_s": self.count / seconds, "data_share": self.waited / seconds}
-        self.totals, self.count, self.waited, self.since = {}, 0, 0.0, time.monotonic()
+        self.totals, self.count, self.waited, self.seconds = {}, 0, 0.0, 0.0
         return metrics
 
     def write(self, step, metrics):
@@ -370,7 +378,7 @@ class Logger:
         return path
 
     def pause(self):
-        """Leave what happened since the last flush (validation, saving) out of the speed."""
+        """Leave what happened since the last step (validation, saving) out of the speed."""
         self.since = time.monotonic()
 
     def close(self):
@@ -418,6 +426,15 @@ def atomic(path, folder=False):
         raise
 
 
+def checksum(path):
+    """CRC-32 of a file, read in parts: weights may be larger than memory."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
 def numbered(root):
     """The checkpoint folders of a run, oldest first."""
     return sorted(root.glob("step_*"), key=lambda path: int(path.name[5:]))
@@ -449,16 +466,24 @@ def checkpoint(args, step, best=False):
     root.mkdir(exist_ok=True)
     with atomic(root / f"step_{step:07d}", folder=True) as folder:
         yield folder
+        if best:
+            (folder / "best").touch()
         (folder / "README.md").write_text(card(args, step))
-        sums = {str(p.relative_to(folder)): zlib.crc32(p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+        sums = {str(p.relative_to(folder)): checksum(p) for p in folder.rglob("*") if p.is_file()}
         (folder / "whole.json").write_text(json.dumps(sums, indent=1))
-    for link in ["last"] + ["best"] * best:
-        with atomic(root / link) as temporary:
-            temporary.symlink_to(f"step_{step:07d}")
+    links(root / f"step_{step:07d}")
     kept = {(root / link).resolve() for link in ("last", "best") if (root / link).exists()}
     for old in numbered(root)[: -args.keep]:
         if old.resolve() not in kept:
-            shutil.rmtree(old)
+            stale = old.rename(old.with_name(f".{old.name}.{os.getpid()}.tmp"))  # killed in here: no half checkpoint
+            shutil.rmtree(stale)
+
+
+def links(folder):
+    """Point `last` at a checkpoint, and `best` if it was the best when it was saved."""
+    for link in ["last"] + ["best"] * (folder / "best").exists():
+        with atomic(folder.parent / link) as temporary:
+            temporary.symlink_to(folder.name)
 
 
 def save(args, dist, step, model, opt, scaler, best, is_best=False):
@@ -498,13 +523,15 @@ def newest(args, dist):
         for folder in reversed(numbered(root)):
             try:
                 sums = json.loads((folder / "whole.json").read_text())
-                wrong = [name for name, crc in sums.items() if zlib.crc32((folder / name).read_bytes()) != crc]
+                wrong = [name for name, crc in sums.items() if checksum(folder / name) != crc]
                 if not wrong:
                     found = str(folder)
                     break
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, AttributeError, TypeError) as error:  # whole.json is another kind of json
                 wrong = [str(error)]
             print(f"{folder} is damaged ({wrong[0]}); trying the one before", flush=True)
+        if found:
+            links(Path(found))  # killed between a checkpoint and its links
     found = share(dist, found)
     return Path(found) if found else None
 

@@ -152,7 +152,7 @@ def read_source(name, path):
         ids, episodes, fps = read_npz(path)
     if not episodes:
         raise ValueError(f"--data {path}: no episodes (expected *.npz, meta/info.json of LeRobot, or *.hdf5)")
-    dims = episodes[0].shape[-1]
+    dims = episodes[0].shape[-1] if episodes[0].ndim else 0
     for identity, actions in zip(ids, episodes, strict=True):
         where = f"{path}, episode {identity}"
         if actions.ndim != 2 or len(actions) == 0:

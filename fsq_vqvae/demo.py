@@ -6,6 +6,7 @@ Run:
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def write(folder):
     about = folder / "demo.json"
     if about.exists() and json.loads(about.read_text()) == ABOUT:
         return
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # two first starts at once
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     rng = np.random.default_rng(ABOUT["seed"])
@@ -51,7 +52,10 @@ def write(folder):
         np.savez(temporary / f"episode_{number:03d}.npz", actions=actions, timestamps=timestamps)
     (temporary / about.name).write_text(json.dumps(ABOUT))
     shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except OSError:  # the other start was faster, its data is the same
+        shutil.rmtree(temporary)
 
 
 if __name__ == "__main__":

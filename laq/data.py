@@ -417,10 +417,9 @@ def prepare_dataloaders(
         for micro in range(accum)
         for a, b in zip(edges[:-1], edges[1:], strict=True)
     ]
-    loader = DataLoader(dataset, batch_size=None, sampler=items, num_workers=workers)
+    stream = iter(DataLoader(dataset, batch_size=None, sampler=items, num_workers=workers))  # here, for it draws a seed
 
     def batches():
-        stream = iter(loader)
         for part in stream:
             rest = [next(stream) for _ in range(parts - 1)]
             yield {key: torch.cat([piece[key] for piece in (part, *rest)]) for key in part} if rest else part

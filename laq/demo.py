@@ -7,6 +7,7 @@ Run:
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -91,14 +92,17 @@ def write(folder, distractors=False):
     about, what = folder / "demo.json", ABOUT | dict(distractors=distractors)
     if about.exists() and json.loads(about.read_text()) == what:
         return
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # two first starts at once
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for shard, numbers in enumerate(np.array_split(range(ABOUT["episodes"]), 4)):
         write_shard(temporary / f"shard-{shard:06d}.tar", samples(numbers, distractors))
     (temporary / about.name).write_text(json.dumps(what))
     shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except OSError:  # the other start was faster, its data is the same
+        shutil.rmtree(temporary)
 
 
 if __name__ == "__main__":

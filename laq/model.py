@@ -155,7 +155,7 @@ class LAQ(nn.Module):
 
     def __init__(
         self, image_size=256, patch=32, dim=1024, stem=64, spatial_depth=8, temporal_depth=8, decoder_depth=8, codes=4,
-        vocabulary=8, code_dim=32, quantiser="vq", levels=(2, 2, 2), commitment=0.25, motion_weight=0.0, action_dim=0,
+        vocabulary=8, code_dim=32, quantiser="nsvq", levels=(2, 2, 2), commitment=0.25, motion_weight=0.0, action_dim=0,
         action_weight=1.0, feature_dim=0,
     ):  # fmt: skip
         super().__init__()

@@ -1,17 +1,17 @@
-"""Quantisers of latent actions: VQ with EMA codebooks, NSVQ, FSQ. All begin continuous; each slot has its own codebook.
+"""Quantisers of latent actions: VQ with EMA codebooks, NSVQ, FSQ. Each slot has its own codebook.
 
-The order matters more than the kind: a code that the decoder does not use yet holds nothing to cluster, and codes made
-then stay dead. So a quantiser first hands its input through. Once the decoder uses it (train.py measures that), the
-vectors are turned to their principal axes, which are dealt to the slots so that no two say the same (optimised product
-quantisation, Ge et al. 2013), k-means makes the codes of each slot, and from then on codes that no pair chooses are put
-where vectors are.
+What keeps codes alive: the vectors are turned to their principal axes, which are dealt to the slots so that no two say
+the same (optimised product quantisation, Ge et al. 2013); k-means makes each slot's codes; codes that no pair of any
+rank chose move to where vectors are; and now and then all of it is made anew if that fits better. Before `start` a
+quantiser hands its input through: a code that the decoder does not use yet holds nothing to cluster. NSVQ can start
+at once, for its noise passes on what the vectors say; VQ and FSQ should wait until train.py has measured such use.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-LOOK = 5  # every fifth look for dead codes also looks whether other clusters would fit better
+LOOK = 5  # every fifth look for dead codes also looks whether other axes and clusters fit better
 
 
 def gather(x):
@@ -108,13 +108,22 @@ class Quantiser(nn.Module):
     @torch.no_grad()
     def start(self, seed):
         """Make the first codes from the recent vectors. Every rank calls it, at the same step; rank 0 decides."""
-        recent = self.recent[len(self.recent) - self.filled :]
-        self.turn(recent)
-        for tensor in (self.centre, self.axes):
-            broadcast(tensor)
-        self.recent.copy_(self.align(self.recent))
         self.started = True
+        self.turn()
         self.begin(self.cluster(torch.Generator().manual_seed(seed)))
+
+    def turn(self):
+        """Principal axes of the recent vectors; axis i goes to slot i mod N, the strongest first."""
+        vectors = self.restore(self.recent)
+        flat = vectors[len(vectors) - self.filled :].flatten(1).double()
+        self.centre.copy_(flat.mean(0))
+        spread = flat - flat.mean(0)
+        axes = torch.linalg.eigh(spread.T @ spread).eigenvectors.flip(1)
+        order = torch.arange(axes.shape[1]).view(self.dim, self.codes).T.flatten()
+        self.axes.copy_(axes[:, order.to(axes.device)])
+        broadcast(self.centre)
+        broadcast(self.axes)
+        self.recent.copy_(self.align(vectors))
 
     def cluster(self, generator):
         """k-means of the recent vectors of each slot, (N, K, D)."""
@@ -122,26 +131,26 @@ class Quantiser(nn.Module):
         centres = torch.stack([kmeans(slot, self.vocabulary, generator) for slot in recent.unbind(1)])
         return broadcast(centres.to(self.recent.device))
 
-    def better(self, codebook, generator):
-        """`codebook` with every slot clustered anew whose error that lowers by a tenth.
-
-        One code may hold two clusters while another cluster has two codes: no code is dead, and none would ever move.
-        """
-        fresh = self.cluster(generator)
+    def error(self, codebook):
         recent = self.recent[len(self.recent) - self.filled :]
-        errors = [(pick(book, nearest(recent, book)) - recent).square().sum((0, 2)) for book in (codebook, fresh)]
-        improved = errors[1] < 0.9 * errors[0]
-        self.restarts += int(improved.sum()) * self.vocabulary
-        return torch.where(improved[:, None, None], fresh, codebook), bool(improved.any())
+        return (pick(codebook, nearest(recent, codebook)) - recent).square().sum()
 
-    def turn(self, recent):
-        """Principal axes of recent vectors; axis i goes to slot i mod N, the strongest first."""
-        flat = recent.flatten(1).double()
-        self.centre.copy_(flat.mean(0))
-        spread = flat - flat.mean(0)
-        axes = torch.linalg.eigh(spread.T @ spread).eigenvectors.flip(1)
-        order = torch.arange(axes.shape[1]).view(self.dim, self.codes).T.flatten()
-        self.axes.copy_(axes[:, order.to(axes.device)])
+    def look(self, generator):
+        """Turn and cluster anew, if that lowers the error of the recent vectors by a tenth; returns whether it did.
+
+        One code may hold two clusters while another cluster has two codes, or two slots may say the same: no code is
+        dead then, and none would ever move.
+        """
+        old, before = self.error(self.codebook), [x.clone() for x in (self.centre, self.axes, self.recent)]
+        self.turn()
+        codebook = self.cluster(generator)
+        if self.error(codebook) < 0.9 * old:
+            self.restarts += codebook[..., 0].numel()
+            self.begin(codebook)
+            return True
+        for x, was in zip((self.centre, self.axes, self.recent), before, strict=True):
+            x.copy_(was)
+        return False
 
     @torch.no_grad()
     def update(self, opt, seed, restart_every):
@@ -204,10 +213,8 @@ class VQ(Quantiser):
         self.used.zero_()
 
     def learn(self, v, opt, generator, restart_every):
-        if self.age % (LOOK * restart_every) == 0:
-            codebook, changed = self.better(self.codebook, generator)
-            if changed:
-                self.begin(codebook)
+        if self.age % (LOOK * restart_every) == 0 and self.look(generator):
+            return
         counts, sums = totals(v, nearest(v, self.codebook), self.vocabulary)
         self.counts.lerp_(counts / len(v), 1 - self.decay)
         self.sums.lerp_(sums / len(v), 1 - self.decay)
@@ -250,12 +257,10 @@ class NSVQ(Quantiser):
 
     def learn(self, v, opt, generator, restart_every):
         moments = opt.state.get(self.codebook, {})
-        if self.age % (LOOK * restart_every) == 0:
-            codebook, changed = self.better(self.codebook, generator)
-            if changed:
-                self.begin(codebook)
-                for name in {"exp_avg", "exp_avg_sq"} & moments.keys():
-                    moments[name].zero_()
+        if self.age % (LOOK * restart_every) == 0 and self.look(generator):
+            for name in {"exp_avg", "exp_avg_sq"} & moments.keys():
+                moments[name].zero_()
+            return
         counts, _ = totals(v, nearest(v, self.codebook), self.vocabulary)
         for slot, code, vector in self.dead(counts, restart_every, generator):
             spread = self.noise * self.recent[:, slot].std()

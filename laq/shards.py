@@ -187,8 +187,14 @@ def open_shard(shard):
     try:
         if index is None or index["size"] != shard.stat().st_size:
             index = scan(shard)
-        return [Clip(shard, clip["key"], clip["meta"], clip["members"]) for clip in index["clips"]]
-    except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError) as error:
+        return [
+            Clip(
+                shard, str(clip["key"]), dict(clip["meta"]), {name: (int(a), int(b)) for name, (a, b) in places.items()}
+            )
+            for clip in index["clips"]
+            for places in [clip["members"]]
+        ]
+    except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{shard}: not a whole WebDataset shard ({error})") from None
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 from conftest import FOLDERS, ROOT, SHARED, free_port
 
-READMES = [name for name in ("README.md", *(f"{folder}/README.md" for folder in FOLDERS)) if (ROOT / name).exists()]
+READMES = [
+    name for name in ("README.md", *(f"{folder}/README.md" for folder in [*FOLDERS, "slurm"])) if (ROOT / name).exists()
+]
 NORUN = "use ```bash norun for it"
 SHORT = "--steps 4 --eval-every 2 --save-every 2 --log-every 2".split()
 MORE = {"fsq_vqvae/evaluate.py": ["--random-tuples", "200"]}
