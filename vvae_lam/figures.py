@@ -1,0 +1,147 @@
+"""Figures of a run and of a report. One look for all: grey is true (or nothing moves), blue is predicted."""
+
+import json
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+TRUE, PREDICTED, WRONG = "0.55", "tab:blue", "tab:red"
+matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120})
+
+
+def colours(latents):
+    """Function that turns frames (..., C, H, W) into pictures (..., H, W, 3): their three leading components as RGB."""
+    pixels = latents.movedim(-3, -1).flatten(0, -2).float().cpu()
+    mean = pixels.mean(0)
+    directions = torch.linalg.eigh((pixels - mean).T @ (pixels - mean))[1][:, -3:].flip(1)
+    low, high = torch.quantile(
+        ((pixels - mean) @ directions)[:: len(pixels) // 100_000 + 1], torch.tensor([0.01, 0.99]), 0
+    )
+
+    def pictures(frames):
+        shown = (frames.movedim(-3, -1).float().cpu() - mean) @ directions
+        shown = ((shown - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+        grey = shown.mean(-1, keepdim=True).expand(*shown.shape[:-1], 3)
+        return (shown if shown.shape[-1] == 3 else grey).numpy()
+
+    return pictures
+
+
+def picture_grid(rows, columns, title, size=1.25):
+    """Rows of pictures. rows: {name: n pictures (H, W, 3)}; columns: n names."""
+    shape = next(iter(rows.values()))[0].shape
+    figure = Figure(figsize=(0.9 + size * len(columns) * max(1, shape[1] / shape[0]), 0.5 + size * len(rows)))
+    figure.set_layout_engine("constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for axes, (name, pictures) in zip(grid, rows.items(), strict=True):
+        for axis, picture in zip(axes, pictures, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    for axis, name in zip(grid[0], columns, strict=True):
+        axis.set_title(name, fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+@torch.no_grad()
+def prediction(model, clip, vae=None):
+    """A clip (T, C, H, W): the true frames, the one-step predictions and a rollout from the first frame."""
+    codes = model.encode(clip)
+    rows = dict(true=clip[1:], predicted=model.predict(clip, codes), rollout=model.rollout(clip[0], codes))
+    pictures = colours(clip)
+    shown = {name: pictures(frames) for name, frames in rows.items()}
+    change = (clip[1:] - clip[:-1]).abs().mean(1, keepdim=True)
+    error = (rows["predicted"] - clip[1:]).abs().mean(1, keepdim=True)
+    for name, values in dict(change=change, error=error).items():
+        grey = 1 - (values / change.max().clamp(min=1e-6)).clamp(0, 1)
+        shown[name] = grey[:, 0, :, :, None].expand(-1, -1, -1, 3).cpu().numpy()
+    if vae is not None:
+        for name in ("true", "predicted", "rollout"):
+            video = vae.decode(torch.cat([clip[:1], rows[name]]))
+            shown[f"{name}, decoded"] = video[np.linspace(0, len(video) - 1, len(clip)).round().astype(int)][1:]
+    columns = [f"frame {t}\n{' '.join(map(str, code.tolist()))}" for t, code in enumerate(codes, 1)]
+    return picture_grid(shown, columns, "a held-out clip and its codes (error paler than change is good)")
+
+
+def codes(counts):
+    """Use of the codes in every slot. counts: {source: (S, K)}."""
+    figure = Figure(figsize=(9, 0.5 + 1.9 * len(counts)), layout="constrained")
+    slots = len(next(iter(counts.values())))
+    grid = figure.subplots(len(counts), slots, squeeze=False, sharey="row")
+    for axes, (name, table) in zip(grid, counts.items(), strict=True):
+        share = 100 * table / table.sum(1, keepdims=True).clip(min=1)
+        for slot, (axis, values) in enumerate(zip(axes, share, strict=True), 1):
+            axis.bar(range(len(values)), values, color=PREDICTED)
+            axis.axhline(100 / len(values), color=TRUE, lw=1, ls="--")
+            axis.set(title=f"{name}, slot {slot}", xlabel="code")
+        axes[0].set_ylabel("share (%)")
+    figure.suptitle("codes on held-out transitions (many in use is good; dashed: all alike)")
+    return figure
+
+
+@torch.no_grad()
+def code_scene_grid(model, clips, scenes=4, words=8):
+    """The most frequent words of clips (B, T, C, H, W), each applied to the first frame of several scenes."""
+    found, counts = torch.unique(model.encode(clips).flatten(0, 1), dim=0, return_counts=True)
+    words = found[counts.argsort(descending=True)[:words]]
+    first = clips[:: max(1, len(clips) // scenes), 0][:scenes]
+    everything = words.repeat(len(first), 1)[:, None]
+    after = model.rollout(first.repeat_interleave(len(words), 0), everything).unflatten(0, (len(first), -1))[:, :, 0]
+    pictures = colours(first)
+    shown = np.concatenate([pictures(first)[:, None], pictures(after)], 1)
+    rows = {f"scene {i}": row for i, row in enumerate(shown, 1)}
+    columns = ["before", *(" ".join(map(str, word.tolist())) for word in words)]
+    return picture_grid(rows, columns, "one word on many scenes (a column that does the same everywhere is good)")
+
+
+def curves(log_file):
+    """Loss against step and training FLOPs, errors with true and wrong codes, and perplexity, from log.jsonl."""
+    lines = [json.loads(line) for line in log_file.read_text().splitlines()]
+
+    def draw(axis, x, name, **style):
+        points = [(line[x], line[name]) for line in lines if line.get(x) is not None and line.get(name) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), **style)
+
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    loss, cost, use, book = figure.subplots(1, 4)
+    for axis, x, label in ((loss, "step", "step"), (cost, "train/tflops", "training TFLOPs")):
+        draw(axis, x, "train/mse_loss", color=TRUE, lw=1, label="train")
+        draw(axis, x, "val/mse_loss", color=PREDICTED, marker="o", ms=3, label="held out")
+        axis.set(xlabel=label, ylabel="MSE (normalised)", yscale="log", title="prediction (lower is better)")
+    draw(use, "step", "val/relative", color=PREDICTED, marker="o", ms=3, label="true codes")
+    draw(use, "step", "val/shuffled", color=WRONG, marker="o", ms=3, label="shuffled codes")
+    use.axhline(1, color=TRUE, ls="--", lw=1, label="nothing moves")
+    use.set(xlabel="step", ylabel="MSE / MSE of no motion", title="use of the codes (a wide gap is good)")
+    for name in sorted({name for line in lines for name in line if name.startswith("val/codebook_perplexity_slot")}):
+        draw(book, "step", name, marker="o", ms=3, label=name.rpartition("_")[2])
+    book.set(xlabel="step", ylabel="perplexity (codes)", title="codebook (higher is better)")
+    for axis in (loss, cost, use, book):
+        axis.legend(frameon=False) if axis.lines else None
+    return figure
+
+
+def rollouts(errors):
+    """Rollout error against its length. errors: {name: list of MSE per step}; names true, shuffled, random, still."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    style = dict(true=PREDICTED, shuffled=WRONG, random="tab:orange", still=TRUE)
+    labels = dict(true="true codes", shuffled="shuffled codes", random="random codes", still="nothing moves")
+    for name, values in errors.items():
+        axis.plot(range(1, len(values) + 1), values, color=style[name], label=labels[name])
+    axis.set(xlabel="latent frames from the start", ylabel="MSE (normalised)", title="rollouts (blue lowest is good)")
+    axis.legend(frameon=False)
+    return figure
+
+
+def of_run(model, example, counts, log_file, vae=None):
+    """(name, figure) of everything that train.py draws at a validation."""
+    yield "curves", curves(log_file)
+    yield "codes", codes({name: table.numpy() for name, table in counts.items()})
+    if model.quantizer.started:
+        yield "prediction", prediction(model, example[0], vae)
+        yield "code_scene_grid", code_scene_grid(model, example)

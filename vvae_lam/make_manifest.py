@@ -1,0 +1,115 @@
+"""Split a folder of latents into train, validation and test by recording, checking every file -> DIR/manifest.json.
+
+Run:
+  python vvae_lam/make_manifest.py DIR --train-ratio 0.8 --val-ratio 0.1 --test-ratio 0.1 --seed 42
+
+Bad files are named with the reason, in the output and in the manifest, and belong to no split.
+"""
+
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+from recordings import find_files, inspect
+from tqdm import tqdm
+
+import common
+
+SPLITS = ("train", "validation", "test")
+
+
+def parse(argv=None):
+    parser = common.Parser(__doc__)
+    add, real = parser.add_argument, dict(type=float, metavar="X")
+    add("folder", metavar="DIR", help="folder of the H5 files, searched with its sub-folders")
+    add("--train-ratio", default=0.8, help="share of the recordings to train on", **real)
+    add("--val-ratio", default=0.1, help="share to validate on", **real)
+    add("--test-ratio", default=0.1, help="share for evaluate.py", **real)
+    add("--seed", default=42, type=int, metavar="N", help="of the split")
+    add("--sequence-length", default=8, type=int, metavar="N", help="latent frames per sequence, for the counts")
+    add("--every-chunk", action="store_true", help="look for NaN in every chunk, not in 8 of each file")
+    add("--out", metavar="FILE", help="the manifest; without it DIR/manifest.json")
+    args = parser.parse_args(argv)
+    ratios = args.train_ratio, args.val_ratio, args.test_ratio
+    if min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6 or not args.train_ratio > 0:
+        parser.error(f"--train-ratio, --val-ratio and --test-ratio are {ratios}: not negative, and 1 together")
+    if args.sequence_length < 2 or args.seed < 0:
+        parser.error("--sequence-length must be above 1, --seed not negative")
+    return args
+
+
+def check(files, every_chunk):
+    """([recording], {file: reason}): files that can be read, of the shape that most of them have."""
+    good, bad = [], {}
+    for file in tqdm(files, unit="file", disable=not sys.stderr.isatty()):
+        try:
+            recording = inspect(file)
+            some = np.linspace(0, len(recording) - 1, min(8, recording.chunks)).astype(int)
+            for frame in range(len(recording)) if every_chunk else some:
+                recording.read([frame])
+            good.append(recording)
+        except ValueError as error:
+            bad[file] = str(error).removeprefix(f"{file}: ")
+    shapes = Counter(recording.shape for recording in good)
+    usual = max(shapes, key=shapes.get, default=None)
+    for recording in good:
+        if recording.shape != usual:
+            bad[recording.path] = f"C, H, W are {recording.shape}, but {usual} in most files"
+    return [recording for recording in good if recording.shape == usual], bad
+
+
+def split(recordings, ratios, seed):
+    """{split: recordings}: seeded shuffle; every split with a ratio above 0 has at least one while they last."""
+    order = sorted(recordings, key=lambda recording: recording.id)
+    random.Random(seed).shuffle(order)
+    n, held = len(order), []
+    for ratio in ratios[1:]:
+        held.append(min(max(round(n * ratio), ratio > 0), max(0, n - 1 - sum(held))))
+    cuts = n - sum(held), n - held[1]
+    return dict(zip(SPLITS, (order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :]), strict=True))
+
+
+def main(argv=None):
+    args = parse(argv)
+    folder = Path(args.folder)
+    files = find_files(folder)
+    if not files:
+        raise ValueError(f"{folder}: no .h5 files (encode_videos.py writes them)")
+    good, bad = check(files, args.every_chunk)
+    for file, reason in bad.items():
+        print(f"left out: {file}: {reason}", flush=True)
+    if not good:
+        raise ValueError(f"{folder}: none of its {len(files)} files can be used")
+    splits = split(good, (args.train_ratio, args.val_ratio, args.test_ratio), args.seed)
+    counts = {
+        name: dict(
+            recordings=len(chosen),
+            frames=sum(map(len, chosen)),
+            sequences=sum(max(0, len(recording) - args.sequence_length + 1) for recording in chosen),
+        )
+        for name, chosen in splits.items()
+    }
+    manifest = dict(
+        splits={name: [str(r.path.relative_to(folder)) for r in chosen] for name, chosen in splits.items()},
+        counts=counts,
+        sequence_length=args.sequence_length,
+        seed=args.seed,
+        shape=good[0].shape,
+        bad={str(file.relative_to(folder)): reason for file, reason in bad.items()},
+    )
+    target = Path(args.out) if args.out else folder / "manifest.json"
+    with common.atomic(target) as path:
+        path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
+    for name, count in counts.items():
+        print(f"{name}: " + ", ".join(f"{number:,} {what}" for what, number in count.items()))
+    print(f"manifest: {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    common.run(main)
