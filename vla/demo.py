@@ -1,0 +1,132 @@
+"""Write the demo data: videos of one robot on a tabletop, labelled demonstrations of another, a tiny model.
+
+Run:
+  python vla/demo.py --out runs/demo/vla
+  python vla/demo.py --out runs/big --videos 1500 --body square
+
+OUT: shards of videos (body A; their actions are left out unless --with-actions), labels/ (latent actions), robot/
+(shards of labelled demonstrations, body B), backbone/ (tiny.py). The labels are a stand-in for those of a trained
+tokenizer: the effector's true motion plus noise, quantised by k-means. They show the interface and the effect, and
+prove nothing about pixels.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import world
+from pointing import NAMES, teach
+from shards import npy, npz, write_shard
+from tiny import FAMILIES, build
+
+DEFAULT = dict(videos=300, demonstrations=100, body="disc", robot="disc", distractors=0, pixels=32, fps=5, seed=0)
+DEFAULT |= dict(family="qwen3_vl", pointing=0)
+VERSION, GAP, NOISE = 3, 4, 0.3  # frames between a pair; the labels' noise, of their spread: R2 about 0.92
+
+
+def successes(count, seed, body, pixels, distractors):
+    """`count` successful episodes of the noisy expert (world.record), the same for the same seed."""
+    found, first = [], 0
+    while len(found) < count:
+        seeds = [(seed, first + i) for i in range(100)]
+        found += [episode for episode in world.record(seeds, body, pixels, distractors) if episode["success"]]
+        first += 100
+    return found[:count]
+
+
+def kmeans(points, count, rng, rounds=20):
+    """`count` centres (count, D) of points (n, D), from a k-means++ start."""
+    centres = points[rng.integers(len(points))][None]
+    while len(centres) < count:
+        distance = np.square(points[:, None] - centres).sum(2).min(1)
+        centres = np.r_[centres, points[rng.choice(len(points), p=distance / distance.sum())][None]]
+    for _ in range(rounds):
+        nearest = np.square(points[:, None] - centres).sum(2).argmin(1)
+        centres = np.stack([points[nearest == k].mean(0) if (nearest == k).any() else centres[k] for k in range(count)])
+    return centres.astype(np.float32)
+
+
+def label(episodes, rng, vocabulary=8):
+    """[(codes (T', 2), vectors (T', 2, 2))], codebook (vocabulary, 2): noisy motion in each half of the gap."""
+    half, vectors = GAP // 2, []
+    for episode in episodes:
+        moved = episode["state"][half:] - episode["state"][:-half]
+        vectors.append(np.stack([moved[: -half or None], moved[half:]], 1))
+    spread = np.concatenate(vectors).reshape(-1, 2).std(0)
+    vectors = [np.float32(v + rng.normal(size=v.shape) * NOISE * spread) for v in vectors]
+    flat = np.concatenate(vectors).reshape(-1, 2)
+    centres = kmeans(flat[rng.permutation(len(flat))[:2000]], vocabulary, rng)
+    return [(np.square(v[:, :, None] - centres).sum(3).argmin(2), v) for v in vectors], centres
+
+
+def samples(episodes, source, fps, actions):
+    for number, episode in enumerate(episodes):
+        about = dict(instruction=episode["instruction"], fps=fps, source=source, episode=f"{number:04d}", camera="top")
+        sample = {
+            "__key__": f"{source}-{number:04d}",
+            "json": json.dumps(about | dict(length=len(episode["frames"]))).encode(),
+            "frames.npy": npy(episode["frames"]),
+        }
+        robot = {"actions.npy": npy(episode["actions"]), "state.npy": npy(episode["state"])}
+        yield sample | robot if actions else sample
+
+
+def write_shards(folder, items, name="shard"):
+    """Four shards of `items`, in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    items = list(items)
+    for number, part in enumerate(np.array_split(np.arange(len(items)), min(4, len(items)))):
+        write_shard(folder / f"{name}-{number:06d}.tar", [items[i] for i in part])
+
+
+def write(folder, with_actions=False, **changes):
+    """Write the data unless it is there already. A half-written folder is never left behind."""
+    about, folder = dict(DEFAULT, version=VERSION, with_actions=with_actions, **changes), Path(folder)
+    if (folder / "demo.json").exists() and json.loads((folder / "demo.json").read_text()) == about:
+        return
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # two first starts at once
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    scene = dict(pixels=about["pixels"], distractors=about["distractors"])
+    videos = successes(about["videos"], 2 * about["seed"], about["body"], **scene)
+    robot = successes(about["demonstrations"], 2 * about["seed"] + 1, about["robot"], **scene)
+    write_shards(temporary, samples(videos, "videos", about["fps"], with_actions))
+    write_shards(temporary / "robot", samples(robot, "robot", about["fps"], True))
+    labels, codebook = label(videos, np.random.default_rng([about["seed"], 2]))
+    packed = [npz(codes=codes, vectors=vectors, gap=np.int64(GAP)) for codes, vectors in labels]
+    keys = [f"videos-{number:04d}" for number in range(len(videos))]
+    write_shards(temporary / "labels", [{"__key__": k, "latents.npz": p} for k, p in zip(keys, packed, strict=True)])
+    head = dict(vocabulary=len(codebook), codes=2, dim=2, gap=GAP, model="motion", codebook=codebook.tolist())
+    (temporary / "labels" / "labels.json").write_text(json.dumps(head))
+    texts = [world.instruction(task, verb) for task in range(len(world.TASKS)) for verb in world.VERBS]
+    names = [f" {name}" for name in NAMES]
+    texts = names + [f"robot, {text}" for text in texts]
+    build(temporary / "backbone", texts, about["family"], pixels=about["pixels"])
+    if about["pointing"]:
+        teach(temporary / "backbone", about["pointing"], about["pixels"])
+    (temporary / "demo.json").write_text(json.dumps(about))
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        temporary.rename(folder)
+    except OSError:  # the other start was faster, its data is the same
+        shutil.rmtree(temporary)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, whole = parser.add_argument, dict(type=int, metavar="N")
+    add("--out", required=True, help="folder to write; replaced if it holds another demo's data")
+    for name, what in dict(videos="videos", demonstrations="labelled demonstrations", pixels="side of a frame").items():
+        add(f"--{name}", default=DEFAULT[name], help=f"{what} [{DEFAULT[name]}]", **whole)
+    add("--body", choices=world.BODIES, default="disc", help="how the videos' robot looks [disc]")
+    add("--robot", choices=world.BODIES, default="disc", help="how the demonstrations' robot looks [disc]")
+    add("--family", choices=[*FAMILIES, "film"], default="qwen3_vl", help="of the tiny model (tiny.py) [qwen3_vl]")
+    add("--pointing", default=0, help="steps in which the tiny model learns to see (pointing.py) [0]", **whole)
+    add("--distractors", default=0, help="discs that drift about on their own [0]", **whole)
+    add("--seed", default=0, help="of scenes, tasks and noise [0]", **whole)
+    add("--with-actions", action="store_true", help="keep the videos' true actions, for the upper bound")
+    args = vars(parser.parse_args())
+    write(args.pop("out"), **args)

@@ -1,0 +1,136 @@
+"""Figures of runs, report cards and the experiment. One look for all: grey is true or reference, blue is predicted."""
+
+import json
+
+import matplotlib
+from matplotlib.figure import Figure
+
+TRUE, PREDICTED = "0.55", "tab:blue"
+matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120})
+
+
+def curves(log_file):
+    """Loss against the step, and what validation says in its own terms, from log.jsonl."""
+    lines = [json.loads(line) for line in log_file.read_text().splitlines()]
+
+    def draw(axis, name, **style):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), **style)
+
+    names = sorted({name for line in lines for name in line})
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    draw(axes[0], "train/loss", color=TRUE, lw=1, label="train")
+    for name in [name for name in names if name.startswith("val/") and name.endswith("/loss") and name.count("/") == 2]:
+        draw(axes[0], name, marker="o", ms=3, lw=1.2, label=name[:-5])
+    axes[0].set(xlabel="step", ylabel="loss", title="loss (lower is better)")
+    parts = ("token_accuracy", "word_accuracy", "action_mae")
+    for i, name in enumerate(name for name in names if name.startswith("val/") and name.endswith(parts)):
+        draw(axes[1], name, marker="o", ms=3, lw=1.2, color=f"C{i}", label=name[4:])
+    for name in [name for name in names if name.endswith(("majority_accuracy", "bigram_accuracy"))]:
+        draw(axes[1], name, color=TRUE, lw=1, ls="--" if "bigram" in name else ":", label=name[4:])
+    axes[1].set(xlabel="step", ylabel="share of codes, or normalised error", title="held-out episodes")
+    for axis in axes:
+        axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def commands(examples):
+    """True and predicted commands of one held-out clip per source; the six dims that move most.
+
+    examples: {source: (true (T, A), predicted (T, A))} in robot units: predicted chunks laid end to end.
+    """
+    figure = Figure(figsize=(12, 0.6 + 2.0 * len(examples)), layout="constrained")
+    axes = figure.subplots(len(examples), 6, squeeze=False)
+    for row, (name, (true, predicted)) in zip(axes, examples.items(), strict=True):
+        dims = sorted(true.std(0).argsort()[::-1][:6])
+        for axis, dim in zip(row, dims, strict=False):
+            axis.plot(true[:, dim], color=TRUE, lw=2.5, label="true")
+            axis.plot(predicted[:, dim], color=PREDICTED, lw=1.2, label="predicted")
+            axis.set(title=f"{name}, dim {dim}", xlabel="step")
+        for axis in row[len(dims) :]:
+            axis.axis("off")
+        row[0].set_ylabel("command (robot units)")
+    axes[0, 0].legend(frameon=False)
+    figure.suptitle("commands on a held-out clip, chunk after chunk (closer is better)")
+    return figure
+
+
+def per_dim(offline):
+    """Mean absolute error of each command dim in robot units; grey: holding the last command; line: the mean one."""
+    offline = {name: numbers for name, numbers in offline.items() if "mae_per_dim_model" in numbers}
+    figure = Figure(figsize=(9, 0.4 + 2.2 * len(offline)), layout="constrained")
+    for axis, (name, numbers) in zip(
+        figure.subplots(len(offline), 1, squeeze=False)[:, 0], offline.items(), strict=True
+    ):
+        dims = range(len(numbers["mae_per_dim_model"]))
+        axis.bar([d - 0.2 for d in dims], numbers["mae_per_dim_model"], 0.4, color=PREDICTED, label="model")
+        axis.bar([d + 0.2 for d in dims], numbers["mae_per_dim_hold"], 0.4, color=TRUE, label="hold the last command")
+        axis.plot(dims, numbers["mae_per_dim_mean"], "k_", ms=12, label="mean command")
+        axis.set(title=name, xlabel="command dim", ylabel="MAE (robot units)", xticks=list(dims))
+        axis.legend(frameon=False, fontsize=7)
+    figure.suptitle("error of each command dim on held-out clips (lower is better)")
+    return figure
+
+
+def strips(films, shown=8):
+    """Rollouts as strips of `shown` frames, from the first to the last, one row each."""
+    figure = Figure(figsize=(shown, 1.0 * len(films) + 0.4), layout="constrained")
+    axes = figure.subplots(len(films), shown, squeeze=False)
+    for row, film in zip(axes, films, strict=True):
+        for i, axis in enumerate(row):
+            number = round(i * (len(film) - 1) / (shown - 1))
+            axis.imshow(film[number])
+            axis.set_title(f"step {number}", fontsize=7)
+            axis.axis("off")
+    figure.suptitle("closed-loop rollouts, first to last frame")
+    return figure
+
+
+def latents(frames, texts, probabilities, after=None):
+    """A row per frame: the frame, its codes' probabilities slot by slot, what the decoder makes of the best."""
+    columns = 2 + (after is not None)
+    figure = Figure(figsize=(3.2 * columns, 2.2 * len(frames)), layout="constrained")
+    axes = figure.subplots(len(frames), columns, squeeze=False)
+    for i, row in enumerate(axes):
+        row[0].imshow(frames[i])
+        row[0].set_title(texts[i], fontsize=7)
+        N, K = probabilities[i].shape
+        for n in range(N):
+            places = [k + 0.8 * n / N for k in range(K)]
+            row[1].bar(places, probabilities[i][n], 0.8 / N, label=f"slot {n}", align="edge")
+        row[1].set(xlabel="code", ylabel="probability", ylim=(0, 1))
+        row[1].legend(frameon=False, fontsize=7)
+        if after is not None:
+            row[2].imshow(after[i])
+            row[2].set_title("decoded: after the gap", fontsize=7)
+        for axis in (row[0], *row[2:]):
+            axis.axis("off")
+    figure.suptitle("latent actions for each frame (a confident slot has one high bar)")
+    return figure
+
+
+def success(table, arms):
+    """Success against demonstrations, a line per arm. table: {(arm, demos): (success, low, high, seeds)}."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for i, arm in enumerate(arm for arm in arms if any(arm == key[0] for key in table)):
+        points = sorted((demos, *numbers[:3]) for (name, demos), numbers in table.items() if name == arm)
+        x, p, low, high = (list(column) for column in zip(*points, strict=True))
+        style = dict(color=TRUE, ls="--") if arm.startswith(("scratch", "shuffled")) else dict(color=f"C{i}")
+        style |= dict(color=PREDICTED, lw=2.5) if arm == "latents" else {}
+        marker = "osv^DP*X"[i]
+        x = [value * 1.03 ** (i - 3.5) for value in x]  # side by side, so that intervals can be read
+        error = [
+            [100 * (a - b) for a, b in zip(p, low, strict=True)],
+            [100 * (b - a) for a, b in zip(p, high, strict=True)],
+        ]
+        axis.errorbar(x, [100 * value for value in p], error, marker=marker, ms=5, capsize=2, label=arm, **style)
+    axis.set(xlabel="labelled demonstrations", ylabel="closed-loop success (%)", xscale="log", ylim=(0, 100))
+    ticks = sorted({demos for _, demos in table})
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set_title("few demonstrations after pretraining (higher is better; bars: 95 % intervals)")
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
