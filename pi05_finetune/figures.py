@@ -1,0 +1,118 @@
+"""Figures of a run and of a report. One look for all: grey is recorded, blue is predicted."""
+
+import json
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+TRUE, PREDICTED = "0.55", "tab:blue"
+matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120})
+
+
+def curves(log_file):
+    """Loss of training and of each held-out data set against the step, from log.jsonl."""
+    lines = [json.loads(line) for line in log_file.read_text().splitlines()]
+    names = sorted({name for line in lines for name in line if name.startswith("val/") and name.endswith("/loss")})
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for name in ["train/loss", *names]:
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        style = dict(color=TRUE, lw=1) if name == "train/loss" else dict(marker="o", ms=3, lw=1.2)
+        if points:
+            axis.plot(*zip(*points, strict=True), label=name.removesuffix("/loss"), **style)
+    axis.set(xlabel="step", ylabel="flow-matching loss (normalised)", yscale="log", title="loss (lower is better)")
+    axis.legend(frameon=False)
+    return figure
+
+
+def traces(examples):
+    """Recorded and predicted actions; the six dims that move most.
+
+    examples: {title: (recorded (T, A), predicted (T, A), names of the dims, rate in Hz)}, arrays in robot units.
+    """
+    figure = Figure(figsize=(12, 2.4 * len(examples) + 0.4), layout="constrained")
+    axes = figure.subplots(len(examples), 6, squeeze=False)
+    for row, (title, (true, predicted, names, rate)) in zip(axes, examples.items(), strict=True):
+        dims = sorted(np.argsort(-true.std(0), kind="stable")[:6])
+        time = np.arange(len(true)) / rate
+        for axis, dim in zip(row, dims, strict=False):
+            axis.plot(time, true[:, dim], color=TRUE, lw=2.5, label="recorded")
+            axis.plot(time, predicted[:, dim], color=PREDICTED, lw=1.2, label="predicted")
+            axis.set(title=f"{title}: {names[dim]}", xlabel="s")
+        for axis in row[len(dims) :]:
+            axis.axis("off")
+        row[0].set_ylabel("action (robot units)")
+    axes[0, 0].legend(frameon=False)
+    figure.suptitle("recorded and predicted actions of held-out episodes (closer is better)")
+    return figure
+
+
+def episodes(examples, chunk):
+    """Whole held-out episodes: frames of a camera above, the six dims that move most below.
+
+    examples: {title: (recorded (T, A), predicted (T, A), names, rate in Hz, [(seconds, frame (H, W, 3))])}; predicted
+    is chunk after chunk, each from the recorded observation at its beginning.
+    """
+    figure = Figure(figsize=(14, 7.2 * len(examples)), layout="constrained")
+    for part, (title, (true, predicted, names, rate, shown)) in zip(
+        figure.subfigures(len(examples), 1, squeeze=False)[:, 0], examples.items(), strict=True
+    ):
+        strip, plots = part.subfigures(2, 1, height_ratios=[1, 3])
+        for axis, (seconds, frame) in zip(strip.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            axis.imshow(frame)
+            axis.set_title(f"{seconds:.1f} s")
+            axis.axis("off")
+        time = np.arange(len(true)) / rate
+        dims = sorted(np.argsort(-true.std(0), kind="stable")[:6])
+        axes = list(plots.subplots(-(-len(dims) // 3), 3, squeeze=False).flat)
+        for axis, dim in zip(axes, dims, strict=False):
+            axis.plot(time, true[:, dim], color=TRUE, lw=2.5, label="recorded")
+            for first in range(0, len(true), chunk):
+                label = "predicted, chunk by chunk" if first == 0 else None
+                here = slice(first, first + chunk)
+                axis.plot(time[here], predicted[here, dim], color=PREDICTED, lw=1.2, label=label)
+            axis.set(title=names[dim], xlabel="s", ylabel="action (robot units)")
+        for axis in axes[len(dims) :]:
+            axis.axis("off")
+        axes[0].legend(frameon=False)
+        part.suptitle(f"{title}: recorded and predicted (closer is better)")
+    return figure
+
+
+STYLES = {
+    "model": dict(color=PREDICTED, lw=2),
+    "mean of draws": dict(color=PREDICTED, lw=1.5, ls=":"),
+    "hold last": dict(color=TRUE, lw=2),
+    "mean": dict(color=TRUE, lw=1.5, ls="--"),
+}
+
+
+def horizon(methods, rate):
+    """Error against how far ahead the action is. methods: {source: {method: score}}."""
+    figure = Figure(figsize=(5.5 * len(methods), 3.4), layout="constrained")
+    for axis, (title, scores) in zip(figure.subplots(1, len(methods), squeeze=False)[0], methods.items(), strict=True):
+        for name, score in scores.items():
+            errors = score["mse_normalised_by_step"]
+            axis.plot(np.arange(len(errors)) / rate, errors, label=name, **STYLES[name])
+        axis.set(title=title, xlabel="seconds ahead", ylabel="mean squared error (normalised)", yscale="log")
+        axis.legend(frameon=False)
+    figure.suptitle("error against horizon on held-out episodes (lower is better)")
+    return figure
+
+
+def per_dim(methods, names):
+    """Error of each action dim beside the references'. methods: {source: {method: score}}."""
+    figure = Figure(figsize=(3.5 + 0.35 * len(names), 4.8 * len(methods)), layout="constrained")
+    for axis, (title, scores) in zip(
+        figure.subplots(len(methods), 1, squeeze=False)[:, 0], methods.items(), strict=True
+    ):
+        place = np.arange(len(names))
+        axis.bar(place, scores["model"]["mse_normalised_per_dim"], color=PREDICTED, width=0.6, label="model")
+        for name, marker in (("hold last", "_"), ("mean", "x")):
+            axis.plot(place, scores[name]["mse_normalised_per_dim"], marker, color="0.2", ms=9, mew=2, label=name)
+        axis.set(title=title, ylabel="mean squared error (normalised)", yscale="log")
+        axis.set_xticks(place, names, rotation=90 if len(names) > 8 else 0)
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle("error of each dim on held-out episodes (lower is better; one tall bar is a dim to look at)")
+    return figure

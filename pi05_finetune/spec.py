@@ -1,0 +1,94 @@
+"""The spec: what every episode of a data set must hold."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+
+@dataclass
+class DatasetSpec:
+    """What every episode must hold. Lengths, units and order of dims are the robot's."""
+
+    name: str
+    action_dim: int
+    control_freq_hz: float
+    required_obs_keys: list  # cameras
+    required_proprio_keys: list  # vectors; side by side in this order they are the policy's state
+    version: str = "1"
+    control_freq_tolerance_pct: float = 10.0
+    action_names: list | None = None
+    action_type: str = "absolute"  # or delta
+    action_min: list | None = None  # per dim, or one number for all
+    action_max: list | None = None
+    max_episode_steps: int | None = None
+    allow_nan: bool = False
+    clip_actions: bool = False  # clip recorded actions to action_min, action_max instead of refusing them
+
+    def __post_init__(self):
+        def need(good, name, expected):
+            if not good:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+        need(isinstance(self.action_dim, int) and self.action_dim > 0, "action_dim", "a whole number above 0")
+        need(number(self.control_freq_hz) and self.control_freq_hz > 0, "control_freq_hz", "a rate above 0")
+        tolerance = self.control_freq_tolerance_pct
+        need(number(tolerance) and tolerance >= 0, "control_freq_tolerance_pct", "a percentage")
+        need(self.action_type in ("absolute", "delta"), "action_type", "absolute or delta")
+        for name in ("required_obs_keys", "required_proprio_keys"):
+            keys = getattr(self, name)
+            need(isinstance(keys, list) and all(isinstance(key, str) for key in keys), name, "a list of names")
+        names = self.action_names
+        need(names is None or len(names) == self.action_dim, "action_names", f"{self.action_dim} names")
+        for name in ("action_min", "action_max"):
+            value = getattr(self, name)
+            value = [value] * self.action_dim if number(value) else value
+            setattr(self, name, value)
+            good = value is None or (len(value) == self.action_dim and all(map(number, value)))
+            need(good, name, f"{self.action_dim} numbers, or one for all")
+        steps = self.max_episode_steps
+        need(steps is None or (isinstance(steps, int) and steps > 0), "max_episode_steps", "a whole number above 0")
+        limits = self.action_min is not None and self.action_max is not None
+        need(not self.clip_actions or limits, "clip_actions", "false without action_min and action_max")
+
+    @property
+    def names(self):
+        """Names of the action dims."""
+        return self.action_names or [f"action {i}" for i in range(self.action_dim)]
+
+    @property
+    def cameras(self):
+        """The policy's name of each camera: LeRobot's `observation.images.NAME`."""
+        return {key.removeprefix("images."): key for key in self.required_obs_keys}
+
+    def clip(self, actions):
+        """actions (..., A) within the limits, where clip_actions says so."""
+        return np.clip(actions, self.action_min, self.action_max) if self.clip_actions else actions
+
+
+def number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def load_spec(path):
+    """DatasetSpec of a YAML or JSON file; a field that is unknown, missing or wrong is named."""
+    path = Path(path)
+    try:
+        fields = yaml.safe_load(path.read_text())  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML or JSON ({' '.join(str(error).split())[:150]})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: expected fields such as `action_dim: 6`")
+    known = [part.name for part in dataclasses.fields(DatasetSpec)]
+    for name in fields:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1)
+            raise ValueError(f"{path}: unknown field {name!r}{f'; did you mean {close[0]}?' if close else ''}")
+    try:
+        return DatasetSpec(**fields)
+    except (TypeError, ValueError) as error:
+        text = str(error).replace("DatasetSpec.__init__() missing", "missing").replace("positional argument", "field")
+        raise ValueError(f"{path}: {text}") from None
