@@ -1,0 +1,828 @@
+"""vae_distill: the teacher's checkpoints, clips, the rebuilt task, the student's losses, an iteration, whole runs."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+# four devices to divide environments over, and a compiler that does not spend a minute on each tiny program
+FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+os.environ.setdefault("XLA_FLAGS", FLAGS + " --xla_llvm_disable_expensive_passes=true")
+
+import h5py  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import mujoco  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from conftest import ROOT, launch, load, shared  # noqa: E402
+from scipy.spatial.transform import Rotation  # noqa: E402
+
+ARM = """<mujoco><option timestep="0.01"><flag eulerdamp="disable"/></option><worldbody>
+<body name="link"><joint name="swing" axis="0 1 0" damping="0.1" armature="0.01"/>
+<geom type="capsule" fromto="0 0 0 0.3 0 0" size="0.02" mass="0.5"/>
+<body name="hand" pos="0.3 0 0"><geom size="0.03" mass="0.05"/></body></body></worldbody>
+<actuator><motor joint="swing" gear="5" ctrllimited="true" ctrlrange="-1 1"/></actuator></mujoco>"""
+MODULES = "env walker teacher distill rollout devices arm_teacher export demo evaluate metrics figures".split()
+CHECKPOINTS = ["g1_flat_init", "layout_g2_dict", "layout_g3_nested"]
+
+
+@pytest.fixture(scope="module")
+def this():
+    return load("vae_distill", *MODULES)
+
+
+@pytest.fixture(scope="module")
+def arm(this, tmp_path_factory):
+    """A pendulum with 8 clips of 30 frames at 50 Hz and a teacher of random weights, on disk and read."""
+    folder = tmp_path_factory.mktemp("arm")
+    rng = np.random.default_rng(0)
+    (folder / "walker.xml").write_text(ARM)
+    model = mujoco.MjModel.from_xml_string(ARM)
+    t = np.arange(30)[:, None] / 50
+    qpos = np.stack([0.5 + 0.4 * np.sin(rng.uniform(2, 6) * t + rng.uniform(0, 6)) for _ in range(8)])
+    this.demo.write_clips(folder / "clips.h5", model, qpos)
+    words = [f"arm={folder / 'clips.h5'}"]
+    clips = this.data.read_clips(words, model, 50, 0.25)
+    config = this.arm_teacher.describe(model, clips, 50, 2)
+    env = this.env.Imitation(config, folder / "walker.xml", clips)
+    encoder, decoder = this.model.Gaussian((16,), 4), this.model.Decoder((16,), 2)
+    own = env.obs_size - env.reference_size
+    params = dict(
+        encoder=encoder.init(jax.random.key(1), jnp.zeros(env.reference_size))["params"],
+        decoder=decoder.init(jax.random.key(2), jnp.zeros(4 + own))["params"],
+    )
+    mean, std = (rng.uniform(0.1, 1, env.obs_size).astype(np.float32) for _ in range(2))
+    config["network_config"] = dict(arch_name="intention", reference_obs_size=env.reference_size)
+    this.teacher.write_teacher(folder / "teacher", 3, config, mean, std, params)
+    teacher = this.teacher.read_teacher(folder / "teacher")
+    return SimpleNamespace(folder=folder, words=words, clips=clips, env=env, teacher=teacher, qpos=qpos, config=config)
+
+
+def student_of(this, arm, **sizes):
+    sizes = {**dict(latent=3, encoder=[8], decoder=[8], prior=[8]), **sizes}
+    config = dict(reference_size=arm.env.reference_size, action_size=1, teacher=arm.config, **sizes)
+    return this.model.Student(config, arm.teacher.mean, arm.teacher.std)
+
+
+# --- the teacher's checkpoint
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("device", ["TFRT_CPU_0", "cuda:0"])
+def test_golden_actions_of_all_layouts_wherever_they_were_saved(this, tmp_path, name, device):
+    """track-mjx's own deterministic inference, recorded; a file saved on a GPU must read on a machine without one."""
+    source = shared("trackmjx") / "checkpoints"
+    shutil.copytree(source / name, tmp_path / name)
+    for file in tmp_path.rglob("_sharding"):
+        file.write_text(file.read_text().replace("TFRT_CPU_0", device))
+    golden = np.load(source / "g1_flat_init_golden_actions.npz")
+    teacher = this.teacher.read_teacher(tmp_path / name)
+    action, latent = this.model.intention(
+        teacher.params, (golden["obs"] - teacher.mean) / teacher.std, teacher.reference_size
+    )
+    assert np.abs(action - golden["action"]).max() < 1e-5 and np.abs(latent - golden["latent_mean"]).max() < 1e-5
+    assert (teacher.reference_size, teacher.action_size) == (470, 38)
+
+
+def test_written_teacher_reads_back_and_the_newest_step_wins(this, arm, tmp_path):
+    teacher = arm.teacher
+    for step in (9, 10):  # as text, 9 sorts after 10
+        this.teacher.write_teacher(tmp_path, step, teacher.config, teacher.mean + step, teacher.std, teacher.params)
+    again = this.teacher.read_teacher(tmp_path)
+    assert again.path.name == "PPONetwork_10" and again.layout == "flat" and again.config == teacher.config
+    np.testing.assert_array_equal(again.mean, teacher.mean + 10)
+    jax.tree.map(np.testing.assert_array_equal, again.params, teacher.params)
+    assert this.teacher.read_teacher(tmp_path / "PPONetwork_9").path.name == "PPONetwork_9"
+
+
+def test_teacher_without_normaliser(this, arm, tmp_path):
+    config = {**arm.config, "network_config": {**arm.config["network_config"], "normalize_observations": False}}
+    this.teacher.write_teacher(tmp_path, 0, config, arm.teacher.mean, arm.teacher.std, arm.teacher.params)
+    again = this.teacher.read_teacher(tmp_path)
+    assert not again.mean.any() and (again.std == 1).all()
+
+
+def damage(kind, run):
+    step = run / "PPONetwork_3"
+    about = step / "config" / "metadata"
+    if kind == "empty":
+        shutil.rmtree(step)
+    if kind == "no policy":
+        shutil.rmtree(step / "policy")
+    if kind == "no config":
+        shutil.rmtree(step / "config")
+    if kind == "recurrent":
+        about.write_text(about.read_text().replace('"intention"', '"recurrent_intention"'))
+    if kind == "truncated":
+        for file in [*step.glob("policy/d/*"), *step.glob("policy/ocdbt.process_0/d/*")]:
+            file.write_bytes(file.read_bytes()[:20])
+    if kind == "no table":
+        (step / "policy" / "_METADATA").write_text('{"tree')
+    if kind == "no decoder":
+        table = json.loads((step / "policy" / "_METADATA").read_text())
+        rows = table["tree_metadata"]
+        table["tree_metadata"] = {name: row for name, row in rows.items() if "decoder" not in name}
+        (step / "policy" / "_METADATA").write_text(json.dumps(table))
+    if kind == "other normaliser":
+        table = (step / "policy" / "_METADATA").read_text()
+        (step / "policy" / "_METADATA").write_text(table.replace('"key": "mean"', '"key": "mittel"'))
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("empty", "no PPONetwork_<step> folder"),
+        ("no policy", "`policy` is missing"),
+        ("no config", "network_config"),
+        ("recurrent", "'recurrent_intention'"),
+        ("truncated", "missing or damaged"),
+        ("no table", "_METADATA"),
+        ("no decoder", "decoder/hidden_0 is missing"),
+        ("other normaliser", "0.mittel is missing or damaged"),
+    ],
+)
+def test_damaged_teachers_are_named(this, arm, tmp_path, kind, message):
+    shutil.copytree(arm.folder / "teacher", tmp_path / "teacher")
+    damage(kind, tmp_path / "teacher")
+    with pytest.raises(ValueError, match=message):
+        this.teacher.read_teacher(tmp_path / "teacher")
+
+
+def test_teacher_of_another_walker_is_refused(this, arm):
+    config = json.loads(json.dumps(arm.config))
+    config["walker_config"]["joint_names"] = ["swing", "swing"]
+    env = this.env.Imitation(config, "w", arm.clips, arm.env.model)
+    with pytest.raises(ValueError, match="another walker's teacher"):
+        env.check(arm.teacher)
+    config["walker_config"]["joint_names"] = ["knee"]
+    with pytest.raises(ValueError, match="no joint 'knee'"):
+        this.env.Imitation(config, "w", arm.clips, arm.env.model)
+    vnl = {**config, "env_config": dict(sim_dt=0.002, reward_terms=dict(root_pos=1.0))}
+    with pytest.raises(ValueError, match="vnl-playground's, which are not rebuilt"):
+        this.walker.build_model(arm.folder / "walker.xml", vnl)
+    del config["reference_config"]
+    with pytest.raises(ValueError, match="no `reference_config.traj_length`"):
+        this.walker.build_model(arm.folder / "walker.xml", config)
+    config = json.loads(json.dumps(arm.config))
+    del config["env_config"]["reward_weights"]["bad_pose_dist"]
+    with pytest.raises(ValueError, match="no `env_config.reward_weights.bad_pose_dist`"):
+        this.env.Imitation(config, "w", arm.clips, arm.env.model)
+
+
+# --- clips
+
+
+def test_both_layouts_read_to_the_same_clips(this, arm, tmp_path):
+    with h5py.File(tmp_path / "clips.h5", "w") as h5:
+        group = h5.create_group("all_clips")
+        group["position"], group["quaternion"] = np.zeros((8, 30, 0)), np.zeros((8, 30, 0))
+        group["joints"], group["body_positions"] = arm.qpos, arm.clips.xpos
+    again = this.data.read_clips([f"arm={tmp_path}"], arm.env.model, 50, 0.25)
+    for name in ("qpos", "qvel", "xpos", "length", "validation"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(arm.clips, name))
+    assert again.ids == arm.clips.ids and again.bodies == [] and arm.clips.bodies == ["world", "link", "hand"]
+
+
+def test_qvel_that_is_empty_or_saturated_is_recomputed_and_a_good_one_kept(this, arm, tmp_path):
+    true = np.diff(arm.qpos, axis=1) * 50
+    np.testing.assert_allclose(arm.clips.qvel[:, :-1], true, atol=1e-3)
+    assert arm.clips.recomputed == 1  # demo.write_clips leaves it empty
+    for name, qvel, recomputed in (("noisy", arm.clips.qvel * 1.02, 0), ("saturated", np.full((8, 30, 1), 20.0), 1)):
+        shutil.copy(arm.folder / "clips.h5", tmp_path / f"{name}.h5")
+        with h5py.File(tmp_path / f"{name}.h5", "r+") as h5:
+            del h5["qvel"]
+            h5["qvel"] = qvel.reshape(-1, 1)
+        clips = this.data.read_clips([str(tmp_path / f"{name}.h5")], arm.env.model, 50)
+        assert clips.recomputed == recomputed
+        np.testing.assert_allclose(clips.qvel, arm.clips.qvel * (1 if recomputed else 1.02), rtol=1e-4)
+
+
+def test_real_mouse_clips(this):
+    """Their qvel is saturated at 20 rad/s; the model without meshes gives their body positions."""
+    folder = shared("trackmjx") / "mouse_arm"
+    model = mujoco.MjModel.from_xml_path(str(folder / "akira_torque_nomesh.xml"))
+    clips = this.data.read_clips([f"mouse={folder}"], model, 200)
+    assert clips.qpos.shape == (12, 100, 4) and clips.recomputed == 12 and 1 <= clips.validation.sum() <= 4
+    np.testing.assert_allclose(this.data.positions(model, clips.qpos[3]), clips.xpos[3], atol=1e-5)
+    np.testing.assert_allclose(clips.qvel[:, :-1], np.diff(clips.qpos, axis=1) * 200, atol=1e-2)
+
+
+def test_split_is_by_name_and_no_clip_is_on_both_sides(this, arm):
+    names = [f"clips/{i}" for i in range(400)]
+    held = this.data.hold_out(names, "arm", 0.25, [])
+    assert abs(held.mean() - 0.25) < 0.08
+    assert np.array_equal(held[::-1], this.data.hold_out(names[::-1], "arm", 0.25, []))
+    assert (
+        this.data.hold_out(names[:2], "arm", 1e-9, []).sum() == 1 and not this.data.hold_out(names, "arm", 0, []).any()
+    )
+    assert this.data.hold_out(names, "arm", 0.1, ["clips/7"]).nonzero()[0].tolist() == [7]
+    with pytest.raises(ValueError, match="no clip is called x"):
+        this.data.hold_out(names, "arm", 0.1, ["x"])
+
+
+def spoil(kind, file):
+    with h5py.File(file, "r+") as h5:
+        if kind == "nan":
+            h5["qpos"][40] = np.nan
+        if kind == "nan xpos":
+            h5["xpos"][40] = np.nan
+        if kind in ("wide", "one frame", "no frame"):
+            rows = dict(wide=np.zeros((240, 3)), **{"one frame": np.zeros((1, 1)), "no frame": np.zeros((0, 1))})[kind]
+            del h5["qpos"]
+            h5["qpos"] = rows
+            if kind == "one frame":
+                del h5["config"]
+        if kind == "nothing":
+            for name in list(h5):
+                del h5[name]
+        if kind == "no joints":
+            for name in list(h5):
+                del h5[name]
+            h5["position"] = np.zeros((2, 9, 3))
+    if kind == "truncated":
+        file.write_bytes(file.read_bytes()[:900])
+    if kind == "not h5":
+        file.write_text("hello")
+    if kind == "zero bytes":
+        file.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("nan", "clip 1: qpos holds NaN or infinity at frame 10"),
+        ("nan xpos", "clip 1: xpos holds NaN"),
+        ("wide", r"\(30, 3\), but the walker has \(frames, 1\)"),
+        ("one frame", "clips of 1 frame"),
+        ("no frame", "`qpos` is empty"),
+        ("nothing", "neither stac-mjx"),
+        ("no joints", "no `quaternion`"),
+        ("truncated", "not readable as reference clips"),
+        ("not h5", "not readable as reference clips"),
+        ("zero bytes", "not readable as reference clips"),
+    ],
+)
+def test_spoiled_clips_are_named(this, arm, tmp_path, kind, message):
+    file = tmp_path / "clips \u00e9.h5"
+    shutil.copy(arm.folder / "clips.h5", file)
+    spoil(kind, file)
+    with pytest.raises(ValueError, match=message) as raised:
+        this.data.read_clips([f"arm={file}"], arm.env.model, 50)
+    assert str(file) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_clips_of_another_body_or_joint_order(this, arm, tmp_path):
+    """Bodies are found by name, so another order gives the same reference; a body that is not there is an error."""
+    file = tmp_path / "clips.h5"
+    shutil.copy(arm.folder / "clips.h5", file)
+    with h5py.File(file, "r+") as h5:
+        names, xpos = h5["names_xpos"][()], h5["xpos"][()]
+        h5["names_xpos"][...], h5["xpos"][...] = names[::-1], xpos[:, ::-1]
+    clips = this.data.read_clips([f"arm={file}"], arm.env.model, 50, 0.25)
+    env = this.env.Imitation(arm.config, "w", clips, arm.env.model)
+    jax.tree.map(np.testing.assert_array_equal, env.reference, arm.env.reference)
+    with h5py.File(file, "r+") as h5:
+        h5["names_xpos"][...] = [b"world", b"link", b"foot"]
+    clips = this.data.read_clips([f"arm={file}"], arm.env.model, 50, 0.25)
+    with pytest.raises(ValueError, match="no body 'hand'"):
+        this.env.Imitation(arm.config, "w", clips, arm.env.model)
+    with pytest.raises(ValueError, match="names_xpos differs"):
+        this.data.read_clips([str(arm.folder / "clips.h5"), str(file)], arm.env.model, 50)
+
+
+# --- the task
+
+
+def test_golden_observations_and_rewards_of_the_rodent(this):
+    """All 696 numbers and 18 reward terms as track-mjx's own environment gave them, from the state of C MuJoCo."""
+    source = shared("trackmjx")
+    teacher = this.teacher.read_teacher(source / "checkpoints" / "g1_flat_init")
+    model = this.walker.build_model(source / "rodent" / "rodent.xml", teacher.config)
+    clips = this.data.read_clips([f"rat={source / 'rodent' / 'rodent_mocap_4x250.h5'}"], model, 50)
+    env = this.env.Imitation(teacher.config, "rodent.xml", clips, model)
+    env.check(teacher)
+    golden, data, seen = np.load(source / "checkpoints" / "golden_env_obs_reward.npz"), mujoco.MjData(model), 0
+    for i in range(3):
+        data.qpos, data.qvel, data.ctrl = golden["qpos"][i], golden["qvel"][i], 0
+        mujoco.mj_forward(model, data)
+        view = this.env.View(*(np.asarray(x, np.float32) for x in this.env.View.of(data)))
+        frame, clip = golden["start_frame"][i] + round(golden["time"][i] * 50), golden["clip_idx"][i]
+        assert np.abs(env.observe(env.reference, view, clip, frame) - golden["obs"][i]).max() < 1e-5
+        history = np.zeros((env.window, model.nu), np.float32)
+        history[-1] = golden["ctrl"][i]
+        terms = env.reward(env.reference, view, clip, frame, history)
+        for name, value in zip(golden["reward_names"].tolist(), golden["reward_terms"][i], strict=True):
+            ours = float(terms[name]) * (-1 if name.endswith("cost") else 1)
+            assert ours == pytest.approx(value, abs=1e-5), name
+            seen += 1
+    assert seen == 54
+    without = this.env.Imitation(teacher.config, "rodent.xml", clips, model, body_shift="0")
+    assert env.shift == 1 and without.shift == 0
+    apart = np.abs(without.observe(without.reference, view, clip, frame) - golden["obs"][2])
+    assert 1e-3 < apart[:470].max() and apart[470:].max() < 1e-5  # the switch is felt where the bodies are
+
+
+def test_rotations_match_scipy(this):
+    rng = np.random.default_rng(0)
+    a, b, v = Rotation.random(5, rng), Rotation.random(5, rng), rng.normal(size=(7, 3))
+
+    def wxyz(rotation):
+        return np.roll(rotation.as_quat(), 1, -1)
+
+    np.testing.assert_allclose(this.env.rotate(v, jnp.array(wxyz(a[0]))), a[0].apply(v), atol=1e-5)
+    relative = this.env.relative_quat(jnp.array(wxyz(b)), jnp.array(wxyz(a[0])))
+    expected = wxyz(a[0] * b.inv())
+    sign = np.sign((relative * expected).sum(-1, keepdims=True))
+    np.testing.assert_allclose(relative * sign, expected, atol=1e-5)
+    for i in range(5):
+        angle = (a[i] * b[i].inv()).magnitude()
+        ours = this.env.bounded_angle(jnp.array(wxyz(a[i])), jnp.array(wxyz(b[i])))
+        assert float(ours) == pytest.approx(angle / 2, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def act(arm):
+    """One control step of the pendulum, compiled once for the tests below."""
+    return jax.jit(arm.env.act)
+
+
+def test_steps_are_those_of_mujoco_and_the_reward_is_written_out(this, arm, act):
+    env, model = arm.env, arm.env.model
+    reference, data = env.reference, mujoco.MjData(model)
+    state, view = env.begin(reference, 2, 3, jax.random.key(0))
+    assert np.abs(state.qpos - arm.qpos[2, 3]).max() <= 1e-3 and np.abs(state.qvel).max() <= 1e-3
+    data.qpos, data.qvel = state.qpos, state.qvel
+    weights, before = arm.config["env_config"]["reward_weights"], 0.0
+    for t in range(4):
+        action = np.array([0.6 - 0.4 * t], np.float32)
+        state, view, terms, failed, over = act(reference, state, action)
+        data.ctrl = action
+        for _ in range(2):
+            mujoco.mj_step(model, data)
+        np.testing.assert_allclose(state.qpos, data.qpos, atol=1e-5)
+        np.testing.assert_allclose(state.qvel, data.qvel, atol=1e-4)
+        frame = 4 + t
+        joint = float(np.square(data.qpos - arm.qpos[2, frame]).sum())
+        # body positions lag the joints by one physics step, in MJX as in track-mjx
+        hand = float(np.square(data.body("hand").xpos - arm.clips.xpos[2, frame, 2]).sum())
+        assert float(terms["joint_reward"]) == pytest.approx(
+            np.exp(-weights["joint_reward_exp_scale"] * joint), rel=1e-3
+        )
+        assert float(terms["endeff_reward"]) == pytest.approx(
+            np.exp(-weights["endeff_reward_exp_scale"] * hand), rel=1e-3
+        )
+        assert float(terms["ctrl_cost"]) == pytest.approx(-0.02 * action[0] ** 2, abs=1e-6)
+        assert float(terms["ctrl_diff_cost"]) == pytest.approx(-0.02 * (action[0] - before) ** 2, abs=1e-6)
+        force = 5 * action[0]
+        assert float(terms["energy_cost"]) == pytest.approx(-0.01 * abs(force * data.qvel[0]), rel=1e-3)
+        kinds = [name for name in terms if name.endswith(("_reward", "_cost"))]
+        assert float(env.total(terms)) == pytest.approx(sum(float(terms[name]) for name in kinds), abs=1e-6)
+        assert not failed and not over and int(state.age) == t + 1
+        obs, before = np.asarray(env.look(reference, state, view)), action[0]
+        np.testing.assert_allclose(obs[:5], arm.qpos[2, frame + 1 : frame + 6, 0] - data.qpos[0], atol=1e-5)
+        np.testing.assert_allclose(obs[5:8], [data.qpos[0], data.qvel[0], force], atol=1e-4)
+        np.testing.assert_allclose(obs[8:11], data.body("hand").xpos, atol=1e-5)
+        assert not obs[11:].any()
+
+
+def test_episodes_end_on_nan_on_a_lost_pose_and_with_the_clip(this, arm, act):
+    env, reference, zero = arm.env, arm.env.reference, np.zeros(1, np.float32)
+    state, _ = env.begin(reference, 0, 0, jax.random.key(0))
+    broken, view, terms, failed, _ = act(reference, state.replace(qvel=jnp.array([jnp.nan])), zero)
+    assert failed and float(terms["nan"]) == 1 and float(env.total(terms)) == 0
+    assert np.isfinite(env.look(reference, broken, view)).all()
+    lost, _, terms, failed, _ = act(reference, state.replace(qpos=state.qpos + 2), zero)
+    assert failed and float(terms["bad_pose"]) == 1 and float(terms["nan"]) == 0
+    late = state.replace(age=jnp.int32(22))
+    assert not act(reference, late, zero)[4] and act(reference, late.replace(age=jnp.int32(23)), zero)[4]
+    assert env.longest == 24  # frames 0 to 29, five of them ahead
+
+
+def test_frames_are_counted_in_whole_numbers(this, arm):
+    """Two control steps per frame, two frames per step, three frames in two steps; 50 s on, none is lost."""
+    for hz, expected in ((25, lambda n: n // 2), (100, lambda n: 2 * n), (75, lambda n: 3 * n // 2)):
+        config = json.loads(json.dumps(arm.config))
+        config["env_config"]["env_args"]["mocap_hz"] = hz
+        env = this.env.Imitation(config, "w", arm.clips, arm.env.model)
+        assert [env.frame(7, n) for n in range(2500)] == [7 + expected(n) for n in range(2500)]
+
+
+def test_starts_are_of_training_clips_and_leave_room(this, arm):
+    keys, train = jax.random.split(jax.random.key(0), 500), jnp.array([1, 4, 6])
+    reference = jax.tree.map(jnp.array, arm.env.reference)
+    clip, start = jax.vmap(arm.env.spot, (None, None, 0))(reference, train, keys)
+    assert set(clip.tolist()) == {1, 4, 6} and start.min() == 0 and start.max() == 11  # half of 30 - 5 - 1
+
+
+# --- the student
+
+
+def test_kl_is_the_closed_form_and_the_sampled_mean(this):
+    rng = np.random.default_rng(0)
+    m, s, n, r = rng.normal(size=(4, 3))
+    exact = this.model.kl(m, s, n, r)
+    z = m + np.exp(s / 2) * rng.normal(size=(400_000, 3))
+    ratio = -((z - m) ** 2) / np.exp(s) / 2 - s / 2 + (z - n) ** 2 / np.exp(r) / 2 + r / 2
+    np.testing.assert_allclose(exact, ratio.mean(0), rtol=0.02)
+    np.testing.assert_allclose(this.model.kl(m, s, m, s), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("action_loss", ["mse", "norm"])
+def test_loss_is_written_out(this, arm, action_loss):
+    student, rng = student_of(this, arm, latent=3), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype(np.float32), student.init(jax.random.key(0)))
+    obs, action = rng.normal(size=(6, arm.env.obs_size)).astype(np.float32), rng.uniform(-1, 1, (6, 1))
+    batch = dict(obs=obs, action=action, before=obs[::-1], follows=np.array([1, 1, 0, 1, 0, 1.0]))
+    weights, key = dict(kl=0.7, unit_kl=0.2, ar=0.5), jax.random.key(3)
+    loss, metrics = student.loss(params, batch, key, weights, action_loss)
+
+    def layer(x, part, i):
+        p = part[f"hidden_{i}"]
+        x = x @ p["kernel"] + p["bias"]
+        x = x / (1 + np.exp(-x))
+        norm = part[f"LayerNorm_{i}"]
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * norm["scale"] + norm["bias"]
+
+    def gaussian(x, part):
+        h = layer(x, part, 0)
+        heads = [h @ part[name]["kernel"] + part[name]["bias"] for name in ("fc2_mean", "fc2_logvar")]
+        return heads[0], np.clip(heads[1], -5, 2)
+
+    params = jax.tree.map(np.asarray, params)
+    x = (obs - arm.teacher.mean) / arm.teacher.std
+    own = x[:, arm.env.reference_size :]
+    (m, s), (n, r) = gaussian(x, params["encoder"]), gaussian(own, params["prior"])
+    z = m + np.exp(s / 2) * np.asarray(jax.random.normal(key, m.shape))
+    last = params["decoder"]["hidden_1"]
+    out = np.tanh(layer(np.concatenate([z, own], -1), params["decoder"], 0) @ last["kernel"] + last["bias"])
+    error = out - action
+    act = np.square(error).mean() if action_loss == "mse" else np.sqrt(np.square(error).sum(-1)).mean()
+    divergence = 0.5 * (np.exp(s - r) + (m - n) ** 2 / np.exp(r) - 1 + r - s).sum(-1).mean()
+    unit = 0.5 * (np.exp(s) + m**2 - 1 - s).sum(-1).mean()
+    ar = (np.linalg.norm(m - 0.99 * m[::-1], axis=-1) * batch["follows"]).mean()
+    assert float(loss) == pytest.approx(act + 0.7 * divergence + 0.2 * unit + 0.5 * ar, rel=1e-4)
+    assert float(metrics["kl"]) == pytest.approx(divergence, rel=1e-4)
+    assert float(metrics["ar"]) == pytest.approx(ar, rel=1e-4)
+
+
+def test_stop_gradient_leaves_the_encoder_to_the_action_and_the_unit_normal(this, arm):
+    student = student_of(this, arm)
+    params = student.init(jax.random.key(0))
+    batch = dict(obs=jax.random.normal(jax.random.key(1), (5, arm.env.obs_size)), action=jnp.zeros((5, 1)))
+
+    def encoder_gradient(kl, stop):
+        weights = dict(kl=kl, unit_kl=0.0, ar=0.0)
+        grads = jax.jit(jax.grad(lambda p: student.loss(p, batch, jax.random.key(2), weights, "mse", stop)[0]))(params)
+        return np.concatenate([x.ravel() for x in jax.tree.leaves(grads["encoder"])])
+
+    np.testing.assert_allclose(encoder_gradient(5.0, True), encoder_gradient(0.0, True), atol=1e-7)
+    assert np.abs(encoder_gradient(5.0, False) - encoder_gradient(0.0, False)).max() > 1e-3
+
+
+def test_the_prior_and_the_decoder_do_not_see_the_reference(this, arm):
+    student = student_of(this, arm)
+    params, obs = student.init(jax.random.key(0)), np.ones((2, arm.env.obs_size), np.float32)
+    other = obs.copy()
+    other[:, : arm.env.reference_size] += 3
+    z = jnp.ones((2, 3))
+    np.testing.assert_array_equal(student.predict(params, obs)[0], student.predict(params, other)[0])
+    np.testing.assert_array_equal(student.decode(params, obs, z), student.decode(params, other, z))
+    assert np.abs(student.encode(params, obs)[0] - student.encode(params, other)[0]).max() > 1e-3
+    assert np.abs(student.decode(params, obs, 1e6 * z)).max() <= 1
+
+
+def test_student_round_trip_and_what_it_refuses(this, arm, tmp_path):
+    student = student_of(this, arm)
+    params = student.init(jax.random.key(0))
+    student.save_pretrained(tmp_path / "a", params)
+    again, same = this.model.Student.from_pretrained(tmp_path / "a")
+    assert again.config == json.loads(json.dumps(student.config))
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    np.testing.assert_array_equal(again.mean, student.mean)
+    with pytest.raises(ValueError, match="but this student needs"):
+        student_of(this, arm, latent=4).load_pretrained(tmp_path / "a")
+    np.savez(tmp_path / "a" / "weights.npz", mean=np.array([print], object))
+    with pytest.raises(ValueError, match="weights.npz"):
+        this.model.Student.from_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "weights.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="weights.npz"):
+        this.model.Student.from_pretrained(tmp_path / "a")
+
+
+def test_a_student_is_a_track_mjx_policy_too(this, arm, tmp_path):
+    """Written in track-mjx's layout and read by its rules, it acts as the student's mean; decoder input [z, own]."""
+    student = student_of(this, arm)
+    params = student.init(jax.random.key(4))
+    student.save_pretrained(tmp_path / "student", params)
+    words = ["--checkpoint", tmp_path / "student", "--out", tmp_path / "policy", "--step", 7]
+    assert this.export.main([str(word) for word in words]) == 0
+    again = this.teacher.read_teacher(tmp_path / "policy" / "PPONetwork_7")
+    obs = np.random.default_rng(0).normal(size=(9, arm.env.obs_size)).astype(np.float32)
+    own = obs[:, arm.env.reference_size :]
+    x = (np.concatenate([obs, own], -1) - again.mean) / again.std
+    action, z = this.model.intention(again.params, x, again.reference_size)
+    np.testing.assert_allclose(action, student.decode(params, obs, student.encode(params, obs)[0]), atol=1e-6)
+    np.testing.assert_allclose(z, student.encode(params, obs)[0], atol=1e-6)
+
+
+# --- learning
+
+
+@pytest.mark.parametrize("unroll, envs, batch_size", [(4, 6, 3), (4, 6, 6), (4, 6, 12), (4, 6, 24), (4, 6, 1)])
+def test_minibatches_hold_every_sample_once(this, unroll, envs, batch_size):
+    t, e = np.meshgrid(np.arange(unroll), np.arange(envs), indexing="ij")
+    out = this.distill.minibatches(dict(t=jnp.array(t), e=jnp.array(e)), batch_size, jax.random.key(0))
+    updates = this.distill.updates_of(envs, unroll, batch_size)
+    assert out["t"].shape[0] == updates and out["t"][0].size == batch_size
+    pairs = list(zip(np.ravel(out["t"]).tolist(), np.ravel(out["e"]).tolist(), strict=True))
+    assert sorted(pairs) == [(i, j) for i in range(unroll) for j in range(envs)]
+    for row in np.asarray(out["e"]).reshape(updates, -1):
+        assert len(set(row)) == min(batch_size, envs)  # as many environments as fit
+    assert len({int(x) for x in np.asarray(out["t"])[..., 0].ravel()}) > 1 or batch_size >= envs
+
+
+def test_sizes_that_do_not_fit_are_refused(this):
+    assert this.distill.updates_of(1024, 16, 512) == 32
+    for envs, unroll, batch_size in ((10, 4, 4), (8, 3, 16), (8, 4, 64)):
+        with pytest.raises(ValueError, match="--batch-size"):
+            this.distill.updates_of(envs, unroll, batch_size)
+
+
+def test_schedules(this):
+    words = "--data x --steps 100 --warmup 10 --lr 1 --lr-end 0 --kl-weight 1 --kl-start 3 --ar-weight 0.5"
+    args = this.train.parse(words.split())
+    now = this.train.schedules(args, 0, 104)
+    assert now["lr"][0] == pytest.approx(0.1) and now["lr"][9] == pytest.approx(1) and not now["lr"][100:].any()
+    assert (now["kl"][:51] == 3).all() and (now["kl"][75:] == 1).all() and now["kl"][62] == pytest.approx(2.04)
+    assert (now["ar"] == 0.5).all() and not now["unit_kl"].any()
+
+
+def test_optimizer_is_adamw_with_clipping_and_decays_matrices_alone(this):
+    import torch
+
+    rng = np.random.default_rng(0)
+    start = dict(w=rng.normal(size=(3, 2)).astype(np.float32), b=rng.normal(size=2).astype(np.float32))
+    opt = this.distill.make_optimizer((0.9, 0.95), 0.1, 1.0)
+    params, moments = jax.tree.map(jnp.array, start), opt.init(jax.tree.map(jnp.array, start))
+    w, b = (torch.nn.Parameter(torch.tensor(start[name])) for name in ("w", "b"))
+    groups = [dict(params=[w], weight_decay=0.1), dict(params=[b], weight_decay=0.0)]
+    theirs = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-5)
+    for _ in range(5):
+        grads = dict(w=rng.normal(size=(3, 2)).astype(np.float32) * 3, b=rng.normal(size=2).astype(np.float32))
+        step, moments = opt.update(jax.tree.map(jnp.array, grads), moments, params)
+        params = jax.tree.map(lambda p, s: p - 0.01 * s, params, step)
+        w.grad, b.grad = torch.tensor(grads["w"]), torch.tensor(grads["b"])
+        torch.nn.utils.clip_grad_norm_([w, b], 1.0)
+        theirs.step()
+    np.testing.assert_allclose(params["w"], w.detach().numpy(), atol=1e-6)
+    np.testing.assert_allclose(params["b"], b.detach().numpy(), atol=1e-6)
+
+
+def three_iterations(this, arm, count):
+    """Three iterations on `count` devices: (start, [(state, metrics)]); environment 0 starts with NaN physics.
+
+    The program is that of the whole runs below, so that it is compiled once for all of them.
+    """
+    this.devices.cache(arm.folder / "compiled")
+    dist = this.devices.setup("cpu", count)
+    student, opt = student_of(this, arm), this.distill.make_optimizer((0.9, 0.95), 0.0, 1.0)
+    world = dict(reference=arm.env.reference, teacher=arm.teacher.params, mean=arm.teacher.mean, std=arm.teacher.std)
+    world["train"] = np.flatnonzero(~arm.clips.validation).astype(np.int32)
+    state = this.distill.start(arm.env, student, opt, 8, world, 0)
+    state["envs"] = state["envs"].replace(qvel=state["envs"].qvel.at[0].set(jnp.nan))
+    first = jax.tree.map(np.array, state)
+    world, state = this.devices.spread(dist, world), this.devices.place(dist, state)
+    make = this.distill.make_iteration(arm.env, student, opt, unroll=4, batch_size=16, seed=0, ar=True)
+    run, steps = this.devices.program(dist, make, state), []
+    for step in range(0, 6, 2):
+        now = dict(lr=[1e-2, 0.0 if step == 4 else 1e-2], kl=[1e-3] * 2, unit_kl=[0.0] * 2, ar=[0.01] * 2)
+        now = {name: np.array(value, np.float32) for name, value in now.items()}
+        state, metrics = run(state, world, np.int32(step), now)
+        steps.append((this.devices.collect(dist, state), jax.tree.map(float, metrics)))
+    return first, steps
+
+
+@pytest.fixture(scope="module")
+def iterations(this, arm):
+    return three_iterations(this, arm, 1)
+
+
+def test_nan_physics_is_reset_and_counted(iterations):
+    first, steps = iterations
+    assert np.isnan(first["envs"].qvel[0]).all()
+    assert steps[0][1]["nan"] == pytest.approx(1 / 32) and steps[1][1]["nan"] == 0
+    for state, metrics in steps:
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state)) and np.isfinite(metrics["loss"])
+    assert steps[0][0]["envs"].age[0] == 3 and steps[0][0]["envs"].age[1] == 4
+
+
+@pytest.mark.slow
+def test_environments_on_four_devices_go_the_same_way(this, arm, iterations):
+    """The same trajectories, and losses within 1e-5 relative, which is what another order of summing costs."""
+    for (one, a), (four, b) in zip(iterations[1], three_iterations(this, arm, 4)[1], strict=True):
+        for name in ("clip", "start", "age"):
+            np.testing.assert_array_equal(getattr(one["envs"], name), getattr(four["envs"], name))
+        np.testing.assert_allclose(one["envs"].qpos, four["envs"].qpos, atol=1e-5)
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-7), name
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one["params"], four["params"])
+
+
+def test_an_update_past_the_last_step_changes_nothing(iterations):
+    """The third iteration has one live update of two: Adam's count says so, and the parameters moved once."""
+    counts = [int(state["opt"][1].count) for state, _ in iterations[1]]
+    assert counts == [2, 4, 5]
+
+
+def test_pack_and_unpack(this, iterations):
+    state = iterations[1][0][0]
+    packed = this.distill.pack(state)
+    assert "opt.1.mu.encoder.hidden_0.kernel" in packed and "envs.qpos" in packed
+    jax.tree.map(np.testing.assert_array_equal, this.distill.unpack(state, packed, "x"), state)
+    packed["envs.qpos"] = packed["envs.qpos"][:4]
+    with pytest.raises(ValueError, match=r"envs.qpos has shape \(4, 1\)"):
+        this.distill.unpack(state, packed, "x")
+
+
+# --- the control law
+
+
+def test_computed_torque_follows_its_reference(this):
+    """In C MuJoCo, on the demo's arm: a law that is right tracks within a hundredth of a radian."""
+    model = mujoco.MjModel.from_xml_string(this.demo.WALKER)
+    qpos = this.demo.motion(np.random.default_rng(5))
+    data, worst = mujoco.MjData(model), 0.0
+    data.qpos, data.qvel = qpos[0] + 0.05, (qpos[1] - qpos[0]) * 50
+    for t in range(len(qpos) - 6):
+        ahead = qpos[t + 1 : t + 6] - data.qpos
+        data.ctrl = this.arm_teacher.computed_torque(model, ahead[None], data.qvel[None], data.qpos[None], 0.02)[0]
+        for _ in range(4):
+            mujoco.mj_step(model, data)
+        worst = max(worst, np.abs(data.qpos - qpos[t + 1]).max()) if t > 30 else worst
+    assert worst < 0.02
+
+
+def test_motors_are_scaled_to_one(this, tmp_path):
+    (tmp_path / "arm.xml").write_text(ARM.replace('ctrlrange="-1 1"', 'ctrlrange="-0.2 0.2" forcerange="-0.2 0.2"'))
+    model = mujoco.MjModel.from_xml_string(this.arm_teacher.unit_motors(tmp_path / "arm.xml"))
+    assert model.actuator_gear[0, 0] == pytest.approx(1.0) and model.actuator_ctrlrange[0].tolist() == [-1, 1]
+    data = mujoco.MjData(model)
+    data.ctrl = 0.9
+    mujoco.mj_forward(model, data)
+    assert data.qfrc_actuator[0] == pytest.approx(0.9)  # of 5 * 0.2; the force limit no longer cuts it
+    assert model.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_CONTACT
+    (tmp_path / "arm.xml").write_text(ARM.replace("<motor", "<position").replace("motor>", "position>"))
+    with pytest.raises(ValueError, match="other than motors"):
+        this.arm_teacher.unit_motors(tmp_path / "arm.xml")
+    (tmp_path / "arm.xml").write_text(ARM[: ARM.index("<actuator")] + "</mujoco>")
+    with pytest.raises(ValueError, match="1 joints and 0 motors"):
+        this.arm_teacher.unit_motors(tmp_path / "arm.xml")
+
+
+# --- the report
+
+
+def test_interval_covers_the_mean_of_clips(this):
+    """Episodes of one clip are alike: a bootstrap over episodes would cover far too rarely."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        values = np.repeat(rng.normal(size=20), 5) + 0.1 * rng.normal(size=100)
+        low, high = this.metrics.interval(values, np.repeat(np.arange(20), 5), rng, 300)
+        hits += low < 0 < high
+    assert 0.85 < hits / 200 < 0.99
+
+
+def test_latent_card_counts_what_carries_information(this):
+    rng = np.random.default_rng(0)
+    mean, kl = rng.normal(size=(30, 4, 3)) * [3, 1, 0.01], np.broadcast_to([0.5, 0.02, 0.001], (30, 4, 3))
+    alive = (np.arange(30)[:, None] < [30, 10, 30, 30]).astype(float)
+    card, points = this.metrics.latents(dict(latent=mean, kl=kl, alive=alive), np.array([0, 1]))
+    assert card["active_dims"] == 2 and card["kl"] == pytest.approx(0.521) and len(points["xy"]) == 40
+    assert card["pca_share"][0] > 0.8 and (np.bincount(points["episode"]) == [30, 10]).all()
+
+
+# --- whole runs
+
+
+def words_of(arm, out, *more):
+    sizes = "--num-envs 8 --unroll 4 --batch-size 16 --latent-dim 3 --encoder-hidden-sizes 8 --decoder-hidden-sizes 8"
+    sizes += " --prior-hidden-sizes 8 --val-share 0.25 --devices 1 --log-every 2 --warmup 2 --ar-weight 0.01"
+    paths = ["--data", *arm.words, "--teacher", arm.folder / "teacher", "--walker", arm.folder / "walker.xml"]
+    words = [*paths, *sizes.split(), "--compile-cache", arm.folder / "compiled", "--out", out, *more]
+    return [str(word) for word in words]
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
+
+
+def arrays(out):
+    return {name: np.load(out / "checkpoints/last" / name) for name in ("weights.npz", "resume.npz")}
+
+
+def assert_same(a, b):
+    for name, one in arrays(a).items():
+        two = arrays(b)[name]
+        assert sorted(one) == sorted(two)
+        for key in one:
+            np.testing.assert_array_equal(one[key], two[key], err_msg=key)
+
+
+def test_stopped_and_resumed_is_uninterrupted(this, arm, tmp_path, monkeypatch):
+    """Bit for bit: weights, moments, environments and the logged losses."""
+    whole = words_of(arm, tmp_path / "whole", "--steps", "22", "--eval-every", "8", "--save-every", "6")
+    assert this.train.main(whole) == 0
+    part = words_of(arm, tmp_path / "part", "--steps", "22", "--eval-every", "8", "--save-every", "6")
+    calls = iter(range(100))
+    monkeypatch.setattr(this.train.common.Interrupt, "__call__", lambda self: next(calls) == 4)
+    assert this.train.main(part) == 75
+    monkeypatch.undo()
+    assert this.train.main([*part, "--resume"]) == 0
+    assert_same(tmp_path / "whole", tmp_path / "part")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "part") and losses(tmp_path / "whole")[-1][0] == 22
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    shown = {name for line in log for name in line}
+    assert {"val/arm/reward_share", "val/action_mse", "train/kl", "train/nan", "env_steps_per_s"} <= shown
+    assert (tmp_path / "whole" / "figures" / "tracking.png").stat().st_size > 2000
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--devices", "9"], "--devices 9"),
+        (["--devices", "3"], "multiple of the 3 devices"),
+        (["--batch-size", "12"], "--batch-size"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--val-episodes", "nobody"], "no clip is called nobody"),
+        (["--walker", "nowhere.xml"], "no such file"),
+        (["--teacher", "nowhere"], "no PPONetwork_<step>"),
+        (["--data", "nowhere.h5"], "no such file or folder"),
+        (["--init", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_flags_end_in_one_line(this, arm, tmp_path, more, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        this.train.main(words_of(arm, tmp_path / "out", "--steps", "4", *more))
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_uninterrupted(arm, tmp_path):
+    """kill -9 in the middle of the run, in a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    more = ["--steps", "40", "--eval-every", "100", "--save-every", "4"]
+    script = str(ROOT / "vae_distill" / "train.py")
+    done = launch(script, *words_of(arm, tmp_path / "whole", *more))
+    assert done.returncode == 0, done.stderr[-2000:]
+    part = [sys.executable, script, *words_of(arm, tmp_path / "part", *more)]
+    with subprocess.Popen(part, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 200
+        while not (tmp_path / "part/checkpoints/last").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "part/checkpoints/step_0000040").exists(), "it ended before it was killed"
+    done = launch(script, *words_of(arm, tmp_path / "part", *more, "--resume"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same(tmp_path / "whole", tmp_path / "part")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "part")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(arm, tmp_path):
+    """torchrun starts two processes of two devices each; their losses and weights are those of one device."""
+    env, more = dict(XLA_FLAGS="--xla_force_host_platform_device_count=2"), ["--steps", "8", "--eval-every", "8"]
+    script = ROOT / "vae_distill" / "train.py"
+    for name, ranks, count in (("one", 1, "1"), ("two", 2, "0")):
+        words = words_of(arm, tmp_path / name, *more, "--devices", count, "--device", "cpu")
+        done = launch(script, *words, ranks=ranks, env=env, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for (_, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    one, two = (np.load(tmp_path / name / "checkpoints/last/weights.npz") for name in ("one", "two"))
+    for key in one:
+        np.testing.assert_allclose(one[key], two[key], atol=1e-5, err_msg=key)
+
+
+@pytest.mark.slow
+def test_evaluate_writes_a_whole_report(this, arm, tmp_path):
+    assert this.train.main(words_of(arm, tmp_path / "run", "--steps", "4")) == 0
+    words = ["--checkpoint", tmp_path / "run/checkpoints/last", "--out", tmp_path / "report", "--episodes", "2"]
+    words += ["--video", "--compile-cache", arm.folder / "compiled", "--batch-size", "6"]
+    assert this.evaluate.main([str(word) for word in words]) == 0
+    card = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert card["test"]["clips"] + card["train"]["clips"] == 8 == len(card["clips"])
+    rows = card["test"]["rows"]
+    assert list(rows) == list(this.rollout.POLICIES) and rows["teacher"]["action_mse"] == 0
+    assert rows["teacher"]["reward_share"] == 1 and rows["student mean"]["action_mse"] > 0
+    for row in rows.values():
+        assert row["reward"] == pytest.approx(
+            sum(row["terms"].values()) * row["steps"] / card["test"]["episodes"], rel=1e-3
+        )
+    for name in ("survival.png", "tracking.png", "latent.png", "dims.png", "stick.gif"):
+        assert (tmp_path / "report" / "figures" / name).stat().st_size > 1000
+    assert "| teacher |" in (tmp_path / "report" / "report.md").read_text()

@@ -1,0 +1,90 @@
+"""Write the demo data: a planar arm, 40 reference clips in stac-mjx's layout, a track-mjx teacher that follows them.
+
+Run:
+  python vae_distill/demo.py --out runs/demo/vae_distill
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import h5py
+import mujoco
+import numpy as np
+from arm_teacher import make
+
+ABOUT = dict(version=1, clips=40, frames=250, rate=50, substeps=4, seed=0)
+# two links in a vertical plane, 0.5 m and 1 kg
+WALKER = """<mujoco model="planar_arm">
+  <option timestep="0.005"><flag eulerdamp="disable"/></option>
+  <worldbody>
+    <body name="upper">
+      <joint name="shoulder" axis="0 1 0" damping="0.1" armature="0.01"/>
+      <geom type="capsule" fromto="0 0 0 0.25 0 0" size="0.03" mass="0.6"/>
+      <body name="lower" pos="0.25 0 0">
+        <joint name="elbow" axis="0 1 0" damping="0.05" armature="0.01"/>
+        <geom type="capsule" fromto="0 0 0 0.25 0 0" size="0.02" mass="0.4"/>
+        <body name="hand" pos="0.25 0 0"><geom size="0.03" mass="0.05"/></body>
+      </body>
+    </body>
+  </worldbody>
+  <actuator>
+    <motor joint="shoulder" gear="8" ctrllimited="true" ctrlrange="-1 1"/>
+    <motor joint="elbow" gear="3" ctrllimited="true" ctrlrange="-1 1"/>
+  </actuator>
+</mujoco>
+"""
+
+
+def motion(rng):
+    """Joint angles (T 2) in rad: three sinusoids of 0.2 to 1.2 Hz per joint around a random posture."""
+    t = np.arange(ABOUT["frames"])[:, None, None] / ABOUT["rate"]
+    rate, phase = rng.uniform(0.2, 1.2, (2, 3)), rng.uniform(0, 2 * np.pi, (2, 3))
+    waves = np.sin(2 * np.pi * rate * t + phase) * rng.uniform(0.1, 0.4, (2, 3))
+    return rng.uniform([-0.5, 0.3], [1.5, 1.7]) + waves.sum(-1)
+
+
+def write_clips(file, model, qpos):
+    """qpos (C T nq) as a stac-mjx file: clips one after another, qvel empty, names, the configuration as YAML text."""
+    rows, data = qpos.reshape(-1, model.nq), mujoco.MjData(model)
+    xpos, xquat = np.zeros((len(rows), model.nbody, 3)), np.zeros((len(rows), model.nbody, 4))
+    for i, row in enumerate(rows):
+        data.qpos[:] = row
+        mujoco.mj_kinematics(model, data)
+        xpos[i], xquat[i] = data.xpos, data.xquat
+    with h5py.File(file, "w") as h5:
+        h5["qpos"], h5["xpos"], h5["xquat"], h5["qvel"] = rows, xpos, xquat, np.zeros(0)
+        h5["names_qpos"] = [model.joint(i).name for i in range(model.njnt)]
+        h5["names_xpos"] = [model.body(i).name for i in range(model.nbody)]
+        h5["config"] = f"stac:\n  n_frames_per_clip: {qpos.shape[1]}\nmodel:\n  SCALE_FACTOR: 1.0\n"
+
+
+def write(folder):
+    """Write the data unless it is there already. A half-written folder is never left behind."""
+    folder = Path(folder)
+    about = folder / "demo.json"
+    if about.exists() and json.loads(about.read_text()) == ABOUT:
+        return
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # two first starts at once
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    rng = np.random.default_rng(ABOUT["seed"])
+    arm = temporary / "arm.xml"
+    arm.write_text(WALKER)
+    clips = np.stack([motion(rng) for _ in range(ABOUT["clips"])])
+    write_clips(temporary / "clips.h5", mujoco.MjModel.from_xml_string(WALKER), clips)
+    make(arm, [str(temporary / "clips.h5")], temporary, ABOUT["rate"], ABOUT["substeps"], seed=ABOUT["seed"])
+    (temporary / about.name).write_text(json.dumps(ABOUT))
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        temporary.rename(folder)
+    except OSError:  # the other start was faster, its data is the same
+        shutil.rmtree(temporary)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder to write; replaced if it holds another demo's data")
+    write(parser.parse_args().out)

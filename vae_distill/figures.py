@@ -1,0 +1,149 @@
+"""Figures of a run and of a report. One look for all: grey is the reference or the teacher, blue the student."""
+
+import json
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+TRUE, STUDENT = "0.55", "tab:blue"
+COLORS = dict(zip(
+    ("teacher", "student mean", "student sample", "prior mean", "prior sample", "zero action"),
+    (TRUE, STUDENT, "tab:cyan", "tab:orange", "tab:red", "black"), strict=True,
+))  # fmt: skip
+matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120})
+
+
+def curves(log_file):
+    """Action error and reward relative to the teacher's against the step, from log.jsonl."""
+    lines = [json.loads(line) for line in log_file.read_text().splitlines()]
+    names = sorted({name.split("/")[1] for line in lines for name in line if name.count("/") == 2})
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+
+    def plot(axis, name, **style):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        axis.plot(*zip(*points, strict=True), **style) if points else None
+
+    plot(axes[0], "train/action_mse", color=TRUE, lw=1, label="train, sampled latent")
+    for source in names:
+        plot(axes[0], f"val/{source}/action_mse", marker="o", ms=3, lw=1.2, label=f"val {source}, latent mean")
+        plot(axes[1], f"val/{source}/reward_share", marker="o", ms=3, lw=1.2, label=source)
+    plot(axes[2], "train/kl", color=STUDENT, lw=1.2)
+    axes[0].set(
+        xlabel="step", ylabel="mean squared error", yscale="log", title="action against the teacher's (lower is better)"
+    )
+    axes[1].axhline(1, color=TRUE, lw=1, ls="--", label="teacher")
+    axes[1].set(xlabel="step", ylabel="reward / teacher's", title="reward on held-out clips (1 is the teacher)")
+    axes[2].set(xlabel="step", ylabel="KL(q || p) (nats)", title="latent (low: the prior predicts it)")
+    for axis in axes[:2]:
+        axis.legend(frameon=False)
+    return figure
+
+
+def tracking(examples, rate):
+    """Joint angles of one episode per source: the reference and what the student did; the four that move most.
+
+    examples: {source: (reference (T J), student (T J))} in rad (m for slides); rate: control steps per second.
+    """
+    figure = Figure(figsize=(12, 0.6 + 2.0 * len(examples)), layout="constrained")
+    most = min(4, max(reference.shape[1] for reference, _ in examples.values()))
+    axes = figure.subplots(len(examples), most, squeeze=False)
+    for row, (name, (reference, student)) in zip(axes, examples.items(), strict=True):
+        time = np.arange(len(reference)) / rate
+        joints = sorted(reference.std(0).argsort()[::-1][:most])
+        for axis, joint in zip(row, joints, strict=False):
+            axis.plot(time, reference[:, joint], color=TRUE, lw=2.5, label="reference")
+            axis.plot(time, student[:, joint], color=STUDENT, lw=1.2, label="student")
+            axis.set(title=f"{name}, coordinate {joint}", xlabel="s")
+        for axis in row[len(joints) :]:
+            axis.axis("off")
+        row[0].set_ylabel("angle (rad)")
+    axes[0, 0].legend(frameon=False)
+    figure.suptitle("a held-out clip and the student's motion (closer is better)")
+    return figure
+
+
+# --- the report's
+
+
+def survival(shares, rate):
+    """Share of episodes still going against time. shares: {policy: (T,)}. An episode also ends with its clip."""
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for name, share in shares.items():
+        style = dict(lw=3.5) if name == "teacher" else dict(lw=1.4)
+        axis.step(np.arange(len(share)) / rate, 100 * share, where="post", color=COLORS[name], label=name, **style)
+    axis.set(xlabel="s", ylabel="episodes still going (%)", ylim=(-2, 102))
+    axis.set_title("survival (higher is better; the teacher's curve falls where clips end)")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def latent(points):
+    """Latent means of held-out episodes in their two main directions, by clip and by phase.
+
+    points: xy (n 2), clip (n), phase (n): the share of the clip that has passed.
+    """
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    kinds = {clip: i for i, clip in enumerate(dict.fromkeys(points["clip"].tolist()))}
+    colors = [kinds[clip] for clip in points["clip"].tolist()]
+    axes[0].scatter(*points["xy"].T, c=colors, cmap="tab10", s=3)
+    seen = axes[1].scatter(*points["xy"].T, c=100 * points["phase"], cmap="viridis", s=3)
+    figure.colorbar(seen, ax=axes[1], label="share of the clip that has passed (%)")
+    axes[0].set(xlabel="first direction", ylabel="second direction", title="by clip")
+    axes[1].set(xlabel="first direction", title="by phase")
+    figure.suptitle("latent means, PCA (good: smooth paths, and clips that share them)")
+    return figure
+
+
+def dims(kl_per_dim, active):
+    """KL of every latent dim, the most used first; above the line a dim counts as active."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.bar(range(len(kl_per_dim)), sorted(kl_per_dim, reverse=True), color=STUDENT)
+    axis.axhline(active, color=TRUE, lw=1, ls="--", label=f"active: above {active} nats")
+    axis.set(xlabel="latent dim, most used first", ylabel="KL(q || p) (nats)", yscale="log")
+    axis.set_title("what each dim tells beyond the prior (below the line a dim is idle)")
+    axis.legend(frameon=False)
+    return figure
+
+
+def stick(path, model, reference, student, rate, fps=25):
+    """An animated GIF: reference (grey) and student (blue), (T nq) each, as lines between the centres of the bodies."""
+    import mujoco
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    def places(qpos):
+        data, out = mujoco.MjData(model), []
+        for row in qpos:
+            data.qpos[:] = row
+            mujoco.mj_kinematics(model, data)
+            out.append(data.xpos.copy())
+        return np.stack(out)
+
+    bones = [(i, model.body_parentid[i]) for i in range(2, model.nbody) if model.body_parentid[i] > 0]
+    skip = max(1, round(rate / fps))
+    both = {TRUE: places(reference[::skip]), STUDENT: places(student[::skip])}
+    every = np.concatenate([x[:, 1:] for x in both.values()])
+    across = sorted(every.std((0, 1)).argsort()[::-1][:2])  # the plane that shows most
+    low, high = every[..., across].min((0, 1)), every[..., across].max((0, 1))
+    middle, half = (low + high) / 2, 0.55 * (high - low).max()
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half), aspect="equal")
+    axis.set(xlabel="xyz"[across[0]], ylabel="xyz"[across[1]], title="reference (grey) and student (blue)")
+    lines = {
+        color: [axis.plot([], [], color=color, lw=3 if color == TRUE else 1.5)[0] for _ in bones] for color in both
+    }
+
+    canvas, images = FigureCanvasAgg(figure), []
+    for t in range(len(both[TRUE])):
+        for color, x in both.items():
+            for line, bone in zip(lines[color], bones, strict=True):
+                line.set_data(*x[t][list(bone)][:, across].T)
+        canvas.draw()
+        images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("P"))
+    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=1000 * skip / rate, loop=0)

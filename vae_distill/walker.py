@@ -1,0 +1,79 @@
+"""The walker: an MJCF file with the edits that a teacher's configuration asks for."""
+
+from pathlib import Path
+
+import mujoco
+
+SOLVERS = dict(cg=mujoco.mjtSolver.mjSOL_CG, newton=mujoco.mjtSolver.mjSOL_NEWTON)
+
+NEEDED = (
+    *(f"env_config.env_args.{key}" for key in ("mj_model_timestep", "iterations", "ls_iterations", "mocap_hz")),
+    *(f"env_config.env_args.{key}" for key in ("physics_steps_per_control_step", "reset_noise_scale")),
+    *(f"walker_config.{key}" for key in ("joint_names", "body_names", "end_eff_names")),
+    *("reference_config.traj_length", "env_config.reward_weights"),
+)
+
+
+def entry(config, path):
+    """config["a"]["b"] for "a.b"; a ValueError names what a checkpoint's configuration lacks."""
+    node = config
+    for key in path.split("."):
+        if not isinstance(node, dict) or key not in node:
+            vnl = "reward_terms" in str(config.get("env_config"))
+            hint = ": its task is one of vnl-playground's, which are not rebuilt here" if vnl else ""
+            raise ValueError(f"the teacher's configuration has no `{path}`{hint}")
+        node = node[key]
+    return node
+
+
+def build_model(walker, config):
+    """MjModel of an MJCF file with the edits of the checkpoint's configuration: actuators, scale, time step, solver."""
+    for path in NEEDED:
+        entry(config, path)
+    edit, timing = config["walker_config"], config["env_config"]["env_args"]
+    if not Path(walker).is_file():
+        raise ValueError(f"--walker {walker}: no such file")
+    try:
+        spec = mujoco.MjSpec.from_file(str(walker))
+        if edit.get("torque_actuators"):
+            for actuator in spec.actuators:
+                if actuator.forcerange[1] > actuator.forcerange[0]:
+                    actuator.gainprm[0] = actuator.forcerange[1]
+                actuator.biastype = mujoco.mjtBias.mjBIAS_NONE
+                actuator.biasprm[:] = 0
+        scale = edit.get("rescale_factor", 1.0)
+        if scale != 1.0:
+            rescale(spec, scale)
+        model = spec.compile()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--walker {walker}: {' '.join(str(error).split())[:200]}") from None
+    model.opt.timestep = float(timing["mj_model_timestep"])
+    solver = str(timing.get("solver", "cg")).lower()
+    if solver not in SOLVERS:
+        raise ValueError(f"the teacher's configuration has solver {solver!r}; known are {', '.join(SOLVERS)}")
+    model.opt.solver = SOLVERS[solver]
+    model.opt.iterations, model.opt.ls_iterations = int(timing["iterations"]), int(timing["ls_iterations"])
+    model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
+    return model
+
+
+def rescale(spec, scale):
+    """Bodies and geoms by `scale`, actuator gears by its square (cross-section); joint anchors and sites stay."""
+    for actuator in spec.actuators:
+        actuator.gear = actuator.gear * scale**2
+    top = spec.body("walker")
+    if top is None:
+        raise ValueError("rescale_factor needs a body called `walker`")
+    bodies = [body for body in top.find_all("body")]
+    for body in bodies:
+        body.pos = body.pos * scale
+        for geom in body.geoms:
+            geom.fromto, geom.size, geom.pos = geom.fromto * scale, geom.size * scale, geom.pos * scale
+
+
+def has(model, kind, name):
+    try:
+        getattr(model, kind)(name)
+        return True
+    except KeyError:
+        return False
