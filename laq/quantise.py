@@ -3,8 +3,8 @@
 What keeps codes alive: the vectors are turned to their principal axes, which are dealt to the slots so that no two say
 the same (optimised product quantisation, Ge et al. 2013); k-means makes each slot's codes; codes that no pair of any
 rank chose move to where vectors are; and now and then all of it is made anew if that fits better. Before `start` a
-quantiser hands its input through: a code that the decoder does not use yet holds nothing to cluster. NSVQ can start
-at once, for its noise passes on what the vectors say; VQ and FSQ should wait until train.py has measured such use.
+quantiser hands its input through: a code that the decoder does not use yet holds nothing to cluster. train.py
+measures that use and says when.
 """
 
 import torch

@@ -61,19 +61,13 @@ def parse(argv=None):
     add("--levels", type=int, nargs="+", default=[2, 2, 2], metavar="L", help="fsq: levels; product = vocabulary")
     add("--commitment", default=0.25, help="vq: pulls vectors to their codes", **real)
     add("--motion-weight", default=0.0, help="extra weight of pixels that change", **real)
-    add(
-        "--start-margin",
-        help="codes start when the decoder relies on its vectors so much; nsvq: at once, else 0.5",
-        **real,
-    )
+    add("--start-margin", default=0.25, help="codes start when the decoder relies on its vectors by this much", **real)
     add("--start-by", default=0.5, help="start them anyway after this share of the steps", **real)
     add("--start-every", default=20, help="steps between two looks at that", **whole)
     add("--restart-every", default=20, help="steps in which a code must be chosen, or be put elsewhere", **whole)
     args = common.parse(parser, argv, demo=HERE / "demo.args")
     if (args.target == "features") != bool(args.backbone):
         parser.error("--target features and --backbone go together")
-    if args.start_margin is None:
-        args.start_margin = -1.0 if args.quantiser == "nsvq" else 0.5
     return args
 
 
