@@ -390,6 +390,7 @@ def small(this, home, **changes):
 
 LATENT = dict(vocabulary=4, codes=2, dim=3, gap=2, target="vectors")
 LATENT |= dict(codebook=np.arange(24.0).reshape(2, 4, 3).tolist(), center=[[1.0] * 3] * 2, scale=[[2.0] * 3] * 2)
+LATENT |= dict(weight=[[0.5, 0.3, 0.2]] * 2)
 ACTION = dict(dims=2, chunk=3, center=[1.0, 2.0], scale=[0.5, 4.0], bins=0, state=0)
 
 
@@ -465,7 +466,8 @@ def test_latent_loss_written_out(this, home, target):
             total -= logits[b, n, code].item() / 2
             if target != "codes":
                 vector = torch.tensor(LATENT["codebook"])[n, code] if target == "codebook" else batch["vectors"][b, n]
-                total += (model.to_vectors(hidden[b, n]) - (vector - 1) / 2).square().mean().item() / 2
+                error = (model.to_vectors(hidden[b, n]) - (vector - 1) / 2).square()
+                total += (error * torch.tensor([0.5, 0.3, 0.2])).sum().item() / 2
     out = model.to_actions(hidden.flatten(1)).view(4, 3, 2)
     for b in (2, 3):
         steps = 3 if b % 2 == 0 else 2

@@ -106,7 +106,11 @@ def read_sources(data, kind, labels=None, val_share=0.1, val_episodes=(), instru
 
 
 def describe_latents(sources):
-    """What the model keeps of the labels: vocabulary, codes, dim, gap, codebook, and each vector's mean and spread."""
+    """What the model keeps of the labels: vocabulary, codes, dim, gap, codebook; each vector's mean, spread and weight.
+
+    weight (N, C): each dim's share of its slot's variance. A tokenizer's vectors vary in few dims, and the noise of the
+    others is not worth learning.
+    """
     about = sources[0].labels
     for source in sources:
         if source.labels != about:
@@ -115,7 +119,8 @@ def describe_latents(sources):
     chosen = np.random.default_rng(0).permutation(len(clips))[:1000]  # enough for two moments
     vectors = np.concatenate([clips[i].latents()[1] for i in chosen])
     center, scale = vectors.mean(0), np.maximum(vectors.std(0), 1e-6)
-    return about | dict(center=center.tolist(), scale=scale.tolist())
+    weight = scale**2 / (scale**2).sum(1, keepdims=True)
+    return about | dict(center=center.tolist(), scale=scale.tolist(), weight=weight.tolist())
 
 
 def references(source):

@@ -60,7 +60,8 @@ def open_backbone(path):
 class VLA(nn.Module):
     """Backbone, queries and heads. config (vla.json), all of it optional but `prompt`, `queries`:
 
-    latent: vocabulary, codes, dim, gap, codebook (N K C), center, scale (N C), target; see data.describe_latents.
+    latent: vocabulary, codes, dim, gap, codebook (N K C), center, scale, weight (N C), target; see
+      data.describe_latents.
       target "codes": cross-entropy on the indices, as LAPA. "codebook": regression of the codes' vectors. "vectors":
       regression of the vectors before quantisation. With the last two a linear classifier of the codes reads the
       queries too and sends no gradient back.
@@ -87,6 +88,7 @@ class VLA(nn.Module):
             self.register_buffer("codebook", torch.tensor(latent["codebook"]), persistent=False)  # N K C
             self.register_buffer("center", torch.tensor(latent["center"]), persistent=False)  # N C
             self.register_buffer("scale", torch.tensor(latent["scale"]), persistent=False)
+            self.register_buffer("weight", torch.tensor(latent["weight"]), persistent=False)
             if latent["target"] != "codes":
                 self.to_vectors = nn.Linear(D, C)
         if action:
@@ -232,7 +234,7 @@ class VLA(nn.Module):
             return entropy, metrics
         vectors = self.vectors_of(codes) if target == "codebook" else batch["vectors"]
         vectors = (vectors - self.center) / self.scale
-        metrics["vector_mse"] = (self.to_vectors(hidden) - vectors).square().mean((1, 2))
+        metrics["vector_mse"] = ((self.to_vectors(hidden) - vectors).square() * self.weight).sum(2).mean(1)
         return metrics["vector_mse"] + entropy, metrics
 
     def vectors_of(self, codes):
