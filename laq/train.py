@@ -232,11 +232,11 @@ def main(argv=None):
 
         done, line, is_best = step + 1, {}, False
         ended, stopped = done == args.steps, stop()
-        if not model.quantiser.started and done % args.start_every == 0:
+        late = done >= args.start_by * args.steps
+        if not model.quantiser.started and (late or done % args.start_every == 0):
             use = model.use_of_codes(batch["frames"]).item()
             use = common.mean(dist, dict(use=use), dict(use=1))["use"]
-            late = done >= args.start_by * args.steps
-            if use > args.start_margin or late:
+            if late or use > args.start_margin:
                 model.quantiser.start(args.seed)
                 best = None  # a continuous model's error is not what codes have to beat
                 log.say(f"step {done}: the codes start, the decoder's use of its vectors is {use:.2f}")

@@ -130,6 +130,7 @@ def success(table, arms):
     axis.set(xlabel="labelled demonstrations", ylabel="closed-loop success (%)", xscale="log", ylim=(0, 100))
     ticks = sorted({demos for _, demos in table})
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.set_xlim(ticks[0] / 1.4, ticks[-1] * 1.4)
     axis.minorticks_off()
     axis.set_title("few demonstrations after pretraining (higher is better; bars: 95 % intervals)")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
