@@ -202,6 +202,7 @@ def cleanup(dist, log):
         import torch
 
         torch.distributed.barrier()  # 30 s after the first process has ended torchrun kills rank 0 in its last save
+        time.sleep(0.5)  # gloo's thread lets go of the barrier; joined before that, it waits for the GIL for ever
         torch.distributed.destroy_process_group()
 
 
