@@ -41,6 +41,10 @@ class Source:
         low = max(1, round(self.low * rate))
         return low, max(low, round(self.high * rate))
 
+    def middle(self, clip):
+        """The middle of that range: the gap of validation, labels and reports."""
+        return sum(self.gaps(clip)) // 2
+
 
 # --- flags: NAME=PATH, gaps, split
 
@@ -320,10 +324,9 @@ def validation_pairs(source, size, limit, rank=0, world=1):
     """
     each = max(1, limit // max(1, len(source.validation)))
     step = max(1, len(source.validation) // limit)
-    pairs, moves, places = [], [], []
+    pairs, moves = [], []
     for clip in source.validation[::step][rank::world]:
-        low, high = source.gaps(clip)
-        gap = min((low + high) // 2, clip.meta["length"] - 1)
+        gap = min(source.middle(clip), clip.meta["length"] - 1)
         try:
             frames = clip.frames(size)
             good = np.flatnonzero(pair_starts(frames, gap))
@@ -334,16 +337,14 @@ def validation_pairs(source, size, limit, rank=0, world=1):
             continue
         pairs += list(np.stack([frames[starts], frames[starts + gap]], 1))
         moves += [None] * len(starts) if found is None else list(found)
-        places += [(*identity(clip), int(start)) for start in starts]
-    return pairs, moves, places
+    return pairs, moves
 
 
 class Validation:
     """The held-out pairs of one source, decoded once and kept; iterates over batches, augmented by nothing."""
 
     def __init__(self, source, size, limit=256, rank=0, world=1, actions=0):
-        pairs, moves, self.places = validation_pairs(source, size, limit, rank, world)
-        self.frames, self.actions = pairs, actions
+        self.frames, moves = validation_pairs(source, size, limit, rank, world)
         fits = [move is not None and len(move) == actions for move in moves]
         none = np.zeros(actions, np.float32)
         self.moves = [move if fit else none for move, fit in zip(moves, fits, strict=True)]

@@ -94,7 +94,7 @@ def gather(model, source, args, device):
         clips = clips[:: max(1, len(clips) // limit)]
         title = f"{source.name}, {'held out' if held else 'training'}"
         for number, clip in enumerate(tqdm(clips, title, disable=not sys.stderr.isatty())):
-            gap = min(sum(source.gaps(clip)) // 2, clip.meta["length"] - 1)
+            gap = min(source.middle(clip), clip.meta["length"] - 1)
             try:
                 frames = clip.frames(model.image_size)
                 good = np.flatnonzero(pair_starts(frames, gap))

@@ -9,7 +9,6 @@ A label shard has its video shard's name and keys, with KEY.latents.npz: codes (
 labels.json tells what all of them share. Shards that are there already are left as they are.
 """
 
-import contextlib
 import io
 import json
 import sys
@@ -131,7 +130,7 @@ def main(argv=None):
         first = next((clips[0] for clips in map(readable, shards) if clips), None)
         if first is None:
             raise ValueError(f"--data {args.data}: none of its {len(shards)} shards can be read")
-        agree(out, describe(model, args.checkpoint, middle(gap, first)))
+        agree(out, describe(model, args.checkpoint, gap.middle(first)))
     common.share(dist, None)  # the other ranks wait for labels.json
     count, broken, short, pairs = 0, [], 0, 0
     mine = [shard for shard in shards[dist.rank :: dist.world] if not (out / shard.name).exists()]
@@ -147,7 +146,7 @@ def main(argv=None):
                     broken.append(found)
                     tqdm.write(f"passing over a clip: {found}")
                     continue
-                steps = middle(gap, clip)
+                steps = gap.middle(clip)
                 count, short, pairs = count + 1, short + (len(found) <= steps), pairs + max(0, len(found) - steps)
                 yield label(model, clip, found, steps, args, amp)
 
@@ -166,22 +165,16 @@ def main(argv=None):
 
 def readable(shard, broken=None):
     """The clips of a shard; a broken shard is named and counted, and has none."""
-    with contextlib.suppress(OSError):
-        try:
-            clips = open_shard(shard)
-            for clip in clips:
-                check_meta(clip)
-            return clips
-        except ValueError as error:
-            if broken is not None:
-                broken.append(str(shard))
-                tqdm.write(f"passing over a shard: {error}")
-    return []
-
-
-def middle(gap, clip):
-    """The gap of a clip in frames: the middle of the range."""
-    return sum(gap.gaps(clip)) // 2
+    try:
+        clips = open_shard(shard)
+        for clip in clips:
+            check_meta(clip)
+        return clips
+    except (OSError, ValueError) as error:
+        if broken is not None:
+            broken.append(str(shard))
+            tqdm.write(f"passing over a shard: {error}")
+        return []
 
 
 if __name__ == "__main__":
