@@ -9,6 +9,7 @@ import datetime
 import difflib
 import importlib.metadata
 import json
+import locale
 import math
 import os
 import shlex
@@ -57,12 +58,16 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
 
+    def parse_args(self, args=None, namespace=None):
+        self.words = sys.argv[1:] if args is None else args
+        return super().parse_args(args, namespace)
+
     def error(self, message):
         known = [flag for action in self._actions for flag in action.option_strings]
-        unknown = message.startswith("unrecognized")
-        wrong = [word for word in message.split() if word.startswith("--") and unknown]
+        words = [word.partition("=")[0].rstrip(":,") for word in [*self.words, *message.split()]]
+        wrong = [word for word in words if word.startswith("--") and word not in known]
         close = difflib.get_close_matches(wrong[0], known, 1) if wrong else []
-        self.exit(2, f"error: {message}{f'; did you mean {close[0]}?' if close else ''}\n")
+        self.exit(2, f"error: {message}{f'; {wrong[0]}: did you mean {close[0]}?' if close else ''}\n")
 
 
 def flags(doc, omit=()):
@@ -129,6 +134,8 @@ def brief(error):
 
 def run(main):
     """Call `main`; a user's mistake or a broken file ends in one line and exit code 2 (TRACEBACK=1 shows where)."""
+    if not sys.flags.utf8_mode and locale.getencoding().lower() != "utf-8":  # names and texts are the same everywhere
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:

@@ -25,7 +25,7 @@ def parse(argv=None):
     add, whole = parser.add_argument, dict(type=int, metavar="N")
     add("--checkpoint", required=True, help="folder with config.json, such as RUN/checkpoints/best", metavar="DIR")
     add("--data", nargs="+", metavar="NAME=PATH", help="where the data is; without it what the run was trained on")
-    add("--out", required=True, metavar="DIR", help="folder of the report")
+    add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
     add("--chunk", nargs="+", metavar="T", help="chunk length as in train.py; without it the checkpoint's")
     add("--val-share", type=float, metavar="X", help="share of the episodes held out; without it the run's")
     add("--val-episodes", nargs="+", metavar="IDS", help="hold out just these; without it the run's")
@@ -38,6 +38,7 @@ def parse(argv=None):
     for name in ("val_stride", "random_tuples", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
+    args.out = args.out or str(Path(args.checkpoint).resolve().parent.parent / "report")
     return args
 
 

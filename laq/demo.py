@@ -107,7 +107,9 @@ def write(folder, distractors=False):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder to write; replaced if it holds another demo's data")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder to write; replaced if it holds another demo's data"
+    )
     parser.add_argument("--distractors", action="store_true", help="other things move too, and the camera shakes")
     args = parser.parse_args()
     write(args.out, args.distractors)

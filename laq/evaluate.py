@@ -33,7 +33,7 @@ def parse(argv=None):
     add("--checkpoint", required=True, help="folder with config.json, such as RUN/checkpoints/best", metavar="DIR")
     add("--data", nargs="+", metavar="NAME=PATH", help="where the data is; without it what the run was trained on")
     add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
-    add("--gap", nargs="+", metavar="GAP", help="frames (3) or seconds (0.6s), as in train.py; without it the run's")
+    add("--gap", nargs="+", metavar="T", help="frames (3) or seconds (0.6s), as in train.py; without it the run's")
     add("--val-share", type=float, metavar="X", help="share of the episodes held out; without it the run's")
     add("--val-episodes", nargs="+", metavar="IDS", help="hold out just these; without it the run's")
     add("--leave-one-out", action="store_true", help="probe with each episode held out in turn; for few episodes")
@@ -46,6 +46,7 @@ def parse(argv=None):
     for name in ("pairs", "train_pairs", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"{common.flag(name)} must be above 0")
+    args.out = args.out or str(Path(args.checkpoint).resolve().parent.parent / "report")
     return args
 
 
@@ -59,9 +60,6 @@ def open_sources(args):
     data = args.data or flags.get("data")
     if not data:
         raise ValueError(f"{record} is not there to tell the data: give --data NAME=PATH")
-    if not (args.out or flags):
-        raise ValueError(f"{record} is not there to tell the run's folder: give --out DIR")
-    args.out = args.out or str(record.parent / "report")
     names = [name for name, _ in named_paths(data)]
 
     def of_the_run(name, default):

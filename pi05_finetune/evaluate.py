@@ -34,7 +34,7 @@ def parse(argv=None):
     add("--mock-model", action="store_true", help="no model: recorded actions with noise, to see data and report")
     add("--data", nargs="+", metavar="PATH", help="as in train.py; without it what the run was trained on")
     add("--spec", metavar="FILE", help="as in train.py; without it the run's")
-    add("--out", required=True, metavar="DIR", help="folder of the report")
+    add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
     add("--val-share", help="share of the episodes held out; without it the run's", **real)
     add("--val-episodes", nargs="+", metavar="IDS", help="hold out just these; without it the run's")
     add("--val-stride", default=10, help="steps between two predictions", **whole)
@@ -52,9 +52,12 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == args.mock_model:
         parser.error("give --checkpoint or --mock-model")
+    if args.mock_model and not args.out:
+        parser.error("--mock-model needs --out")
     for name in ("val_stride", "max_episodes", "chunk", "draws", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"{common.flag(name)} must be above 0")
+    args.out = args.out or str(Path(args.checkpoint).resolve().parent.parent / "report")
     return args
 
 

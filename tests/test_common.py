@@ -74,7 +74,18 @@ def test_a_mistyped_flag_gets_a_hint(tmp_path, capsys, wrong, right):
     with pytest.raises(SystemExit) as ended:
         parse(tmp_path, wrong, 3)
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and f"did you mean {right}?" in error and error.count("\n") == 1
+    assert ended.value.code == 2 and f"{wrong}: did you mean {right}?" in error and error.count("\n") == 1
+
+
+def test_a_mistyped_flag_in_place_of_a_needed_one(tmp_path, capsys):
+    """`--checkpiont X` is answered with `--checkpoint is required`, which it seems to be there."""
+    parser, preset = common.Parser("doc"), tmp_path / "preset.args"
+    parser.add_argument("--checkpoint", required=True)
+    preset.write_text("--checkpiont x\n")
+    for words in (["--checkpiont=x"], [f"@{preset}", "--checkpoint", "y"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert "--checkpiont: did you mean --checkpoint?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--amp", "fp8"], ["--steps", "many"], ["--seed"]])
@@ -270,6 +281,22 @@ def test_run_ends_a_users_mistake_in_one_line(tmp_path):
     for code in (0, 75):
         done = launch(path, code)
         assert (done.returncode, done.stdout, done.stderr) == (code, "done\n", "")
+
+
+@pytest.mark.parametrize("spell", [{"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, {}])
+def test_run_in_a_locale_without_unicode(tmp_path, spell):
+    """Where the locale is not UTF-8, a report with ü in it, or a folder called 数据, ends in a codec's error."""
+    text = """
+def main():
+    out = pathlib.Path(sys.argv[1])
+    (out / "R².md").write_text("ü 数据 −")
+    print(out.name, len(sys.argv))
+common.run(main)
+"""
+    (folder := tmp_path / "数据").mkdir()
+    done = launch(script(tmp_path, "import pathlib" + text), folder, env={**spell, "PYTHONIOENCODING": "utf-8"})
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "数据 2\n")
+    assert (folder / "R².md").read_text("utf-8") == "ü 数据 −"
 
 
 # --- atomic

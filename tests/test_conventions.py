@@ -226,3 +226,5 @@ def test_help_of_every_script(file, tmp_path):
     done = launch(ROOT / file, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "usage:" in done.stdout and not done.stderr and not list(tmp_path.iterdir())
+    named = re.findall(r"^  --([a-z-]+) ([A-Z_]+)", done.stdout, re.M)
+    assert not [name for name, value in named if name.replace("-", "_").upper() == value], "--x X: name what it takes"

@@ -28,7 +28,7 @@ def this():
 def home(this, tmp_path_factory):
     """A small demo: 24 videos with latents, 16 demonstrations, a tiny backbone of width 32."""
     folder = tmp_path_factory.mktemp("demo") / "vla"
-    this.demo.write(folder, videos=24, demonstrations=16)
+    this.demo.write(folder, videos=24, demonstrations=16, family="qwen3_vl", pointing=0)
     names = [f" {name}" for name in this.pointing.NAMES]
     this.tiny.build(
         folder / "small", [*names, "robot, push the red block to the left"], width=32, depth=2, vision_width=32
@@ -673,7 +673,9 @@ def test_rollouts_measure_the_expert_right(this):
         this.world.Tables.reset = original
     assert won.tolist() == [episode["success"] for episode in record]
     assert steps.tolist() == [len(e["frames"]) - 1 if e["success"] else 70 for e in record]
-    assert len(films[0]) == steps[0] + 1 and len(one[0]) == 2 and one[0].any()
+    caption, frames = films[0]
+    assert len(frames) == steps[0] + 1 and caption == f"{record[0]['instruction']}: {'done' if won[0] else 'not done'}"
+    assert len(one[0]) == 2 and one[0].any()
 
 
 # --- the runs

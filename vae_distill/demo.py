@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import h5py
@@ -61,11 +62,22 @@ def write_clips(file, model, qpos):
         h5["config"] = f"stac:\n  n_frames_per_clip: {qpos.shape[1]}\nmodel:\n  SCALE_FACTOR: 1.0\n"
 
 
+def there(folder):
+    """True if a folder holds this demo's data, all of it."""
+    about = Path(folder) / "demo.json"
+    return about.exists() and json.loads(about.read_text()) == ABOUT
+
+
+def wait(folder):
+    """Wait for another process that writes the data: a minute, longer than JAX lets a first collective wait."""
+    while not there(folder):
+        time.sleep(0.5)
+
+
 def write(folder):
     """Write the data unless it is there already. A half-written folder is never left behind."""
     folder = Path(folder)
-    about = folder / "demo.json"
-    if about.exists() and json.loads(about.read_text()) == ABOUT:
+    if there(folder):
         return
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # two first starts at once
     shutil.rmtree(temporary, ignore_errors=True)
@@ -76,7 +88,7 @@ def write(folder):
     clips = np.stack([motion(rng) for _ in range(ABOUT["clips"])])
     write_clips(temporary / "clips.h5", mujoco.MjModel.from_xml_string(WALKER), clips)
     make(arm, [str(temporary / "clips.h5")], temporary, ABOUT["rate"], ABOUT["substeps"], seed=ABOUT["seed"])
-    (temporary / about.name).write_text(json.dumps(ABOUT))
+    (temporary / "demo.json").write_text(json.dumps(ABOUT))
     shutil.rmtree(folder, ignore_errors=True)
     try:
         temporary.rename(folder)
@@ -86,5 +98,7 @@ def write(folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder to write; replaced if it holds another demo's data")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder to write; replaced if it holds another demo's data"
+    )
     write(parser.parse_args().out)

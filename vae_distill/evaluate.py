@@ -39,7 +39,7 @@ def parse(argv=None):
     add("--teacher", metavar="DIR", help="a track-mjx run; without it the run's")
     add("--walker", metavar="FILE", help="MJCF of the walker; without it the run's")
     add("--data", nargs="+", metavar="NAME=PATH", help="reference clips; without it what the run was trained on")
-    add("--out", required=True, metavar="DIR", help="folder of the report")
+    add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
     add("--val-share", type=float, metavar="X", help="share of the clips held out; without it the run's")
     add("--val-episodes", nargs="+", metavar="IDS", help="hold out just these clips; without it the run's")
     add(
@@ -62,6 +62,7 @@ def parse(argv=None):
     for name in ("episodes", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"{common.flag(name)} must be above 0")
+    args.out = args.out or str(Path(args.checkpoint).resolve().parent.parent / "report")
     return args
 
 

@@ -5,9 +5,9 @@ Run:
   python vla/demo.py --out runs/big --videos 1500 --body square
 
 OUT: shards of videos (body A; their actions are left out unless --with-actions), labels/ (latent actions), robot/
-(shards of labelled demonstrations, body B), backbone/ (tiny.py). The labels are a stand-in for those of a trained
-tokenizer: the effector's true motion plus noise, quantised by k-means. They show the interface and the effect, and
-prove nothing about pixels.
+(shards of labelled demonstrations, body B), backbone/ (tiny.py), which has learned to see (pointing.py). The labels are
+a stand-in for those of a trained tokenizer: the effector's true motion plus noise, quantised by k-means. They show the
+interface and the effect, and prove nothing about pixels.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from shards import npy, npz, write_shard
 from tiny import FAMILIES, build
 
 DEFAULT = dict(videos=300, demonstrations=100, body="disc", robot="disc", distractors=0, pixels=32, fps=5, seed=0)
-DEFAULT |= dict(family="qwen3_vl", pointing=0)
-VERSION, GAP, NOISE = 3, 4, 0.3  # frames between a pair; the labels' noise, of their spread: R2 about 0.92
+DEFAULT |= dict(family="film", pointing=400)
+VERSION, GAP, NOISE = 4, 4, 0.3  # frames between a pair; the labels' noise, of their spread: R2 about 0.92
 
 
 def successes(count, seed, body, pixels, distractors):
@@ -118,7 +118,7 @@ def write(folder, with_actions=False, **changes):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, whole = parser.add_argument, dict(type=int, metavar="N")
-    add("--out", required=True, help="folder to write; replaced if it holds another demo's data")
+    add("--out", required=True, metavar="DIR", help="folder to write; replaced if it holds another demo's data")
     for name, what in dict(videos="videos", demonstrations="labelled demonstrations", pixels="side of a frame").items():
         add(f"--{name}", default=DEFAULT[name], help=f"{what} [{DEFAULT[name]}]", **whole)
     add("--body", choices=world.BODIES, default="disc", help="how the videos' robot looks [disc]")

@@ -35,7 +35,7 @@ def parse(argv=None):
     add("--checkpoint", required=True, metavar="DIR", help="a checkpoint folder of train.py or finetune.py")
     add("--data", nargs="+", default=[], metavar="NAME=PATH", help="clips to measure on offline")
     add("--labels", nargs="+", metavar="DIR", help="their label shards: measure latents, not commands")
-    add("--out", required=True, metavar="DIR", help="folder of the report")
+    add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
     add("--val-share", type=float, default=0.1, metavar="X", help="share of the episodes held out, as in training")
     add("--val-episodes", nargs="+", default=[], metavar="NAME", help="the held-out episodes, as in training")
     add("--instruction", metavar="TEXT", help="for clips, or an environment, that have none")
@@ -61,6 +61,7 @@ def parse(argv=None):
         parser.error("nothing to do: give --data, --episodes or both")
     if args.labels and not args.data:
         parser.error("--labels needs --data, the clips that were labelled")
+    args.out = args.out or str(Path(args.checkpoint).resolve().parent.parent / "report")
     return args
 
 

@@ -25,11 +25,12 @@ def curves(log_file):
     for name in [name for name in names if name.startswith("val/") and name.endswith("/loss") and name.count("/") == 2]:
         draw(axes[0], name, marker="o", ms=3, lw=1.2, label=name[:-5])
     axes[0].set(xlabel="step", ylabel="loss", title="loss (lower is better)")
-    parts = ("token_accuracy", "word_accuracy", "action_mae")
+    parts = ("/token_accuracy", "/word_accuracy", "/action_mae")
     for i, name in enumerate(name for name in names if name.startswith("val/") and name.endswith(parts)):
         draw(axes[1], name, marker="o", ms=3, lw=1.2, color=f"C{i}", label=name[4:])
-    for name in [name for name in names if name.endswith(("majority_accuracy", "bigram_accuracy"))]:
-        draw(axes[1], name, color=TRUE, lw=1, ls="--" if "bigram" in name else ":", label=name[4:])
+    references = {"/bigram_accuracy": "--", "/majority_accuracy": ":", "/majority_word_accuracy": "-."}
+    for name, style in [(name, style) for name in names for end, style in references.items() if name.endswith(end)]:
+        draw(axes[1], name, color=TRUE, lw=1, ls=style, label=f"{name[4:]} (without looking)")
     axes[1].set(xlabel="step", ylabel="share of codes, or normalised error", title="held-out episodes")
     for axis in axes:
         axis.legend(frameon=False, fontsize=7)
@@ -75,16 +76,16 @@ def per_dim(offline):
 
 
 def strips(films, shown=8):
-    """Rollouts as strips of `shown` frames, from the first to the last, one row each."""
-    figure = Figure(figsize=(shown, 1.0 * len(films) + 0.4), layout="constrained")
-    axes = figure.subplots(len(films), shown, squeeze=False)
-    for row, film in zip(axes, films, strict=True):
-        for i, axis in enumerate(row):
-            number = round(i * (len(film) - 1) / (shown - 1))
-            axis.imshow(film[number])
+    """Rollouts (caption, frames) as strips of `shown` frames, from the first to the last, one row each."""
+    figure = Figure(figsize=(1.2 * shown, 0.3 + 1.35 * len(films)), layout="constrained")
+    rows = figure.subfigures(len(films), 1, squeeze=False)[:, 0]
+    for row, (caption, frames) in zip(rows, films, strict=True):
+        row.suptitle(caption, fontsize=9, x=0.01, ha="left")
+        for i, axis in enumerate(row.subplots(1, shown)):
+            number = round(i * (len(frames) - 1) / (shown - 1))
+            axis.imshow(frames[number])
             axis.set_title(f"step {number}", fontsize=7)
             axis.axis("off")
-    figure.suptitle("closed-loop rollouts, first to last frame")
     return figure
 
 

@@ -14,8 +14,13 @@ def wilson(successes, trials, z=1.96):
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
+def told(instruction, success):
+    """The caption of a film."""
+    return f"{instruction}: {'done' if success else 'not done'}"
+
+
 def on_tables(policy, seeds, body="disc", distractors=0, pixels=32, limit=70, films=0):
-    """One episode per seed, side by side: (success (n,), steps (n,), the first `films` as lists of frames).
+    """One episode per seed, side by side: (success (n,), steps (n,), the first `films` as (what happened, frames)).
 
     An episode ends when the task is done; steps is `limit` for those that never are.
     """
@@ -34,7 +39,7 @@ def on_tables(policy, seeds, body="disc", distractors=0, pixels=32, limit=70, fi
         won |= success
         if won.all():
             break
-    return won, steps, film
+    return won, steps, [(told(tables.words[i], won[i]), frames) for i, frames in enumerate(film)]
 
 
 def in_gymnasium(policy, env, seeds, image_key=None, state_key=None, instruction=None, limit=1000, films=0):
@@ -69,12 +74,13 @@ def in_gymnasium(policy, env, seeds, image_key=None, state_key=None, instruction
             taken, over = taken + 1, terminated or truncated
         won[i] = bool(info.get("is_success", info.get("success", terminated and reward > 0)))
         steps[i] = taken if won[i] else limit
-        film += [frames] if i < films else []
+        film += [(told(text, won[i]), frames)] if i < films else []
     return won, steps, film
 
 
 def write_film(path, films, fps=10, scale=4):
-    """Rollouts side by side as one mp4, frozen at their last frames; enlarged `scale` times."""
+    """Rollouts (caption, frames) side by side as one mp4, frozen at their last frames; enlarged `scale` times."""
+    films = [frames for _, frames in films]
     length = max(map(len, films))
     with av.open(str(path), "w", format="mp4") as file:
         stream = None

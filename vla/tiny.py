@@ -114,17 +114,23 @@ def build(
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
-        "--text", nargs="+", default=["push the red block to the left"], help="texts to know the words of"
+        "--text",
+        nargs="+",
+        metavar="TEXT",
+        default=["push the red block to the left"],
+        help="texts to know the words of",
     )
     parser.add_argument(
         "--family", choices=[*FAMILIES, "film"], default="qwen3_vl", help="whose architecture [qwen3_vl]"
     )
-    parser.add_argument("--width", type=int, default=128, help="of the language model, a multiple of 32 [128]")
-    parser.add_argument("--depth", type=int, default=3, help="decoder layers [3]")
-    parser.add_argument("--pixels", type=int, default=32, help="side of the images [32]")
-    parser.add_argument("--patch", type=int, default=4, help="side of a patch; 2 x 2 become one token [4]")
+    parser.add_argument(
+        "--width", type=int, default=128, metavar="N", help="of the language model, a multiple of 32 [128]"
+    )
+    parser.add_argument("--depth", type=int, default=3, metavar="N", help="decoder layers [3]")
+    parser.add_argument("--pixels", type=int, default=32, metavar="N", help="side of the images [32]")
+    parser.add_argument("--patch", type=int, default=4, metavar="N", help="side of a patch; 2 x 2 become one token [4]")
     args = parser.parse_args(argv)
     sizes = dict(family=args.family, width=args.width, depth=args.depth, pixels=args.pixels, patch=args.patch)
     print(f"{args.out}: {build(Path(args.out), args.text, **sizes):,} parameters")

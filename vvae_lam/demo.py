@@ -65,5 +65,7 @@ def write(folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder to write; replaced if it holds another demo's data")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder to write; replaced if it holds another demo's data"
+    )
     write(parser.parse_args().out)

@@ -36,7 +36,7 @@ def parse(argv=None):
     add("--manifest", metavar="FILE", help="split of the recordings; without it the run's, or DIR/manifest.json")
     add("--val-episodes", nargs="+", metavar="ID", help="hold out just these recordings; without it the run's")
     add("--split", choices=["test", "validation", "train"], help="without it test, or else validation")
-    add("--out", required=True, metavar="DIR", help="folder of the report")
+    add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
     add("--steps", default=5, help="latent frames of the short rollouts", **whole)
     add("--full-steps", default=200, help="most latent frames of the full rollouts", **whole)
     add("--batch-size", default=16, help="sequences at a time", **whole)
@@ -46,6 +46,7 @@ def parse(argv=None):
     for name in ("steps", "full_steps", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"{common.flag(name)} must be above 0")
+    args.out = args.out or str(Path(args.checkpoint).resolve().parent.parent / "report")
     return args
 
 
