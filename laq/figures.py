@@ -52,7 +52,7 @@ def codes(examples):
     effects (N, K, H, W, 3): the frame decoded with slot n's code replaced by k."""
     rows = [(name, slot) for name, example in examples.items() for slot in range(len(example[3]))]
     width = max(len(example[3][0]) for example in examples.values())
-    figure = Figure(figsize=(1.25 * (width + 3), 0.7 + 1.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(1.25 * (width + 3), 0.45 + 1.35 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), width + 3, squeeze=False)
     for row, (name, slot) in zip(axes, rows, strict=True):
         first, second, decoded, effects = examples[name]
@@ -82,7 +82,7 @@ def outline(axis, before, after, least=0.06):
 def moves(tables):
     """True moves of held-out pairs, coloured by code. tables: {source: (moves (n, A), codes (n, N))}."""
     slots = max(found.shape[1] for _, found in tables.values())
-    figure = Figure(figsize=(2.9 * slots + 0.6, 0.5 + 2.9 * len(tables)), layout="constrained")
+    figure = Figure(figsize=(max(4.4, 2.9 * slots + 0.6), 0.5 + 2.9 * len(tables)), layout="constrained")
     axes = figure.subplots(len(tables), slots, squeeze=False)
     for row, (name, (true, found)) in zip(axes, tables.items(), strict=True):
         dims = sorted(true.std(0).argsort()[::-1][:2])
