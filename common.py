@@ -567,8 +567,11 @@ class Interrupt:
             signal.signal(name, self.catch)
 
     def catch(self, number, frame):
-        if number == signal.SIGINT and self.signal:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if self.signal:
+                raise KeyboardInterrupt
+            if self.dist.main:
+                os.write(2, b"\nending after this step; Ctrl-C again ends at once\n")
         self.signal = number
 
     def __call__(self):
