@@ -17,8 +17,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
-import torch.nn.functional as F
 import webdataset
 from av.video.reformatter import VideoReformatter
 
@@ -157,12 +155,11 @@ def sought(video, rows, make):
 
 
 def resize(frames, size):
-    """Frames (n, H, W, 3) uint8 -> (n, size, size, 3) uint8, antialiased."""
+    """Frames (n, H, W, 3) uint8 -> (n, size, size, 3) uint8, averaged over areas as `decode` does."""
     if frames.shape[1:3] == (size, size):
         return frames
-    x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
-    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    return x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    scaler, frames = VideoReformatter(), (av.VideoFrame.from_ndarray(np.ascontiguousarray(f), "rgb24") for f in frames)
+    return np.stack([scaler.reformat(f, size, size, "rgb24", interpolation="AREA").to_ndarray() for f in frames])
 
 
 # --- reading
