@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from shards import read_clips
+from shards import pictures, read_clips
 from torch.utils.data import DataLoader, Dataset
 
-WINDOW = 48  # a slot takes its pairs from so many neighbouring frames and the gap, so that long clips cost no more
+WINDOW = 24  # a slot takes its pairs from so many neighbouring frames and the gap, so that long clips cost no more
+THUMB = 32  # sides of the small pictures that cuts and motion are seen in
 CUT, JUMP = 0.08, 6  # a scene cut: this mean difference of thumbnails (of 1), and this many times the clip's usual one
 
 
@@ -221,8 +222,10 @@ class TrainPairs(Dataset):
             gap = int(draw.integers(low, min(high, clip.meta["length"] - 1) + 1))
             begin = int(draw.integers(0, max(1, clip.meta["length"] - gap - WINDOW + 1)))
             try:
-                frames = clip.frames(self.size, begin, min(begin + WINDOW + gap, clip.meta["length"]))
-                good = np.flatnonzero(pair_starts(frames, gap, self.min_motion))
+                end = min(begin + WINDOW + gap, clip.meta["length"])
+                thumb, square = pictures(THUMB), pictures(self.size)  # only few are wanted in full
+                frames = clip.decoded(begin, end, lambda frame, thumb=thumb: (thumb(frame), frame))
+                good = np.flatnonzero(pair_starts(np.stack([small for small, _ in frames]), gap, self.min_motion))
                 if len(good) == 0:
                     continue
                 starts = draw.choice(good, self.reuse, replace=len(good) < self.reuse)
@@ -235,7 +238,8 @@ class TrainPairs(Dataset):
                 continue
             labelled = moves is not None and moves.shape[1] == self.actions
             moves = moves if labelled else np.zeros((self.reuse, self.actions), np.float32)
-            return np.stack([frames[starts], frames[starts + gap]], 1), moves, labelled
+            pairs = np.stack([square(frames[t][1]) for start in starts for t in (start, start + gap)])
+            return pairs.reshape(self.reuse, 2, *pairs.shape[1:]), moves, labelled
         raise ValueError("50 clips in a row hold no pair to train on: lower --min-motion, or look at the data")
 
     def __getitem__(self, item):
@@ -317,15 +321,16 @@ def augment(batch):
 # --- validation pairs
 
 
-def validation_pairs(source, size, limit, rank=0, world=1):
-    """This rank's share of about `limit` pairs spread evenly over a source's held-out clips; batches of at most 64.
+def validation_pairs(source, size, limit, codes, rank=0, world=1):
+    """This rank's share of about `limit` pairs spread evenly over a source's held-out clips: [frames], [move], [draw].
 
-    The gap is the middle of its range. Broken clips are named and passed over.
+    The gap is the middle of its range. draw: `codes` random numbers that depend on the clip and the pair alone. Broken
+    clips are named and passed over.
     """
     each = max(1, limit // max(1, len(source.validation)))
     step = max(1, len(source.validation) // limit)
-    pairs, moves = [], []
-    for clip in source.validation[::step][rank::world]:
+    pairs, moves, draws = [], [], []
+    for number, clip in list(enumerate(source.validation[::step]))[rank::world]:
         gap = min(source.middle(clip), clip.meta["length"] - 1)
         try:
             frames = clip.frames(size)
@@ -337,14 +342,18 @@ def validation_pairs(source, size, limit, rank=0, world=1):
             continue
         pairs += list(np.stack([frames[starts], frames[starts + gap]], 1))
         moves += [None] * len(starts) if found is None else list(found)
-    return pairs, moves
+        draws += list(np.random.default_rng(number).random((len(starts), codes)))
+    return pairs, moves, draws
 
 
 class Validation:
-    """The held-out pairs of one source, decoded once and kept; iterates over batches, augmented by nothing."""
+    """The held-out pairs of one source, decoded once and kept; iterates over batches of 64, augmented by nothing.
 
-    def __init__(self, source, size, limit=256, rank=0, world=1, actions=0):
-        self.frames, moves = validation_pairs(source, size, limit, rank, world)
+    In a batch also draw (B, codes) in [0, 1), what random codes are made of.
+    """
+
+    def __init__(self, source, size, limit=256, rank=0, world=1, actions=0, codes=1):
+        self.frames, moves, self.draws = validation_pairs(source, size, limit, codes, rank, world)
         fits = [move is not None and len(move) == actions for move in moves]
         none = np.zeros(actions, np.float32)
         self.moves = [move if fit else none for move, fit in zip(moves, fits, strict=True)]
@@ -360,6 +369,7 @@ class Validation:
                 frames=torch.from_numpy(np.stack(self.frames[part])),
                 actions=torch.from_numpy(np.stack(self.moves[part])),
                 labelled=torch.tensor(self.labelled[part]),
+                draw=torch.from_numpy(np.stack(self.draws[part])),
             )
 
 
@@ -399,7 +409,19 @@ def gauges(table, N, K, started):
 
 
 def prepare_dataloaders(
-    sources, batch_size, size, seed=0, steps=1000, first=0, accum=1, rank=0, world=1, workers=0, val_pairs=256, **pairs
+    sources,
+    batch_size,
+    size,
+    seed=0,
+    steps=1000,
+    first=0,
+    accum=1,
+    rank=0,
+    world=1,
+    workers=0,
+    val_pairs=256,
+    codes=1,
+    **pairs,
 ):
     """(iterator over this rank's micro-batches of the steps first to steps - 1, {source name: Validation}).
 
@@ -426,5 +448,5 @@ def prepare_dataloaders(
             yield {key: torch.cat([piece[key] for piece in (part, *rest)]) for key in part} if rest else part
 
     held = [source for source in sources if source.validation]
-    validation = {s.name: Validation(s, size, val_pairs, rank, world, action_width([s])) for s in held}
+    validation = {s.name: Validation(s, size, val_pairs, rank, world, action_width([s]), codes) for s in held}
     return batches(), validation

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from quantise import FSQ, NSVQ, VQ
+from quantise import FSQ, NSVQ, VQ, gather, rows_of_all
 from torch import nn
 
 MOVED = 0.05  # a pixel that changes by more, of 1, has moved: `motion_weight`
@@ -255,23 +255,31 @@ class LAQ(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, first, second, shuffle=False):
-        """Pairs -> (second frames from the first and the codes, in [0, 1], codes (B, N)). shuffle: a neighbour's codes.
+        """Pairs -> (second frames from the first and the codes, in [0, 1], codes (B, N)). shuffle: a neighbour's codes,
+        which may be another rank's: then every rank has to call this.
 
         Continuous before the codes start, as in training.
         """
         d = self.compare(first, second, self.see(first), self.see(second))
-        z, codes, _ = self.quantiser(d.roll(1, 0) if shuffle else d)
+        if shuffle:
+            d = gather(d).roll(1, 0)[rows_of_all(len(d))[1]]
+        z, codes, _ = self.quantiser(d)
         return self.predict(first, z).clamp(0, 1), codes
 
     @torch.no_grad()
     def use_of_codes(self, frames):
-        """How much the decoder relies on its code: error with another pair's minus error with its own, per "still"."""
+        """How much the decoder relies on its code: error with another pair's minus error with its own, per "still".
+
+        Over the pairs of all ranks, so every rank has to call this.
+        """
         first, second = frames.unbind(1)
         training = self.training
         self.eval()
-        own, other = ((self.reconstruct(first, second, s)[0] - second).square().mean() for s in (False, True))
+        guesses = [self.reconstruct(first, second, shuffle)[0] for shuffle in (False, True)]
+        errors = torch.stack([(x - second).square().mean() for x in (*guesses, first)])
+        own, other, still = gather(errors[None]).mean(0)
         self.train(training)
-        return (other - own) / (first - second).square().mean().clamp(min=1e-12)
+        return (other - own) / still.clamp(min=1e-12)
 
     # --- latent actions
 
@@ -330,7 +338,13 @@ class LAQ(nn.Module):
         """The model of a checkpoint folder, in eval mode. Never runs code from the files."""
         path = Path(folder) / "config.json"
         try:
-            model = cls(**json.loads(path.read_text()))
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            config = json.loads(path.read_text())
+            big = [k for k, v in config.items() if isinstance(v, (int, float)) and not abs(v) < 1e6]
+            if big:
+                raise ValueError(f"{big[0]} is {config[big[0]]}")  # a depth of 1e30 is built for ever
+            model = cls(**config)
+        except OSError:
+            raise
+        except Exception as error:  # for sizes that are none torch raises a dozen kinds
             raise ValueError(f"{path}: not a configuration of LAQ ({error})") from None
         return model.load_pretrained(folder).eval()

@@ -23,6 +23,13 @@ def gather(x):
     return torch.cat(parts)
 
 
+def rows_of_all(n):
+    """(rows that all ranks have together, the slice of this rank's among them), if each has n."""
+    ready = torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ready else (0, 1)
+    return world * n, slice(rank * n, (rank + 1) * n)
+
+
 def broadcast(x):
     """Rank 0's x on all ranks."""
     if torch.distributed.is_initialized():
@@ -155,7 +162,7 @@ class Quantiser(nn.Module):
     @torch.no_grad()
     def update(self, opt, seed, restart_every):
         """After the optimizer's step: learn from the vectors of all ranks; the codes stay the same on all of them."""
-        v = gather(torch.cat(self.pending))
+        v = torch.cat([gather(part) for part in self.pending])  # the same order on any number of ranks
         self.pending = []
         v = v[v.isfinite().all(2).all(1)]  # the step that made these was skipped
         if not len(v):
@@ -229,7 +236,8 @@ class NSVQ(Quantiser):
     """Noise substitution (Vali & Baeckstroem 2022): in training the quantisation error becomes noise of its length.
 
     The gradient reaches d and, through the length, the codes: no straight-through, no commitment. In evaluation z is
-    the code itself. A restarted code is a recent vector with visible noise, and loses its optimizer moments.
+    the code itself. Every rank draws the noise of all (from the same seed) and keeps its rows, so their number changes
+    nothing. A restarted code is a recent vector with visible noise, and loses its optimizer moments.
     """
 
     def __init__(self, codes, vocabulary, dim, noise=0.01):
@@ -247,7 +255,8 @@ class NSVQ(Quantiser):
         z = self.lookup(codes)
         if not self.training:
             return z, codes, v.new_zeros(())
-        noise = torch.randn_like(v)
+        count, here = rows_of_all(len(v))
+        noise = torch.randn(count, *v.shape[1:], device=v.device)[here]
         length = (v - z).norm(dim=-1, keepdim=True)
         return v + length * noise / noise.norm(dim=-1, keepdim=True).clamp(min=1e-8), codes, v.new_zeros(())
 

@@ -8,6 +8,7 @@ the tar every member begins; without it (or if the tar has another size) the tar
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import webdataset
+from av.video.reformatter import VideoReformatter
 
+REORDER = 16  # by so many frames at most does h264, h265 or AV1 change the order
 TEXTS, NUMBERS = ("instruction", "source", "episode", "camera"), ("fps", "length")
 
 
@@ -53,54 +56,94 @@ class Clip:
             return None
         try:
             return np.load(io.BytesIO(self.read(extension)), allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # for a damaged header numpy raises token and memory errors too
             raise ValueError(f"{self}.{extension}: {error}") from None
 
     def frames(self, size=None, start=0, stop=None):
         """Frames start to stop - 1, (T, H, W, 3) uint8, or (T, size, size, 3): squashed to a square, as LAPA does."""
-        stop = self.meta["length"] if stop is None else stop
+        frames = self.decoded(start, stop, pictures(size))
+        if len({frame.shape for frame in frames}) > 1:
+            raise ValueError(f"{self}: its frames change size")
+        return np.stack(frames)
+
+    def decoded(self, start=0, stop=None, make=lambda frame: frame):
+        """A list of `make` of the frames start to stop - 1: av.VideoFrames, or arrays (H, W, 3) from .frames.npy."""
+        length = self.meta["length"]
+        rows = range(start, length if stop is None else stop)
         if "mp4" in self.members:
-            return decode(self.read("mp4"), str(self), size, start, stop, self.meta["length"])
+            return decode(self.read("mp4"), str(self), rows, length, make)
         frames = self.array("frames.npy")
         if frames is None:
             raise ValueError(f"{self}: has neither .mp4 nor .frames.npy")
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
             raise ValueError(f"{self}.frames.npy: {frames.dtype} {frames.shape}, expected uint8 (T, H, W, 3)")
-        if len(frames) != self.meta["length"]:
-            raise ValueError(f"{self}: {len(frames)} frames, its json says {self.meta['length']}")
-        return resize(frames[start:stop], size) if size else frames[start:stop]
+        if len(frames) != length:
+            raise ValueError(f"{self}: {len(frames)} frames, its json says {length}")
+        return [make(frames[row]) for row in rows]
 
 
-def decode(data, name, size, start, stop, length):
-    """Frames start to stop - 1 of a video's bytes, (T, H, W, 3) uint8; with `size`, squares of it.
+def decode(data, name, rows, length, make):
+    """[make(frame)] of the frames `rows` (ascending) of a video's bytes; length: how many frames it should hold.
 
-    A part is sought by its time; where times do not number the frames, all are decoded. length: frames of the whole.
+    Only what lies between a row and the keyframe before it is decoded; if that does not give each row, everything is.
     """
-    shape, part = dict(width=size, height=size, interpolation="AREA") if size else {}, (start, stop) != (0, length)
-    frames, numbers = [], []
     try:
         with av.open(io.BytesIO(data)) as video:
-            stream = video.streams.video[0]
-            stream.thread_type = "NONE"
-            rate, zero = stream.average_rate, stream.start_time or 0
-            if part:
-                video.seek(zero + int(start / rate / stream.time_base), stream=stream)
-            for frame in video.decode(stream):
-                number = round((frame.pts - zero) * stream.time_base * rate) if part else len(numbers)
-                if start <= number < stop or not part:
-                    numbers.append(number)
-                    frames.append(frame.reformat(format="rgb24", **shape).to_ndarray())
-                if part and number >= stop - 1:
-                    break
+            found, number = sought(video, rows, length, make), length
+        if len(found) < len(rows):
+            with av.open(io.BytesIO(data)) as video:
+                video.streams.video[0].thread_type, number = "NONE", 0
+                for number, frame in enumerate(video.decode(video=0), 1):
+                    if number - 1 in rows:
+                        found[number - 1] = make(frame)
     except (av.FFmpegError, IndexError, ValueError, TypeError) as error:
         raise ValueError(f"{name}: not a readable video ({str(error) or 'no video stream'})") from None
-    if part and numbers != list(range(start, stop)):
-        return decode(data, name, size, 0, length, length)[start:stop]
-    if len(frames) != stop - start:
-        raise ValueError(f"{name}: {len(frames)} frames, its json says {length}")
-    if len({frame.shape for frame in frames}) > 1:
-        raise ValueError(f"{name}: its frames change size")
-    return np.stack(frames)
+    if number != length:
+        raise ValueError(f"{name}: {number} frames, its json says {length}")
+    return [found[row] for row in rows]
+
+
+def sought(video, rows, length, make):
+    """{row: make(frame)}; frames are told by the order of their packets' times. Nothing where that cannot be."""
+    stream, found, needed = video.streams.video[0], {}, set()
+    stream.thread_type = "NONE"  # a loader process per core is faster than threads of the decoder
+    most = rows[-1] + 1 + REORDER
+    packets = [packet for packet in itertools.islice(video.demux(stream), most) if packet.size]  # in decoding order
+    times = [packet.pts for packet in packets]
+    if len(times) != min(most, length) or len(set(times) - {None}) < len(times):
+        return found
+    shown = sorted(range(len(times)), key=times.__getitem__)
+    for row in rows:
+        number = shown[row]
+        while number >= 0 and number not in needed:
+            needed.add(number)
+            begins = packets[number].is_keyframe and times[number] <= times[shown[row]]
+            number = -1 if begins else number - 1
+    wanted = {times[shown[row]]: row for row in rows}
+    for number in sorted(needed):
+        frames = packets[number].decode()
+        if number + 1 not in needed:  # the decoder holds some back
+            frames += stream.codec_context.decode(None)
+            stream.codec_context.flush_buffers()
+        found |= {wanted[frame.pts]: make(frame) for frame in frames if frame.pts in wanted}
+    return found
+
+
+def pictures(size=None):
+    """A function from an av.VideoFrame or array (H, W, 3) to (H, W, 3) uint8 RGB, or (size, size, 3); for one clip.
+
+    It keeps swscale's tables, and with them the range of the colours: hence not for more than a clip.
+    """
+    scaler = VideoReformatter()
+
+    def picture(frame):
+        if isinstance(frame, np.ndarray):
+            return resize(frame[None], size)[0] if size else frame
+        return scaler.reformat(frame, size, size, "rgb24", interpolation="AREA").to_ndarray()
+
+    return picture
 
 
 def resize(frames, size):

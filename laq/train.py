@@ -76,15 +76,14 @@ def validate(model, loaders, dist, amp):
     """Per source: gauges of data.gauges over all ranks' pairs; one pair with what each code does to it."""
     model.eval()
     metrics, examples = {}, {}
-    generator = torch.Generator().manual_seed(0)
     for name, loader in loaders.items():
         rows = []
         for batch in loader:
+            random = (batch.pop("draw") * model.quantiser.vocabulary).long().to(dist.device)
             batch = augment({key: value.to(dist.device) for key, value in batch.items()})
             first, second = batch["frames"].unbind(1)
             with amp:
                 decoded, codes = model.reconstruct(first, second)
-                random = torch.randint(model.quantiser.vocabulary, codes.shape, generator=generator).to(dist.device)
                 other = model.decode(first, random)
             errors = [(x - second).square().mean((1, 2, 3)) for x in (decoded, other, first)]
             moves = batch["actions"].where(batch["labelled"][:, None], torch.nan)
@@ -191,6 +190,7 @@ def main(argv=None):
         world=dist.world,
         workers=args.workers,
         val_pairs=args.val_pairs,
+        codes=args.codes,
         reuse=args.reuse,
         min_motion=args.min_motion,
         crop=args.crop,
@@ -208,7 +208,7 @@ def main(argv=None):
         waited, lr = 0.0, common.cosine(step, args)
         for group in opt.param_groups:
             group["lr"] = lr
-        common.seed(args.seed, step, dist.rank)
+        common.seed(args.seed, step, 0)  # not the rank: each draws the noise of the whole batch and keeps its part
         for micro in range(args.accum):
             start = time.perf_counter()
             batch = {key: value.to(dist.device, non_blocking=True) for key, value in next(batches).items()}
@@ -235,7 +235,6 @@ def main(argv=None):
         late = done >= args.start_by * args.steps
         if not model.quantiser.started and (late or done % args.start_every == 0):
             use = model.use_of_codes(batch["frames"]).item()
-            use = common.mean(dist, dict(use=use), dict(use=1))["use"]
             if late or use > args.start_margin:
                 model.quantiser.start(args.seed)
                 best = None  # a continuous model's error is not what codes have to beat

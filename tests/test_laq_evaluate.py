@@ -362,15 +362,14 @@ def test_a_run_alone_is_enough(laq, run, capsys):
     assert "the codes have not started" in capsys.readouterr().out  # nothing trained them
 
 
-def test_mistakes_are_told_in_one_line(laq, run, tmp_path):
+def test_mistakes_are_told_in_one_line(laq, run, tmp_path, capsys):
     checkpoint = ["--checkpoint", str(run / "checkpoints" / "best"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     lone = tmp_path / "a" / "b" / "lone"
     lone.mkdir(parents=True)
     for name in ("config.json", "pytorch_model.bin"):
         (lone / name).write_bytes((run / "checkpoints" / "best" / name).read_bytes())
     for words, match in (
-        (["--checkpoint", str(lone)], "give --data NAME=PATH"),
-        (["--checkpoint", str(lone), "--data", f"w={run / 'data'}"], "give --out DIR"),
+        (["--checkpoint", str(lone), "--out", str(tmp_path / "out")], "give --data NAME=PATH"),
         ([*checkpoint, "--gap", "soon"], "--gap soon"),
         ([*checkpoint, "--gap", "99"], "shorter than the gap"),
         ([*checkpoint, "--data", str(tmp_path / "gone")], "no such file"),
@@ -379,6 +378,9 @@ def test_mistakes_are_told_in_one_line(laq, run, tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             laq.evaluate.main(words)
+    with pytest.raises(SystemExit):
+        laq.evaluate.main(["--checkpoint", str(lone), "--data", f"w={run / 'data'}"])
+    assert "give --out DIR" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     (run / "args.json").rename(run / "kept.json")
     (run / "args.json").write_text("[]")

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 import webdataset
 from conftest import ROOT, launch, load, shared
 
@@ -297,6 +298,115 @@ def test_sound_is_not_copied(laq, tmp_path):
     assert numbers(clips["d-a-video"].frames()) == list(range(10))
     with av.open(io.BytesIO(clips["d-a-video"].read("mp4"))) as video:
         assert [stream.type for stream in video.streams] == ["video"]
+
+
+def test_recode(laq, tmp_path):
+    """--recode leaves a small h264 mp4 as it is, or the source's own keyframes come along and cost bytes."""
+    write_video(tmp_path / "data/a.mp4", grey([3] * 30), g=2)
+    clips, _ = run(laq, tmp_path / "out", "--data", tmp_path / "data", "--recode")
+    (clip,) = clips.values()
+    assert numbers(clip.frames()) == [3] * 30
+    with av.open(io.BytesIO(clip.read("mp4"))) as video:
+        keys = [n for n, packet in enumerate(video.demux(video=0)) if packet.is_keyframe]
+    assert keys == [0, 10, 20]
+
+
+CODECS = dict(
+    ours=("libx264", dict(g=10, bf=0)),
+    b_frames=("libx264", dict(g=12, bf=3, preset="medium")),
+    one_keyframe=("libx264", dict(g=250, bf=3)),
+    open_gop=("libx264", {"g": 8, "bf": 3, "x264-params": "open-gop=1:b-adapt=0:scenecut=0"}),
+    no_keyframes=("libx264", {"g": 12, "intra-refresh": 1}),
+    all_keyframes=("libx264", dict(g=1)),
+    h265=("libx265", {"g": 8, "x265-params": "log-level=none:bframes=3"}),
+    av1=("libsvtav1", dict(g=8, preset=12)),
+)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("name", CODECS)
+def test_a_part_is_the_same_as_of_the_whole(laq, tmp_path, name, uneven):
+    """Another frame than the one asked for, or one decoded from a wrong one: a pair's gap or its picture is wrong."""
+    codec, options = CODECS[name]
+    rng, steps = np.random.default_rng(0), [1] * 11 + [3, 1] * 8 + [2] * 12 + [1] * 10
+    frames = np.kron(rng.integers(40, 200, (12, 16, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+    frames = np.stack([np.roll(frames, (t, 3 * t), (0, 1)) for t in range(len(steps))])
+    times = np.cumsum(steps) if uneven else np.arange(len(steps))
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as video:
+        stream = video.add_stream(codec, rate=10, options={key: str(value) for key, value in options.items()})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for time_, frame in zip(times, frames, strict=True):
+            frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            frame.pts, frame.time_base = int(time_), Fraction(1, 10)
+            video.mux(stream.encode(frame))
+        video.mux(stream.encode())
+    with av.open(io.BytesIO(file.getvalue())) as video:
+        true = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    meta = dict(instruction="", fps=10, source="d", episode="0", camera="c", length=len(steps))
+    sample = {"__key__": "k", "mp4": file.getvalue(), "json": json.dumps(meta).encode()}
+    laq.shards.write_shard(tmp_path / "a.tar", [sample])
+    (clip,) = laq.shards.read_clips(tmp_path)
+    T, whole = len(steps), clip.frames()
+    assert T == len(true) and np.array_equal(whole, np.stack(true))
+    for start, stop in [(0, 1), (0, 7), (5, 9), (10, 20), (11, 12), (17, 31), (23, 24), (29, T), (T - 1, T)]:
+        assert np.array_equal(clip.frames(None, start, stop), whole[start:stop]), (start, stop)
+
+
+def test_training_pairs_of_mp4s(laq, tmp_path):
+    """A pair is not gap frames apart or crosses a cut, or a resumed run or another rank sees other pairs."""
+    for n, g in enumerate((1, 12, 250)):
+        write_video(tmp_path / f"data/{n}.mp4", grey(range(n, n + 50)), g=g)  # 19 to 0 is a cut
+    run(laq, tmp_path / "out", "--data", tmp_path / "data")
+    sources = laq.data.read_sources([str(tmp_path / "out")], ["4"], 0.0)
+    dataset, seen = laq.data.TrainPairs(sources, 32, 0), set()
+    for step in range(24):
+        frames = dataset[step, 0, 6]["frames"]
+        first, second = (numbers(part.numpy()) for part in frames.unbind(1))
+        assert [b - a for a, b in zip(first, second, strict=True)] == [4] * 6
+        seen |= set(first)
+        if step in (13, 23):
+            alone = laq.data.TrainPairs(sources, 32, 0)[step, 2, 4]["frames"]
+            assert torch.equal(alone, frames[2:4])
+    assert len(seen) > 12
+
+
+def test_only_what_a_part_needs_is_decoded(laq, tmp_path):
+    """A part is found by decoding the whole clip: right, but slow."""
+    write_video(tmp_path / "data/a.avi", grey(range(60)), "mpeg4")
+    (clip,) = run(laq, tmp_path / "out", "--data", tmp_path / "data")[0].values()
+    data, whole = bytearray(clip.read("mp4")), clip.frames()
+    with av.open(io.BytesIO(bytes(data))) as video:
+        for number, packet in enumerate(video.demux(video=0)):
+            if packet.size and not 20 <= number < 28:
+                data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    seen = laq.shards.decode(bytes(data), "k", range(24, 28), 60, laq.shards.pictures())
+    assert np.array_equal(seen, whole[24:28])
+    with pytest.raises(ValueError, match="k: "):
+        laq.shards.decode(bytes(data), "k", range(60), 60, laq.shards.pictures())
+
+
+def test_colours_do_not_depend_on_the_clip_before(laq):
+    """The scaler keeps the range of colours: a clip in full range leaves its mark on those that are read after it."""
+    frame = av.VideoFrame.from_ndarray(grey([3])[0], format="rgb24").reformat(format="yuv420p")
+    alone = laq.shards.pictures(16)(frame)
+    laq.shards.pictures(16)(frame.reformat(format="yuvj420p"))
+    assert np.array_equal(laq.shards.pictures(16)(frame), alone)
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.5, 0.05])
+def test_a_clip_that_is_cut_off_is_named(laq, tmp_path, keep):
+    """The end of a truncated clip is made up, or the error does not tell which of a million clips it is."""
+    write_video(tmp_path / "a.mp4", grey(range(40)), g=10)
+    data = (tmp_path / "a.mp4").read_bytes()
+    meta = dict(instruction="", fps=10, source="d", episode="0", camera="c", length=40)
+    sample = {"__key__": "k", "mp4": data[: int(keep * len(data))], "json": json.dumps(meta).encode()}
+    laq.shards.write_shard(tmp_path / "a.tar", [sample])
+    (clip,) = laq.shards.read_clips(tmp_path)
+    for part in [(), (16, 30), (16, 39)]:
+        with pytest.raises(ValueError, match="a.tar:k: .*(frames, its json says 40|not a readable video)") as error:
+            clip.frames(*part)
+        assert "\n" not in str(error.value)
 
 
 def test_encoding_keeps_the_picture(laq, tmp_path):
