@@ -80,19 +80,6 @@ class TrainBatches(Dataset):
         return dict(latents=torch.from_numpy(latents), anchor=torch.from_numpy(anchor))
 
 
-class Share(Dataset):
-    """Every world-th sequence, so that no rank counts one twice."""
-
-    def __init__(self, sequences, rank, world):
-        self.sequences, self.rows = sequences, range(rank, len(sequences), world)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        return dict(latents=self.sequences[self.rows[i]])
-
-
 class Named(Dataset):
     """Another data set whose errors come back as text: from a worker they would come with its traceback on top."""
 
@@ -124,14 +111,22 @@ def train_loader(batches, first, steps, workers=0, repeat=False):
     return endless(DataLoader(Named(batches), batch_size=None, sampler=items, num_workers=workers))
 
 
+def as_batch(sequences):
+    return dict(latents=torch.from_numpy(np.stack(sequences)))
+
+
 def validation_loaders(recordings, length, gap, batch_size, rank=0, world=1):
-    """{source: loader} over the validation split, no transition twice; a source without a whole sequence has none."""
+    """{source: loader} over the validation split, no transition twice; a source without a whole sequence has none.
+
+    Whole batches are dealt to the ranks: a batch, among which codes are shuffled, is the same on any number of them.
+    """
     loaders = {}
     for name in dict.fromkeys(r.source for r in recordings):
         held = [r for r in recordings if r.source == name and r.split == "validation"]
         sequences = Sequences(held, length, gap, stride=(length - 1) * gap)
         if len(sequences):
-            loaders[name] = DataLoader(Share(sequences, rank, world), batch_size=batch_size)
+            batches = torch.arange(len(sequences)).split(batch_size)[rank::world]
+            loaders[name] = DataLoader(sequences, batch_sampler=batches, collate_fn=as_batch)
     return loaders
 
 

@@ -13,20 +13,21 @@ def distances(x_hat, x):
     return dict(l1=error.abs().mean().item(), l2=error.square().mean().item(), cos=cos.mean().item())
 
 
-def wrong_codes(codes, K):
+def wrong_codes(codes, K, generator=None):
     """Codes of the same shape (B, T, S): every slot another than the true one; and one slot of each changed."""
-    offset = torch.randint(1, K, codes.shape, device=codes.device)
+    offset = torch.randint(1, K, codes.shape, generator=generator).to(codes.device)
     random = (codes + offset) % K
-    slot = torch.randint(codes.shape[2], (*codes.shape[:2], 1), device=codes.device)
+    slot = torch.randint(codes.shape[2], (*codes.shape[:2], 1), generator=generator).to(codes.device)
     return random, codes.scatter(2, slot, random.gather(2, slot))
 
 
 @torch.no_grad()
-def assess(model, latents):
+def assess(model, latents, generator=None):
     """({name: distance}, codes) of a batch (B, T, C, H, W), teacher-forced, with the true codes and with wrong ones.
 
     Names: true_l2, shuffled_l2 (codes of another transition of the batch), and once codes have begun random_l2 (every
     code another) and flipped_l2 (one code another); l1 and cos likewise; still_l2: the frame before as prediction.
+    generator: of the wrong codes.
     """
     x = (latents - model.mean) / model.std
     patches = model.patches(x)
@@ -37,7 +38,7 @@ def assess(model, latents):
     shuffled = vectors.flatten(0, 1).roll(z.shape[1] + 1, 0).view_as(vectors)  # another clip, another time
     variants = dict(true=vectors, shuffled=shuffled)
     if started:
-        wrong = wrong_codes(codes, len(model.quantizer.codebook))
+        wrong = wrong_codes(codes, len(model.quantizer.codebook), generator)
         variants |= {name: model.quantizer.lookup(c) for name, c in zip(("random", "flipped"), wrong, strict=True)}
     found = {f"still_{name}": value for name, value in distances(x[:, :-1], x[:, 1:]).items()}
     for name, vectors in variants.items():

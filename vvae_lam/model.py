@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from quantise import VectorQuantizer
+from quantise import VectorQuantizer, total
 from torch import nn
 
 
@@ -211,7 +211,8 @@ class VVAELatentActionVQVAE(nn.Module):
         error = x_hat.float() - x[:, 1:]
         mse, vq = error.square().mean(), codebook + self.commitment_weight * commitment
         loss = mse + vq
-        used = torch.bincount(codes.flatten(), minlength=len(self.quantizer.codebook)) > 0
+        used = torch.bincount(codes.flatten(), minlength=len(self.quantizer.codebook))
+        used = (total(used) if self.training else used) > 0  # a code that any rank uses is in use
         metrics = dict(mse_loss=mse, mae_loss=error.abs().mean(), vq_loss=vq, codebook_loss=codebook)
         metrics |= dict(commitment_loss=commitment, codebook_usage=used.float().mean())
         if self.rollout_horizon > 1 and "anchor" in batch and self.quantizer.started:
@@ -354,7 +355,13 @@ class VVAELatentActionVQVAE(nn.Module):
         """The model of a checkpoint folder, in eval mode. Never runs code from the files."""
         path = Path(folder) / "config.json"
         try:
-            model = cls(**json.loads(path.read_text()))
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            config = json.loads(path.read_text())
+            big = [k for k, v in config.items() if isinstance(v, (int, float)) and not abs(v) < 1e6]
+            if big:
+                raise ValueError(f"{big[0]} is {config[big[0]]}")  # a depth of 1e30 is built for ever
+            model = cls(**config)
+        except OSError:
+            raise
+        except Exception as error:  # for sizes that are none torch raises a dozen kinds
             raise ValueError(f"{path}: not a configuration of VVAELatentActionVQVAE ({error})") from None
         return model.load_pretrained(folder).eval()

@@ -24,6 +24,14 @@ def gather(x):
     return torch.cat(parts)
 
 
+@torch.compiler.disable
+def total(x):
+    """The sum of x over all ranks, in place; x itself without a process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+    return x
+
+
 def far_rows(x, centres, count, generator):
     """`count` rows of x (n, D), drawn one by one, likelier the further from all centres (k-means++)."""
     for _ in range(count):
@@ -125,12 +133,8 @@ class VectorQuantizer(nn.Module):
         if not self.started:
             return 0
         z = torch.cat([part.flatten(0, -3) for part in vectors])  # n S D
-        used = torch.bincount(self.nearest(z).flatten(), minlength=len(self.codebook))
-        moments = torch.stack([z.mean(0), z.square().mean(0)])
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(used)
-            torch.distributed.all_reduce(moments)
-            moments /= torch.distributed.get_world_size()
+        used = total(torch.bincount(self.nearest(z).flatten(), minlength=len(self.codebook)))
+        moments = gather(torch.stack([z.mean(0), z.square().mean(0)])[None]).mean(0)
         spread = (moments[1] - moments[0].square()).mean(1, keepdim=True).clamp(min=1e-12).sqrt()
         self.mean.lerp_(moments[0], momentum)
         self.spread.lerp_(spread, momentum)

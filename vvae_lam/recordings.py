@@ -97,7 +97,7 @@ def inspect(path, source="data", name=None, causal_only=False):
     try:
         with h5py.File(path, "r", locking=False) as file:
             if not isinstance(file.get(KEY), h5py.Dataset):
-                raise ValueError(f"no data set `{KEY}`, only {', '.join(file) or 'an empty file'}")
+                raise ValueError(f"no data set `{KEY}`, only {', '.join(map(str, file)) or 'an empty file'}")
             shape, kind, attributes = file[KEY].shape, file[KEY].dtype.kind, {**file.attrs, **file[KEY].attrs}
     except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path}: not a whole HDF5 file ({brief(error)})") from None

@@ -76,7 +76,7 @@ def uses_codes(model, batch, dist, amp):
     """How much worse the prediction is with the codes of another transition, in errors of "nothing moves"."""
     model.eval()
     with amp:
-        found, _ = assess(model, batch["latents"])
+        found, _ = assess(model, gather(batch["latents"])[:32])  # foreign codes come from the same clips on any ranks
     model.train()
     means = common.mean(dist, found, dict.fromkeys(found, 1))
     return (means["shuffled_l2"] - means["true_l2"]) / max(means["still_l2"], 1e-12)
@@ -109,7 +109,7 @@ def validate(model, loaders, dist, amp):
             latents = batch["latents"].to(dist.device)
             with amp:
                 losses = model(dict(latents=latents))[1]
-                found, codes = assess(model, latents)
+                found, codes = assess(model, latents, torch.Generator().manual_seed(0))  # the same on any rank
             for key, value in {**losses, **found}.items():
                 totals[key] = totals.get(key, 0.0) + float(value) * len(latents)
                 counts[key] = counts.get(key, 0) + len(latents)
