@@ -267,6 +267,12 @@ class ValidationSteps(Steps):
         name = hashlib.sha256(f"{episode.source}/{episode.id}/{step}".encode()).digest()
         return self.sample(episode, step, np.random.default_rng(int.from_bytes(name[:8], "big")))
 
+    def liveliest(self):
+        """The sample whose recorded chunk moves most, each dim measured by its spread: for figures."""
+        chunks = [future(episode.actions, step, self.chunk)[0] for episode, step in self.places]
+        spread = np.concatenate(chunks).std(0) + 1e-9
+        return self[int(np.argmax([(chunk.std(0) / spread).mean() for chunk in chunks]))]
+
 
 def prepare_dataloaders(
     batch_size,

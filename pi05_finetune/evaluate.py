@@ -52,12 +52,13 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == args.mock_model:
         parser.error("give --checkpoint or --mock-model")
-    if args.mock_model and not args.out:
-        parser.error("--mock-model needs --out")
     for name in ("val_stride", "max_episodes", "chunk", "draws", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"{common.flag(name)} must be above 0")
-    args.out = args.out or str(Path(args.checkpoint).resolve().parent.parent / "report")
+    run = Path(args.checkpoint or ".").resolve().parent.parent
+    if not args.out and (args.mock_model or not (run / "args.json").exists()):
+        parser.error("give --out DIR: there is no run's folder to write the report to")
+    args.out = args.out or str(run / "report")
     return args
 
 

@@ -14,6 +14,7 @@ def curves(log_file):
     """Loss of training and of each held-out data set against the step, from log.jsonl."""
     lines = [json.loads(line) for line in log_file.read_text().splitlines()]
     names = sorted({name for line in lines for name in line if name.startswith("val/") and name.endswith("/loss")})
+    names = [name for name in names if name.count("/") == 2 or len(names) > 2]  # of one data set the mean is itself
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axis = figure.subplots()
     for name in ["train/loss", *names]:
@@ -31,8 +32,9 @@ def traces(examples):
 
     examples: {title: (recorded (T, A), predicted (T, A), names of the dims, rate in Hz)}, arrays in robot units.
     """
-    figure = Figure(figsize=(12, 2.4 * len(examples) + 0.4), layout="constrained")
-    axes = figure.subplots(len(examples), 6, squeeze=False)
+    columns = min(6, max(len(names) for _, _, names, _ in examples.values()))
+    figure = Figure(figsize=(max(6, 2 * columns), 2.4 * len(examples) + 0.4), layout="constrained")
+    axes = figure.subplots(len(examples), columns, squeeze=False)
     for row, (title, (true, predicted, names, rate)) in zip(axes, examples.items(), strict=True):
         dims = sorted(np.argsort(-true.std(0), kind="stable")[:6])
         time = np.arange(len(true)) / rate

@@ -83,7 +83,7 @@ def validate(model, loaders, dist, amp):
                 counts[key] = counts.get(key, 0) + size
             steps = loader.dataset
             if dist.main and len(steps):
-                batch = steps.collate([steps[len(steps) // 4]])
+                batch = steps.collate([steps.liveliest()])
                 true, predicted = (x[0][batch["mask"][0]].numpy() for x in (batch["action"], model.predict(batch)))
                 examples[name] = true, predicted, steps.spec.names, steps.spec.control_freq_hz
     model.train()
