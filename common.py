@@ -133,15 +133,17 @@ def brief(error):
 
 
 def run(main):
-    """Call `main`; a user's mistake or a broken file ends in one line and exit code 2 (TRACEBACK=1 shows where)."""
+    """Call `main`; a user's mistake, a broken file or a dead loader ends in one line and exit code 2 (TRACEBACK=1: where)."""
     if not sys.flags.utf8_mode and locale.getencoding().lower() != "utf-8":  # names and texts are the same everywhere
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
     try:
         sys.exit(main())
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as error:
+        dead = isinstance(error, ConnectionResetError) or "DataLoader worker" in str(error)
+        if os.environ.get("TRACEBACK") or not (dead or isinstance(error, ValueError | OSError)):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
+        text = "a loader process died; if memory ran out, use fewer --workers" if dead else text
         print(f"error: {text}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -505,7 +507,9 @@ def save(args, dist, step, model, opt, scaler, best, is_best=False):
         with checkpoint(args, step, is_best) as folder:
             unwrap(model).save_pretrained(folder)
             torch.save(state, folder / "resume.pt")
-    except RuntimeError as error:  # torch's writer says so when a disk is full
+    except Exception as error:  # when a disk is full torch says RuntimeError, and safetensors has an error of its own
+        if not isinstance(error, RuntimeError) and type(error).__name__ != "SafetensorError":
+            raise
         raise OSError(f"cannot write {args.out}/checkpoints ({brief(error)})") from None
 
 

@@ -411,8 +411,14 @@ class FSQVQVAE(nn.Module):
         """The model of a checkpoint folder, in eval mode. Never runs code from the files."""
         path = Path(folder) / "config.json"
         try:
-            model = cls(**json.loads(path.read_text()))
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            config = json.loads(path.read_text())
+            big = [k for k, v in config.items() if isinstance(v, (int, float)) and not abs(v) < 1e6]
+            if big:
+                raise ValueError(f"{big[0]} is {config[big[0]]}")  # a depth of 1e30 is built for ever
+            model = cls(**config)
+        except OSError:
+            raise
+        except Exception as error:  # for sizes that are none torch raises a dozen kinds
             raise ValueError(f"{path}: not a configuration of FSQVQVAE ({error})") from None
         return model.load_pretrained(folder).eval()
 

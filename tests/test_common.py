@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, launch
+from safetensors import SafetensorError
 
 sys.path.insert(1, str(ROOT))
 import common
@@ -258,6 +259,9 @@ def main():
     if what == "file": open("/nowhere/at all")
     if what == "empty": raise ValueError
     if what == "bug": raise KeyError("a bug of ours")
+    if what == "reset": raise ConnectionResetError(104, "Connection reset by peer")
+    if what == "killed": raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    if what == "torch": raise RuntimeError("shapes")
     if what == "ctrl": raise KeyboardInterrupt
     print("done")
     return int(what)
@@ -275,8 +279,12 @@ def test_run_ends_a_users_mistake_in_one_line(tmp_path):
     assert (done := launch(path, "empty")).returncode == 2 and done.stderr == "error: ValueError\n"
     done = launch(path, "value", env={"TRACEBACK": "1", **utf8})
     assert done.returncode == 1 and "Traceback" in done.stderr and "in main" in done.stderr
-    done = launch(path, "bug")
-    assert done.returncode == 1 and "Traceback" in done.stderr
+    for what in ("reset", "killed"):
+        done = launch(path, what)
+        assert done.returncode == 2 and done.stderr.startswith("error: a loader process died")
+    for what, word in (("bug", "a bug of ours"), ("torch", "shapes")):
+        done = launch(path, what)
+        assert done.returncode == 1 and "Traceback" in done.stderr and word in done.stderr
     assert (done := launch(path, "ctrl")).returncode == 130 and "Traceback" not in done.stderr
     for code in (0, 75):
         done = launch(path, code)
@@ -489,20 +497,24 @@ def test_save_and_resume(tmp_path):
     assert torch.equal(model.weight, torch.load(Path(args.init) / "weights.pt", weights_only=True)["weight"])
 
 
-def test_a_full_disk_is_one_line(tmp_path):
-    """torch's RuntimeError of a full disk ends in a traceback, or leaves half a checkpoint behind."""
+@pytest.mark.parametrize("kind", [RuntimeError, SafetensorError])
+def test_a_full_disk_is_one_line(tmp_path, kind):
+    """What torch or safetensors say of a full disk ends in a traceback, or leaves half a checkpoint behind."""
     args = run_of(tmp_path)
     model, opt, scaler = training()
     common.save(args, DIST, 1, model, opt, scaler, None)
 
     def full(folder):
         (folder / "weights.pt").write_bytes(b"half")
-        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nmore")
+        raise kind("PytorchStreamWriter failed writing file data/0: file write failed\nmore")
 
     model.save_pretrained = full
     with pytest.raises(OSError, match="cannot write .*checkpoints .PytorchStreamWriter"):
         common.save(args, DIST, 2, model, opt, scaler, None)
     assert names(args) == ["last", "step_0000001"]
+    model.save_pretrained = None
+    with pytest.raises(TypeError):  # a bug of ours stays one
+        common.save(args, DIST, 2, model, opt, scaler, None)
 
 
 class Evil:

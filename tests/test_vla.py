@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -205,6 +206,28 @@ def test_mp4_clips_give_the_frames_that_were_asked_for(this, tmp_path):
     assert np.allclose(clip.frames([3, 0], 16).mean((1, 2, 3)), [160, 10], atol=4)
     with pytest.raises(ValueError, match="frame 7 is beyond the end"):
         clip.frames([7], 16)
+
+
+@pytest.mark.parametrize("options", [dict(g=6, bf=3), dict(g=250, bf=0), {"x264-params": "open-gop=1:keyint=6"}])
+def test_rows_of_an_mp4_are_the_same_as_in_the_whole(this, tmp_path, options):
+    """Decoding from the keyframe before a row gives another frame; here also the times are uneven."""
+    import av
+
+    texture = np.kron(np.random.default_rng(0).integers(40, 200, (8, 8, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+    with av.open(str(tmp_path / "v.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=10, options={name: str(value) for name, value in options.items()})
+        stream.width = stream.height = 32
+        for t, time_ in enumerate(np.cumsum([1] * 11 + [3, 1] * 8 + [1] * 8)):
+            frame = av.VideoFrame.from_ndarray(np.roll(texture, (t, 3 * t), (0, 1)), "rgb24")
+            frame.pts, frame.time_base = int(time_), Fraction(1, 10)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    with av.open(str(tmp_path / "v.mp4")) as file:
+        whole = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+    folder = write(this, tmp_path / "d", length=35, **{"frames.npy": None, "mp4": (tmp_path / "v.mp4").read_bytes()})
+    clip = this.shards.read_clips(folder)[0]
+    for rows in (list(range(35)), [30, 3, 34, 12, 3, 13], *([row] for row in range(35))):
+        assert np.array_equal(clip.frames(rows, 32), whole[rows]), rows
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,7 @@ def read_teacher(path):
 
 def write_teacher(folder, step, config, mean, std, params, count=1.0):
     """Save as track-mjx does (orbax), in the flat layout; params: {"encoder": ..., "decoder": ..., ...}."""
+    import jax
     import orbax.checkpoint as ocp  # two seconds
 
     folder = Path(folder).resolve()
@@ -158,6 +159,13 @@ def write_teacher(folder, step, config, mean, std, params, count=1.0):
     variance = np.square(std) * count
     normaliser = dict(count=np.float32(count), mean=mean, std=std, summed_variance=variance.astype(np.float32))
     items = dict(policy=ocp.args.StandardSave((normaliser, dict(params=params))), config=ocp.args.JsonSave(config))
-    options = ocp.CheckpointManagerOptions(step_prefix="PPONetwork", enable_async_checkpointing=False)
+    me = jax.process_index()  # the one process that saves: without this orbax waits for all the others
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix="teacher"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ocp.CheckpointManagerOptions(
+        step_prefix="PPONetwork", enable_async_checkpointing=False, multiprocessing_options=alone, create=False
+    )
     with ocp.CheckpointManager(folder, options=options) as manager:
         manager.save(step, args=ocp.args.Composite(**items))

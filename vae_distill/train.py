@@ -146,9 +146,8 @@ def main(argv=None):
     if args.num_envs % dist.mesh.size:
         raise ValueError(f"--num-envs {args.num_envs} must be a multiple of the {dist.mesh.size} devices")
     updates = distill.updates_of(args.num_envs, args.unroll, args.batch_size)
-    if args.demo and dist.main:
-        demo.write(args.data[0].partition("=")[2])
-    devices.share(dist, "")  # the other processes wait for the demo's data
+    if args.demo:
+        (demo.write if dist.main else demo.wait)(args.data[0].partition("=")[2])
     teacher = read_teacher(args.teacher)
     walker = build_model(args.walker, teacher.config)
     clips = read_clips(

@@ -30,6 +30,7 @@ def scenes(rng, count, pixels, body):
     return tables.render(), np.concatenate([tables.blocks, tables.effector[:, None]], 1)
 
 
+@torch.random.fork_rng(devices=[])  # train.py's own weights do not depend on who wrote the demo
 def teach(folder, steps, pixels=32, batch_size=32, lr=1e-3, seed=0, say=print):
     """Train the model in `folder` in place; returns the last 100 steps' root mean square error, in pixels."""
     backbone, processor = open_backbone(folder)

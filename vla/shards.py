@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import tarfile
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +55,9 @@ class Clip:
         """A numeric .npy member with `dims` axes, one row per frame. Pickles are refused."""
         try:
             array = np.load(io.BytesIO(self.read(extension)), allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # for a damaged header numpy raises token and memory errors too
             raise ValueError(f"{self}.{extension}: {error}") from None
         if array.ndim != dims or len(array) != self.meta["length"] or array.dtype.kind not in "fiu":
             raise ValueError(
@@ -78,7 +79,7 @@ class Clip:
                     int(file["gap"]),
                 )
                 valid = file["valid"].astype(bool) if "valid" in file else np.ones(len(codes), bool)
-        except (ValueError, TypeError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
+        except Exception as error:  # for a damaged archive numpy raises zip, zlib, token and memory errors too
             raise ValueError(f"{name}: not codes, vectors and gap ({error})") from None
         want = max(0, self.meta["length"] - gap), about["codes"], about["dim"]
         if codes.shape != want[:2] or vectors.shape != want or valid.shape != want[:1]:
