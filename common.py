@@ -133,7 +133,7 @@ def brief(error):
 
 
 def run(main):
-    """Call `main`; a user's mistake, a broken file or a dead loader ends in one line and exit code 2 (TRACEBACK=1: where)."""
+    """Call `main`. A user's mistake, a broken file, a dead loader: one line and exit code 2 (TRACEBACK=1: where)."""
     if not sys.flags.utf8_mode and locale.getencoding().lower() != "utf-8":  # names and texts are the same everywhere
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
     try:

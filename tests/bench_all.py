@@ -20,17 +20,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/bench.md", help="the page")
     parser.add_argument("--only", nargs="+", metavar="FOLDER", help="these folders' benchmarks alone")
-    parser.add_argument("--flags", default="", help="flags for each of them, in quotes")
+    parser.add_argument("--flags", default="", help="flags for each of them but loaders, in quotes")
     args = parser.parse_args()
-    found = {
-        path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py")) if path.stem != "bench_all"
-    }
+    found = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py"))}
+    del found["all"]
     unknown = set(args.only or []) - set(found)
     if unknown:
         parser.error(f"--only {sorted(unknown)[0]}: there are {', '.join(found)}")
     failed, page = 0, ["# Benchmarks", "", f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPU cores", ""]
     for name in args.only or found:
-        words = [sys.executable, str(found[name]), *shlex.split(args.flags)]
+        words = [sys.executable, str(found[name]), *shlex.split("" if name == "loaders" else args.flags)]
         start, load = time.monotonic(), os.getloadavg()[0]
         print(f"{name} ...", flush=True)
         done = subprocess.run(words, capture_output=True, text=True)

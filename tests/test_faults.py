@@ -6,6 +6,7 @@ once and forks for every run (`serve`), so that a kill costs no import. CI takes
 """
 
 import contextlib
+import importlib
 import json
 import math
 import multiprocessing
@@ -32,12 +33,17 @@ SHORT = "--steps 12 --log-every 2 --eval-every 4 --save-every 4 --warmup 2 --dev
 LONG = "--steps 120 --log-every 10 --eval-every 40 --save-every 20 --warmup 10 --device cpu".split()
 OWN = {
     "fsq_vqvae": "--val-stride 20",
-    "laq": "--val-pairs 64 --dim 32 --stem 16 --batch-size 16",
+    "laq": "--val-pairs 64 --dim 32 --stem 16 --batch-size 16 --restart-every 3",  # codes start half-way
     "vla": "--val-samples 64 --batch-size 16",
-    "vvae_lam": "--batch-size 8 --embed-dim 32 --patch-dim 32",
+    "vvae_lam": "--batch-size 8 --embed-dim 32 --patch-dim 32 --val-share 0.05"
+    " --check-every 3 --margin -1 --restart-every 3",  # codes start at step 3, whatever they are worth
     "pi05_finetune": "--val-stride 30 --batch-size 8",
     "vae_distill": "--num-envs 64 --batch-size 128",  # four updates per iteration
 }
+# What a run imports late: once in `serve`, not in every fork.
+LATE = {"vae_distill": [], "pi05_finetune": ["torch._dynamo", "lerobot.policies.pi05.modeling_pi05"]}
+LATE["pi05_finetune"] += [f"transformers.models.{name}" for name in ("gemma.modeling_gemma", "auto.tokenization_auto")]
+LATE["pi05_finetune"] += ["lerobot.policies.pi05.processor_pi05", "transformers.models.paligemma.modeling_paligemma"]
 
 
 def sizes(folder, long=False):
@@ -105,6 +111,9 @@ def serve(folder):
 
     import common
 
+    for name in LATE.get(folder, ["torch._dynamo"]):
+        importlib.import_module(name)
+
     print("ready", flush=True)
     for line in sys.stdin:
         task = json.loads(line)
@@ -136,6 +145,8 @@ def child(task, train, common):
         name, _, count = task["fault"].partition(":")
         if name:
             FAULTS[name][0](int(count), train, common)
+        if not task["figures"]:
+            train.figures, common.Logger.figure = Blank(), lambda log, step, name, figure: log.out / name
         sys.argv = [train.__file__, *task["words"]]
         common.run(train.main)
     except SystemExit as ended:
@@ -146,6 +157,13 @@ def child(task, train, common):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+class Blank:
+    """Stands for figures.py: pictures take most of a short run's time, and nothing is read from them."""
+
+    def __getattr__(self, name):
+        return lambda *words: ()
 
 
 class Server:
@@ -169,11 +187,11 @@ class Server:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def run(self, out, *more, fault="", kill=None, limit=900):
+    def run(self, out, *more, fault="", kill=None, limit=900, figures=False):
         """(exit code, seconds, what it printed) of a run into OUT, ended by `fault` or killed after `kill` seconds."""
         words = [*sizes(self.folder), "--out", out, *map(str, more)]
         log = str(self.cwd / "output.txt")
-        task = dict(words=words, fault=fault, kill=kill, limit=limit, cwd=str(self.cwd), log=log)
+        task = dict(words=words, fault=fault, kill=kill, limit=limit, cwd=str(self.cwd), log=log, figures=figures)
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
         code, seconds = json.loads(self.process.stdout.readline())
@@ -364,7 +382,7 @@ def damage(server, out):
 
 def sample(folder, tmp_path, faults):
     with Server(folder, tmp_path) as server:
-        code, seconds, printed = server.run("left alone")
+        code, seconds, printed = server.run("left alone", figures=True)
         assert code == 0, printed[-3000:]
         for fault, count in faults:
             suffer(server, fault, fault, count)
@@ -383,8 +401,8 @@ def test_sample(folder, tmp_path):
     """The same for the other folders: at moments drawn by the folder's name."""
     draw = random.Random(folder)
     names = ["kill_before_rename", "kill_half_written", "kill_in_validation", "kill_in_log_line", "kill_after_log_line"]
-    faults = [(name, draw.choice([1, 2])) for name in draw.sample(names, 2)] + [("sigterm", 5)]
-    sample(folder, tmp_path, faults[: 1 if folder == "vae_distill" else 3])
+    faults = [(name, draw.choice([1, 2])) for name in draw.sample(names, 2)] + [("sigterm", 5), ("disk_full", 5)]
+    sample(folder, tmp_path, faults[: 1 if folder == "vae_distill" else 4])
 
 
 def test_checks_see_what_is_wrong(tmp_path):
@@ -413,22 +431,31 @@ def test_checks_see_what_is_wrong(tmp_path):
 
 
 def close(a, b):
-    """Assert that two curves agree: other numbers of processes add in another order."""
+    """Assert that two curves agree: other numbers of processes add in another order.
+
+    Except dsnr: so early it is the ratio of two differences that are nearly 0.
+    """
     assert list(a) == list(b)
     for step in a:
         assert a[step].keys() == b[step].keys()
-        for name, value in a[step].items():
+        for name in a[step].keys() - {"val/dsnr", "val/demo/dsnr"}:
+            value = a[step][name]
             assert value == pytest.approx(b[step][name], rel=2e-3, abs=2e-4), f"step {step}, {name}"
 
 
 def ranks_agree(folder, tmp_path, worlds=(2, 4)):
     """1, 2 and 4 processes at equal global batch, and resumed on other numbers than they began with."""
-    script, env = ROOT / folder / "train.py", {"PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
+    words, env = [ROOT / folder / "train.py", *sizes(folder)], {"PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
 
     def run(out, ranks, *more):
-        done = launch(script, *sizes(folder), "--out", out, *more, ranks=ranks, cwd=tmp_path, env=env, timeout=900)
+        done = launch(*words, "--out", out, *more, ranks=ranks, cwd=tmp_path, env=env, timeout=900)
         assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
 
+    if folder == "vla":  # each rank drops its own: no dropout here, in the heads or in the demo's backbone
+        words += ["--dropout", "0"]
+        run("writes the demo", 1)
+        config = tmp_path / "runs/demo/vla/backbone/config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | dict(dropout=0.0)))
     run("1", 1)
     alone = curve(tmp_path / "1")
     for world, later in zip(worlds, (1, *worlds), strict=False):
@@ -481,7 +508,7 @@ def test_campaign(folder, tmp_path):
     """The whole list: 20 kills at random moments, kills at the worst ones, signals, full disk, damage and more."""
     draw, failures = random.Random(f"{folder} 8"), []
     with Server(folder, tmp_path) as server:
-        code, seconds, printed = server.run("left alone")
+        code, seconds, printed = server.run("left alone", figures=True)
         assert code == 0, printed[-3000:]
         seconds = min(seconds, server.run("again")[1])  # the first one wrote the demo's data and filled caches
         server.same("again")
@@ -491,7 +518,10 @@ def test_campaign(folder, tmp_path):
         faults |= {"kill_in_step": [1, 7], "kill_in_pruning": [1], "kill_half_written": [1, 2, 5]}
         faults |= {"sigterm": [1, 6], "stop_file": [5], "disk_full": [1, 6], "loss_not_finite": [1, 6]}
         faults |= {"clock_jumps": [1], "stdin_closed": [1]}
-        if folder != "vae_distill":  # it has no loader
+        if folder == "vae_distill":  # each run traces its programs anew, 20 s of CPU time; and it has no loader
+            faults = {name: counts[-1:] for name, counts in faults.items()}
+            faults["loss_not_finite"] = [2]  # of its three iterations of four steps
+        else:
             faults |= {"worker_dies": [3]}
         for name, counts in faults.items():
             failures += case(
@@ -508,7 +538,7 @@ def test_campaign(folder, tmp_path):
                 code, _, printed = server.run(f"chain {number}", "--resume", kill=draw.uniform(0.05, seconds))
                 assert code in (-9, 0), printed[-2000:]
                 assert not whole(server.cwd / f"chain {number}"), "a half checkpoint"
-            code, _, printed = server.run(f"chain {number}", "--resume")
+            code, _, printed = server.run(f"chain {number}", "--resume", figures=True)
             assert code == 0, printed[-2000:]
             server.same(f"chain {number}")
 

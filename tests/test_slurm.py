@@ -311,6 +311,16 @@ def test_usr1_stops_the_run_and_requeues(place, code, requeued):
     assert "is asked to end" in place.log("o")
 
 
+@pytest.mark.parametrize("code, requeued", [(75, True), (0, False)])
+def test_a_run_that_ends_while_the_signal_is_handled(place, code, requeued):
+    """The job takes the code of its interrupted wait, 138, for the run's, and requeues what is done."""
+    slow = Path(place.env["PATH"].split(":")[0]) / "touch"
+    slow.write_text(f'#!/bin/bash\n{shutil.which("touch")} "$@"\nsleep 1\n')
+    slow.chmod(0o755)
+    assert asked(place, code) == code
+    assert place.calls("scontrol") == [["requeue", "77"]] * requeued
+
+
 def test_asked_to_end_while_the_data_is_copied(place):
     """The run would start, take OUT/stop for an old one, and be killed at the time limit."""
     (place.here / "d").mkdir()
@@ -397,6 +407,7 @@ CONF = """ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmctldPort={ports[0]}
+FirstJobId={first}
 AuthType=auth/munge
 AuthInfo=socket={home}/munge.socket,cred_expire=5
 CredType=cred/munge
@@ -436,7 +447,8 @@ class Cluster:
         (home / "munge.key").write_bytes(os.urandom(1024))
         (home / "munge.key").chmod(0o400)
         ports = [free_port() for _ in range(3)]
-        (home / "slurm.conf").write_text(CONF.format(host=socket.gethostname(), home=home, ports=ports))
+        first = os.getpid() % 9000 + 1  # a job's number chooses its ports: other numbers than another cluster's here
+        (home / "slurm.conf").write_text(CONF.format(host=socket.gethostname(), home=home, ports=ports, first=first))
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         more = dict(SLURM_CONF=str(home / "slurm.conf"), PATH=path, OMP_NUM_THREADS="1", MPLBACKEND="Agg")
         self.env = {**os.environ, **more, "MASTER_ADDR": "127.0.0.1", "WANDB_MODE": "offline"}
@@ -464,12 +476,17 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", shown))
 
     def finish(self, job, timeout=600):
-        """Wait until a job is done; a requeued one is let go at once."""
+        """Wait until a job is done; a requeued one is let go after 5 seconds instead of Slurm's two minutes.
+
+        Not at once: a start in the second of the requeue has a credential that slurmd has just revoked.
+        """
+        hastened = set()
 
         def ended():
             state = self.state(job)
-            if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
-                self.call("scontrol", "update", f"jobid={job}", "starttime=now")
+            if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime" and state["Restarts"] not in hastened:
+                hastened.add(state["Restarts"])
+                self.call("scontrol", "update", f"jobid={job}", "starttime=now+5")
             return state["JobState"] in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 
         until(ended, timeout, f"job {job}")
@@ -562,17 +579,65 @@ def test_an_array_of_seeds(cluster, tmp_path):
     assert (one, two) == (0, 1) and curve(here / "runs/seed0") != curve(here / "runs/seed1")
 
 
-# --- campaign: two hosts, which are two network namespaces
-
-LIMITED = """
-import datetime, runpy, sys
-import torch.distributed as dist
-join = dist.init_process_group
-dist.init_process_group = lambda *words, **more: join(*words, **{"timeout": datetime.timedelta(seconds=20), **more})
-sys.argv = sys.argv[1:]
-sys.path.insert(0, __import__("os").path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
+SMALL = "--batch-size 16 --warmup 2 --log-every 4 --eval-every 12 --save-every 12 --device cpu"
+CHAIN = dict(  # flags of the stages for a chain of minutes: the demo's tiny models, few steps
+    LAQ=f"@laq/demo.args --gap 4 --dim 32 --stem 16 --val-pairs 32 --steps 24 {SMALL}",
+    LABEL="--device cpu",
+    VLA=f"--image-size 32 --val-samples 32 --steps 24 {SMALL}",
+    FINETUNE=f"--chunk 4 --val-samples 32 --steps 24 {SMALL}",
+)
+ACT = """import sys
+sys.path.insert(0, "vla")
+import numpy as np
+from policy import Policy
+policy = Policy.from_pretrained(sys.argv[1])
+policy.reset("push the red block to the left")
+print(policy.act(np.zeros((32, 32, 3), np.uint8)).shape)
 """
+
+
+def submit_chain(cluster, here, **more):
+    """The jobs of slurm/lapa.sh on the demo's shards, {name: number}; two processes each but for the labels."""
+    paths = dict(VIDEOS="runs/demo/vla", ROBOT="runs/demo/vla/robot", BACKBONE="runs/demo/vla/backbone")
+    done = subprocess.run(
+        ["bash", "slurm/lapa.sh", "--ntasks-per-node", "2"],
+        cwd=here,
+        env=cluster.env | CHAIN | paths | more,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    print(done.stdout)
+    return {name: int(job) for name, job in re.findall(r"(\w+): job (\d+)", done.stdout)}
+
+
+@pytest.mark.campaign
+def test_the_lapa_chain_ends_in_a_policy(cluster, tmp_path):
+    """Four jobs, each after the one before: shards in, a policy that acts out. One that fails cancels what waits."""
+    here = checkout(tmp_path)
+    write = [sys.executable, "vla/demo.py", "--out", "runs/demo/vla", "--videos", "40", "--demonstrations", "20"]
+    subprocess.run(write, cwd=here, check=True)
+    jobs = submit_chain(cluster, here, OUT="runs/lapa")
+    assert list(jobs) == ["laq", "label", "vla", "finetune"]
+    states = {name: cluster.finish(job, 900) for name, job in jobs.items()}
+    logs = "".join(path.read_text()[-1500:] for path in [*here.glob("slurm-*.out"), *here.glob("runs/lapa/*/*.log")])
+    for name, state in states.items():
+        assert state["JobState"] == "COMPLETED", f"{name}: {state['JobState']}\n{logs}"
+        print(f"| {name} | {state['StartTime'][11:]} | {state['EndTime'][11:]} | {state['RunTime']} |")
+    for first, second in zip(states.values(), list(states.values())[1:], strict=False):
+        assert first["EndTime"] <= second["StartTime"]
+    best = here / "runs/lapa/robot/checkpoints/best"
+    done = subprocess.run(
+        [sys.executable, "-c", ACT, best], cwd=here, env=cluster.env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and re.match(r"\(\d+,\)", done.stdout), done.stdout + done.stderr
+    print(f"the policy's command: {done.stdout}")
+    jobs = submit_chain(cluster, here, OUT="runs/broken", LAQ="--no-such-flag")
+    states = [cluster.finish(job)["JobState"] for job in jobs.values()]
+    assert states == ["FAILED", "CANCELLED", "CANCELLED", "CANCELLED"]
+
+
+# --- campaign: two hosts, which are two network namespaces
 
 
 def ip(*words, check=True):
@@ -599,13 +664,14 @@ def hosts():
             ip("netns", "delete", name, check=False)
 
 
-def on_both(hosts, cwd, port, script, words):
-    """Start torchrun on each host; returns the two processes. Each writes to CWD/host-N.txt."""
+def on_both(hosts, cwd, port, script, words, **more):
+    """Start torchrun on each host; returns the two processes. Each writes to CWD/host-N.txt. more: environment."""
     parts = []
     for rank, name in enumerate(hosts):
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
         command += ["--node_rank", rank, "--master_addr", "10.77.0.1", "--master_port", port, "--nproc_per_node", "1"]
         env = {**os.environ, "GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+        env |= more
         out = open(cwd / f"host-{rank}.txt", "w")
         words = [str(word) for word in words]
         with out:
@@ -630,13 +696,10 @@ HOSTS = [["fsq_vqvae"], ["vla", "--fsdp"]]
 def test_a_host_is_cut_off(hosts, tmp_path, folder, more):
     """Two hosts train, the cable is pulled: both end by themselves within the limit, say why, resume and finish."""
     script, words = ROOT / folder / "train.py", [*sizes(folder, long=True), *more]
-    limited = tmp_path / "limited.py"
-    limited.write_text(LIMITED)
-    ip("netns", "exec", hosts[0], "true")
     for part in on_both(hosts, tmp_path, 29511, script, [*words, "--out", "alone"]):
         assert part.wait(900) == 0, (tmp_path / "host-0.txt").read_text()[-3000:]
     out = tmp_path / "cut"
-    parts = on_both(hosts, tmp_path, 29512, limited, [script, *words, "--out", out.name])
+    parts = on_both(hosts, tmp_path, 29512, script, [*words, "--out", out.name], DIST_TIMEOUT="20")
     until(lambda: list(out.glob("checkpoints/step_*")), 600, "a checkpoint")
     ip("-n", hosts[1], "link", "set", "cable", "down")
     start = time.monotonic()
