@@ -118,7 +118,7 @@ def main(argv=None):
     parser.add_argument(
         "--text",
         nargs="+",
-        metavar="TEXT",
+        metavar="WORDS",
         default=["push the red block to the left"],
         help="texts to know the words of",
     )
