@@ -54,6 +54,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=Help, fromfile_prefix_chars="@", allow_abbrev=False)
+        self.words = []
 
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
@@ -125,6 +126,14 @@ def parse(parser, argv, demo):
         parser.error("--resume needs --out, the folder of the run to go on with")
     args.folder = demo.parent.name
     return args
+
+
+def report_folder(parser, args):
+    """--out of a report; without it RUN/report, for --checkpoint RUN/checkpoints/NAME."""
+    run = Path(args.checkpoint or ".").resolve().parent.parent
+    if not args.out and not (args.checkpoint and (run / "args.json").exists()):
+        parser.error("give --out DIR: there is no run of --checkpoint to write the report to")
+    return args.out or str(run / "report")
 
 
 def brief(error):

@@ -37,11 +37,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     for name in ("val_stride", "random_tuples", "batch_size"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
-    run = Path(args.checkpoint).resolve().parent.parent
-    if not args.out and not (run / "args.json").exists():
-        parser.error(f"give --out DIR: {args.checkpoint} lies in no run's folder")
-    args.out = args.out or str(run / "report")
+            parser.error(f"{common.flag(name)} must be above 0")
+    args.out = common.report_folder(parser, args)
     return args
 
 

@@ -55,10 +55,7 @@ def parse(argv=None):
     for name in ("val_stride", "max_episodes", "chunk", "draws", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"{common.flag(name)} must be above 0")
-    run = Path(args.checkpoint or ".").resolve().parent.parent
-    if not args.out and (args.mock_model or not (run / "args.json").exists()):
-        parser.error("give --out DIR: there is no run's folder to write the report to")
-    args.out = args.out or str(run / "report")
+    args.out = common.report_folder(parser, args)
     return args
 
 

@@ -250,6 +250,24 @@ def test_unwrap():
     assert common.unwrap(SimpleNamespace(module=compiled)) is model
 
 
+def test_a_report_goes_to_its_run(tmp_path, capsys):
+    """`best` leads the report astray, a checkpoint without its run writes two folders up, or --out is ignored."""
+    parser, run = common.Parser("doc"), tmp_path / "run"
+    (run / "checkpoints" / "step_1").mkdir(parents=True)
+    (best := run / "checkpoints" / "best").symlink_to("step_1")
+    (run / "args.json").touch()
+
+    def where(checkpoint, out=None):
+        return common.report_folder(parser, SimpleNamespace(checkpoint=checkpoint, out=out))
+
+    assert Path(where(str(best))) == run / "report" and where(str(best), "elsewhere") == "elsewhere"
+    assert where(None, "elsewhere") == "elsewhere"
+    for checkpoint in (str(run), None):
+        with pytest.raises(SystemExit):
+            where(checkpoint)
+        assert "give --out DIR" in capsys.readouterr().err
+
+
 # --- run(): how a script ends
 
 RUN = """

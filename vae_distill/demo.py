@@ -69,7 +69,7 @@ def there(folder):
 
 
 def wait(folder):
-    """Wait for another process that writes the data: a minute, longer than JAX lets a first collective wait."""
+    """Wait until another process has written the data, by looking: a first collective of JAX gives up before that."""
     while not there(folder):
         time.sleep(0.5)
 

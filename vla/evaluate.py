@@ -61,10 +61,7 @@ def parse(argv=None):
         parser.error("nothing to do: give --data, --episodes or both")
     if args.labels and not args.data:
         parser.error("--labels needs --data, the clips that were labelled")
-    run = Path(args.checkpoint).resolve().parent.parent
-    if not args.out and not (run / "args.json").exists():
-        parser.error(f"give --out DIR: {args.checkpoint} lies in no run's folder")
-    args.out = args.out or str(run / "report")
+    args.out = common.report_folder(parser, args)
     return args
 
 

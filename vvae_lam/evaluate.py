@@ -46,10 +46,7 @@ def parse(argv=None):
     for name in ("steps", "full_steps", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"{common.flag(name)} must be above 0")
-    run = Path(args.checkpoint).resolve().parent.parent
-    if not args.out and not (run / "args.json").exists():
-        parser.error(f"give --out DIR: {args.checkpoint} lies in no run's folder")
-    args.out = args.out or str(run / "report")
+    args.out = common.report_folder(parser, args)
     return args
 
 
