@@ -1,8 +1,8 @@
 """Cost of vvae_lam's training step and loader, as ratios side by side.
 
 Run:
-  python tests/bench_vvae_lam.py --out bench
-  python tests/bench_vvae_lam.py --parts scaling loader --out bench
+  python tests/bench/vvae_lam.py --out bench
+  python tests/bench/vvae_lam.py --parts scaling loader --out bench
 
 Every row is a process of its own (peak memory is a process's), CPU time of a step, one thread. "dense" is the
 construction of the seed's ancestor, written here from its description: attention over all T x 256 encoder tokens and
@@ -22,8 +22,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from conftest import load
 from matplotlib.figure import Figure
+from timing import load
 from torch import nn
 
 HERE = Path(__file__).resolve()

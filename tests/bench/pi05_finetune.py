@@ -1,8 +1,8 @@
 """Speed and memory of pi05_finetune beside LeRobot's own policy and training loop, side by side in one process.
 
 Run:
-  python tests/bench_pi05_finetune.py
-  python tests/bench_pi05_finetune.py --device cuda --size full --batch-size 4
+  python tests/bench/pi05_finetune.py
+  python tests/bench/pi05_finetune.py --device cuda --size full --batch-size 4
 
 LeRobot's column is its PI05Policy with attention and checkpointing as upstream writes them, and update_policy of its
 lerobot_train under Accelerate. Times are medians of steps that take turns, of CPU time on a CPU.
@@ -14,7 +14,7 @@ import statistics
 import time
 
 import torch
-from conftest import load
+from timing import load
 
 pi05 = load("pi05_finetune", "compat", "inputs")
 # between the tiny size and the real one, so that arithmetic and not Python is measured

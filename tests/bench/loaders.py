@@ -1,9 +1,9 @@
 """Samples per second that one core loads, for each folder's own loader inside of its own train.py.
 
 Run:
-  python tests/bench_loaders.py
-  python tests/bench_loaders.py vla --data web=shards/web --labels labels/web --backbone NAME --image-size 224
-  python tests/bench_loaders.py laq @laq/lapa.args --data shards/web --steps 4 --log-every 2
+  python tests/bench/loaders.py
+  python tests/bench/loaders.py vla --data web=shards/web --labels labels/web --backbone NAME --image-size 224
+  python tests/bench/loaders.py laq @laq/lapa.args --data shards/web --steps 4 --log-every 2
 
 A folder with flags of its train.py, or every folder's demo. 30 steps with --workers 0, of which the last 10 count:
 batch size * steps / processor seconds in which the loop waited for its batch. vae_distill has no loader.
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ["fsq_vqvae", "vvae_lam", "laq", "vla", "pi05_finetune"]
 STEPS = "--steps 30 --log-every 10 --eval-every 1000 --workers 0".split()
 

@@ -1,8 +1,8 @@
 """Benchmarks of vae_distill on the demo's arm: what labelling and learning cost, sizes, devices, a loop in Python.
 
 Run:
-  python tests/bench_vae_distill.py
-  python tests/bench_vae_distill.py --envs 1024 --device cuda --devices 1
+  python tests/bench/vae_distill.py
+  python tests/bench/vae_distill.py --envs 1024 --device cuda --devices 1
 
 Control steps per second, medians of interleaved repeats in one process; on a busy machine trust the ratios alone.
 "physics": MJX alone under constant torques, the same scan. "iteration": the student acts, the teacher labels, the
@@ -23,7 +23,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from conftest import load  # noqa: E402
+from timing import load  # noqa: E402
 
 vae = load("vae_distill", "env", "walker", "teacher", "distill", "devices", "demo")
 UNROLL, BATCH = 8, 512

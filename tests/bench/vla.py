@@ -1,7 +1,7 @@
 """Speed and memory of vla: stage 2 against the transformers Trainer, the world, the policy's latency.
 
 Run:
-  python tests/bench_vla.py --width 128 --depth 3 --vocabulary 32000 --threads 1
+  python tests/bench/vla.py --width 128 --depth 3 --vocabulary 32000 --threads 1
 
 The Trainer fine-tunes the same backbone on the same batch in the usual way: the latent codes are words of the
 vocabulary at the end of the text, and the loss is the softmax over the vocabulary at every position. Times are
@@ -10,28 +10,14 @@ bytes that autograd keeps for the backward pass (on a GPU also the allocator's p
 """
 
 import argparse
-import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import load
+from timing import interleaved, load
 
 vla = load("vla", "demo", "policy", "pointing", "tiny", "world")
-
-
-def interleaved(variants, repeats):
-    """{name: function} -> {name: median seconds of CPU time per call}, the variants taking turns."""
-    times = {name: [] for name in variants}
-    for repeat in range(repeats + 1):
-        for name, function in variants.items():
-            start = time.process_time()
-            function()
-            if repeat:  # the first round warms up
-                times[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def kept(function):

@@ -2,7 +2,7 @@
 
 Run:
   pip install vector-quantize-pytorch accelerate
-  python tests/bench_fsq_vqvae.py --data g1=PATH --threads 1
+  python tests/bench/fsq_vqvae.py --data g1=PATH --threads 1
 
 Times are medians of interleaved windows of this process's CPU time, so a busy machine disturbs the ratios little.
 """
@@ -19,23 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import load
+from timing import interleaved, load
 from torch import nn
 
 fsq_vqvae = load("fsq_vqvae", "demo")
-
-
-def interleaved(variants, repeats, calls):
-    """{name: function} -> {name: median seconds of CPU time per call}, the variants taking turns."""
-    times = {name: [] for name in variants}
-    for repeat in range(repeats + 1):
-        for name, function in variants.items():
-            start = time.process_time()
-            for _ in range(calls):
-                function()
-            if repeat:  # the first round warms up
-                times[name].append((time.process_time() - start) / calls)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def bench_quantiser(rows):

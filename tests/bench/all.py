@@ -1,8 +1,8 @@
-"""Every bench_<folder>.py in turn, as one Markdown page of their tables.
+"""Every benchmark of this folder in turn, as one Markdown page of their tables.
 
 Run:
-  python tests/bench_all.py --out runs/bench.md
-  python tests/bench_all.py --only laq vla --flags "--device cuda"
+  python tests/bench/all.py --out runs/bench.md
+  python tests/bench/all.py --only laq vla --flags "--device cuda"
 """
 
 import argparse
@@ -22,8 +22,7 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="FOLDER", help="these folders' benchmarks alone")
     parser.add_argument("--flags", default="", help="flags for each of them but loaders, in quotes")
     args = parser.parse_args()
-    found = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py"))}
-    del found["all"]
+    found = {path.stem: path for path in sorted(HERE.glob("*.py")) if path.stem not in ("all", "timing")}
     unknown = set(args.only or []) - set(found)
     if unknown:
         parser.error(f"--only {sorted(unknown)[0]}: there are {', '.join(found)}")
@@ -35,7 +34,7 @@ def main():
         done = subprocess.run(words, capture_output=True, text=True)
         failed += done.returncode != 0
         text = done.stdout if done.returncode == 0 else f"failed\n{done.stderr[-1000:]}"
-        page += [f"## {name}", "", f"`python tests/bench_{name}.py {args.flags}`: {time.monotonic() - start:.0f} s, "]
+        page += [f"## {name}", "", f"`python tests/bench/{name}.py {args.flags}`: {time.monotonic() - start:.0f} s, "]
         page[-1] += f"load {load:.1f} at the start"
         page += ["", "```text", text.strip(), "```", ""]
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)

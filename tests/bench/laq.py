@@ -1,10 +1,10 @@
 """Speed of laq at the published size, as ratios side by side in one process.
 
 Run:
-  python tests/bench_laq.py --threads 2
-  python tests/bench_laq.py --device cuda --amp bf16 --repeats 10
-  python tests/bench_laq.py --size small --repeats 5
-  python tests/bench_laq.py --loader --threads 1 --repeats 15
+  python tests/bench/laq.py --threads 2
+  python tests/bench/laq.py --device cuda --amp bf16 --repeats 10
+  python tests/bench/laq.py --size small --repeats 5
+  python tests/bench/laq.py --loader --threads 1 --repeats 15
 
 The reference is written from the publication (arXiv 2410.11758): materialised attention with a relative position bias
 that an MLP makes anew in every pass, both frames through the temporal transformer, fp32, pairs encoded one by one.
@@ -15,18 +15,16 @@ process's. At the published size a training step takes 20 to 40 seconds on two c
 import argparse
 import contextlib
 import io
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, load
 from einops import rearrange
+from timing import SHARED, interleaved, load
 from torch import nn
 
 laq = load("laq", "shards", "videos_to_shards")
@@ -153,20 +151,6 @@ def stepper(model, frames, amp):
     return step
 
 
-def interleaved(variants, repeats, device):
-    """{name: function} -> {name: median seconds per call}, the variants taking turns; the first turn warms up."""
-    clock, times = (time.perf_counter if device == "cuda" else time.process_time), {name: [] for name in variants}
-    for repeat in range(repeats + 1):
-        for name, function in variants.items():
-            start = clock()
-            function()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if repeat:
-                times[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def bench_step(rows, args):
     side = SIZES[args.size]["image_size"]
     frames = torch.rand(args.batch_size, 2, 3, side, side, device=args.device)
@@ -175,7 +159,7 @@ def bench_step(rows, args):
     ours, theirs = (build(name, args.size, args.device) for name in ("ours", "theirs"))
     count = " and ".join(f"{sum(p.numel() for p in m.parameters()) / 1e6:.0f} M" for m in (ours, theirs))
     variants = dict(ours=stepper(ours, frames, amp), theirs=stepper(theirs, frames, off))
-    got = interleaved(variants, args.repeats, args.device)
+    got = interleaved(variants, args.repeats, device=args.device)
     text = f"{got['ours']:.3f} s against {got['theirs']:.3f} s ({count} parameters)"
     rows.append((f"training step, batch {args.batch_size}, {args.amp}", text, f"{got['theirs'] / got['ours']:.2f}x"))
     label(rows, args, ours.eval(), theirs.eval(), side)
@@ -193,13 +177,15 @@ def label(rows, args, ours, theirs, side):
         for pair in pairs:
             theirs.encode(pair[None])
 
-    got = interleaved(dict(ours=dense, theirs=one_by_one), args.repeats, args.device)
+    got = interleaved(dict(ours=dense, theirs=one_by_one), args.repeats, device=args.device)
     rate = {name: len(pairs) / seconds for name, seconds in got.items()}
     text = f"{rate['ours']:.1f} pairs/s against {rate['theirs']:.1f}, one by one"
     rows.append((f"dense labels of {args.clip} frames", text, f"{rate['ours'] / rate['theirs']:.2f}x"))
     few = pairs[:8]
     got = interleaved(
-        dict(ours=lambda: ours.encode(*few.unbind(1)), theirs=lambda: theirs.encode(few)), args.repeats, args.device
+        dict(ours=lambda: ours.encode(*few.unbind(1)), theirs=lambda: theirs.encode(few)),
+        args.repeats,
+        device=args.device,
     )
     text = f"{8 / got['ours']:.1f} pairs/s against {8 / got['theirs']:.1f}, batches of 8"
     rows.append(("unrelated pairs", text, f"{got['theirs'] / got['ours']:.2f}x"))
@@ -288,7 +274,7 @@ def loader_row(rows, args, home, name, data):
                 with Image.open(home / f"{number}/img_{frame:05d}.jpg") as image:
                     np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
 
-    got = interleaved(dict(ours=ours, before=before, jpegs=jpegs), max(7, args.repeats), "cpu")
+    got = interleaved(dict(ours=ours, before=before, jpegs=jpegs), max(7, args.repeats))
     rate = {name: 64 / seconds for name, seconds in got.items()}
     frames = sum(clip.meta["length"] for clip in clips)
     sizes = sum(clip.members["mp4"][1] for clip in clips), sum(file.stat().st_size for file in home.glob("*/*.jpg"))
