@@ -17,12 +17,14 @@ import pytest
 import torch
 from conftest import ROOT, free_port, launch, load
 
-MORE = "demo evaluate experiment film finetune idm pointing policy predict rollout shards tiny world".split()
+MORE = "demo evaluate finetune policy predict shards tiny".split()
+SIM = "sim.experiment sim.film sim.idm sim.pointing sim.rollout sim.world".split()
 
 
 @pytest.fixture(scope="module")
 def this():
-    return load("vla", *MORE)
+    modules = vars(load("vla", *MORE, *SIM))
+    return SimpleNamespace(**{name.removeprefix("sim."): module for name, module in modules.items()})
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import world
-from pointing import NAMES, teach
 from shards import npy, npz, write_shard
+from sim import world
+from sim.pointing import NAMES, teach
 from tiny import FAMILIES, build
 
 DEFAULT = dict(videos=300, demonstrations=100, body="disc", robot="disc", distractors=0, pixels=32, fps=5, seed=0)

@@ -20,11 +20,10 @@ import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
-import rollout
-import world
 from data import read_sources, references
 from model import VLA
 from policy import Policy
+from sim import rollout, world
 
 import common
 

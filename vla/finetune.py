@@ -36,7 +36,12 @@ def parse(argv=None):
     parser.set_defaults(prompt=None, image_size=None)  # --init's, or train.py's
     add("--videos", nargs="+", default=[], metavar="PATH", help="clips that keep teaching latents (--labels)")
     add("--latent-share", type=float, default=0.5, metavar="X", help="share of a batch drawn from --videos")
-    add("--action-labels", nargs="+", metavar="DIR", help="label shards with actions (idm.py), for --data without any")
+    add(
+        "--action-labels",
+        nargs="+",
+        metavar="DIR",
+        help="label shards with actions (sim/idm.py), for --data without",
+    )
     add("--episodes", type=int, default=0, metavar="N", help="train on N episodes, a subset of 2 N's; 0: all")
     add("--chunk", type=int, default=8, metavar="H", help="commands predicted at once")
     add("--bins", type=int, default=0, metavar="N", help="classify into quantile bins, as LAPA (256); 0: regression")

@@ -12,10 +12,10 @@ import inspect
 import json
 from pathlib import Path
 
-import film  # noqa: F401  makes itself known to transformers
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from sim import film  # noqa: F401  makes itself known to transformers
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from film import build as build_film
+from sim.film import build as build_film
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Qwen2_5_VLConfig,

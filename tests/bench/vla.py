@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from timing import interleaved, load
 
-vla = load("vla", "demo", "policy", "pointing", "tiny", "world")
+vla = load("vla", "demo", "policy", "tiny", "sim.pointing", "sim.world")
+vla.pointing, vla.world = vars(vla)["sim.pointing"], vars(vla)["sim.world"]
 
 
 def kept(function):

@@ -1,9 +1,9 @@
 """Does pretraining on latent actions pay? The experiment of LAPA on a tabletop that fits on a laptop.
 
 Run:
-  python vla/experiment.py --out runs/lapa
-  python vla/experiment.py --out runs/lapa --seeds 0 1 2 --demos 5 10 25 50 --steps 1200
-  python vla/experiment.py --out runs/lapa --labels PATH      # of laq/label.py, made from OUT/data
+  python vla/sim/experiment.py --out runs/lapa
+  python vla/sim/experiment.py --out runs/lapa --seeds 0 1 2 --demos 5 10 25 50 --steps 1200
+  python vla/sim/experiment.py --out runs/lapa --labels PATH      # of laq/label.py, made from OUT/data
 
 Videos without actions teach latent actions, then 5 to 50 labelled demonstrations teach commands. Beside it stand
 references that get the same demonstrations, the same sweep and the same tests (ARMS). Kill it and run it again: it
@@ -18,17 +18,17 @@ from types import SimpleNamespace
 
 import numpy as np
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+if __name__ == "__main__":  # vla/ and its parent take the place of vla/sim/
+    sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 import demo
 import figures
 import finetune
-import idm
-import rollout
 import train
 from policy import Policy
 from shards import npz, read_clips, read_vocabulary, write_shard
 
 import common
+from sim import idm, rollout
 
 ARMS = dict(
     scratch="demonstrations only",

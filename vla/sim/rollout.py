@@ -4,7 +4,8 @@ import math
 
 import av
 import numpy as np
-import world
+
+from sim import world
 
 
 def wilson(successes, trials, z=1.96):

@@ -1,7 +1,7 @@
 """Teach a tiny backbone to see, as web data taught the real one: where in a picture is what the text names?
 
 Run:
-  python vla/pointing.py --backbone runs/tiny --steps 1000
+  python vla/sim/pointing.py --backbone runs/tiny --steps 1000
 
 Still pictures of random tables, a text that names the things on it in any order, and at each name the regression of its
 place. Nothing moves and nobody acts, so a policy learns nothing here but what words and pictures have to do with one
@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import world
 from model import open_backbone
 from torch import nn
+
+from sim import world
 
 NAMES = [*world.COLOURS, "robot"]
 

@@ -1,7 +1,7 @@
 """Inverse dynamics: from few demonstrations, learn which command lies between two frames; label videos with it (VPT).
 
 Run:
-  python vla/idm.py --data robot=PATH --videos web=PATH --episodes 10 --out runs/vpt
+  python vla/sim/idm.py --data robot=PATH --videos web=PATH --episodes 10 --out runs/vpt
   python vla/finetune.py --backbone NAME --data web=PATH --action-labels runs/vpt/web --out runs/vpt/policy
 
 VPT (Baker et al. 2022, arXiv 2206.11795) is the strong rival of latent actions: it needs commands before it can use
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+if __name__ == "__main__":  # vla/ and its parent take the place of vla/sim/
+    sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 from data import few, named_paths, read_sources
 from shards import npy, read_clips, write_shard
 
