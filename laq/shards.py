@@ -1,12 +1,16 @@
-"""WebDataset shards of whole clips, written in one piece and read at random.
+"""WebDataset shards of whole clips, read at random. laq/shards.py and vla/shards.py are the same file.
 
-A sample is one camera of one episode: KEY.json (instruction, fps, source, episode, camera, length, and `actions`:
-"delta" or "absolute" where KEY.actions.npy is there), KEY.mp4 or KEY.frames.npy (T H W 3, uint8), and where known
-KEY.actions.npy (T A) and KEY.state.npy (T S). Beside shard-000000.tar lies shard-000000.index.json, which says where in
-the tar every member begins; without it (or if the tar has another size) the tar is read once, header by header.
+A sample is one camera of one episode:
+    KEY.json                        texts instruction, source, episode, camera; numbers fps, length (frames);
+                                    actions: "delta" or "absolute", if there are any
+    KEY.mp4 or KEY.frames.npy       the frames; the array is (T, H, W, 3) uint8
+    KEY.actions.npy, KEY.state.npy  (T, A) and (T, S), a row per frame, where known
+A label shard has its video shard's name and keys, such as KEY.latents.npz. Beside NAME.tar may lie NAME.index.json,
+which tells where each member begins; without it, or if the tar has another size, the headers of the tar are read.
 """
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -14,107 +18,172 @@ import os
 import re
 import tarfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
 import numpy as np
-import torch
-import torch.nn.functional as F
 import webdataset
 from av.video.reformatter import VideoReformatter
 
-REORDER = 16  # by so many frames at most does h264, h265 or AV1 change the order
+from common import DataError
+
+REORDER = 16  # h264, h265 and AV1 change the order of frames by at most so many
 TEXTS, NUMBERS = ("instruction", "source", "episode", "camera"), ("fps", "length")
+MATRICES = {
+    1: 1,
+    9: 9,
+    10: 9,
+}  # the video's tag of its colour matrix -> swscale's number; any other is read as BT.601 (5)
 
 
 @dataclass
 class Clip:
-    """One sample of a shard. `meta` is its KEY.json; `members` maps an extension to (offset, bytes) in the tar."""
+    """One sample. meta: its KEY.json; members: extension -> (tar, offset, bytes), those of a label shard included."""
 
     shard: Path
     key: str
     meta: dict
-    members: dict
+    members: dict = field(repr=False)
 
     def __str__(self):
         return f"{self.shard}:{self.key}"
 
+    @property
+    def episode(self):
+        """The recording's own name, by which it is held out: all its cameras go to the same side."""
+        return self.meta["episode"]
+
+    def __len__(self):
+        return int(self.meta["length"])
+
     def read(self, extension):
         """The bytes of one member."""
-        offset, size = self.members[extension]
-        with open(self.shard, "rb") as file:
+        shard, offset, size = self.members[extension]
+        with open(shard, "rb") as file:
             file.seek(offset)
             data = file.read(size)
         if len(data) < size:
-            raise ValueError(f"{self}.{extension}: the shard ends {size - len(data)} bytes too early")
+            raise DataError(f"{shard}:{self.key}.{extension}: the shard ends {size - len(data)} bytes too early")
         return data
 
     def array(self, extension):
-        """A .npy member, or None if the sample has none. Pickles are refused."""
+        """A .npy member as (T, A) float32, or None if the sample has none."""
         if extension not in self.members:
             return None
+        with self.reading(extension):
+            array = np.load(io.BytesIO(self.read(extension)), allow_pickle=False)
+            if array.ndim != 2 or len(array) != len(self) or array.dtype.kind not in "fiu":
+                raise ValueError(f"{array.dtype} {array.shape}, expected {len(self)} rows of numbers")
+            if not np.isfinite(array).all():
+                raise ValueError(f"row {np.argwhere(~np.isfinite(array))[0, 0]} holds NaN or infinity")
+        return array.astype(np.float32)
+
+    def archive(self, extension):
+        """A .npz member as {name: array}."""
+        with self.reading(extension), np.load(io.BytesIO(self.read(extension)), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+    @contextlib.contextmanager
+    def reading(self, extension):
+        """A member that cannot be read becomes a DataError that names it."""
         try:
-            return np.load(io.BytesIO(self.read(extension)), allow_pickle=False)
-        except OSError:
+            yield
+        except (OSError, DataError):
             raise
-        except Exception as error:  # for a damaged header numpy raises token and memory errors too
-            raise ValueError(f"{self}.{extension}: {error}") from None
+        except Exception as error:  # for a corrupt header numpy raises zip, zlib, token and memory errors too
+            raise DataError(f"{self.members[extension][0]}:{self.key}.{extension}: {error}") from None
 
-    def frames(self, size=None, start=0, stop=None):
-        """Frames start to stop - 1, (T, H, W, 3) uint8, or (T, size, size, 3): squashed to a square, as LAPA does."""
-        frames = self.decoded(start, stop, pictures(size))
-        if len({frame.shape for frame in frames}) > 1:
-            raise ValueError(f"{self}: its frames change size")
-        return np.stack(frames)
-
-    def decoded(self, start=0, stop=None, make=lambda frame: frame):
-        """A list of `make` of the frames start to stop - 1: av.VideoFrames, or arrays (H, W, 3) from .frames.npy."""
-        length = self.meta["length"]
-        rows = range(start, length if stop is None else stop)
+    def decode(self, rows, make):
+        """[make(frame) of each of `rows`, in their order]; a frame is an av.VideoFrame or an array (H, W, 3) uint8."""
+        wanted = sorted(set(map(int, rows)))
         if "mp4" in self.members:
-            return decode(self.read("mp4"), str(self), rows, length, make)
-        frames = self.array("frames.npy")
-        if frames is None:
-            raise ValueError(f"{self}: has neither .mp4 nor .frames.npy")
-        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
-            raise ValueError(f"{self}.frames.npy: {frames.dtype} {frames.shape}, expected uint8 (T, H, W, 3)")
-        if len(frames) != length:
-            raise ValueError(f"{self}: {len(frames)} frames, its json says {length}")
-        return [make(frames[row]) for row in rows]
+            found = decode(self.read("mp4"), str(self), wanted, make)
+        else:
+            found = {row: make(frame) for row, frame in zip(wanted, self.stored(wanted), strict=True)}
+        return [found[int(row)] for row in rows]
+
+    def frames(self, size, rows=None):
+        """Those frames, or all, as (n, size, size, 3) uint8 RGB: squashed to a square, as LAPA does."""
+        return np.stack(self.decode(range(len(self)) if rows is None else rows, to_rgb(size)))
+
+    def stream(self, make):
+        """make(frame) of every frame, one after another. Only one frame is in memory at a time."""
+        if "mp4" not in self.members:
+            yield from map(make, self.stored(range(len(self))))
+            return
+        number = 0
+        with opened(self.read("mp4"), str(self)) as video:
+            for number, frame in enumerate(video.decode(video=0), 1):  # noqa: B007
+                yield make(frame)
+        if number != len(self):
+            raise DataError(f"{self}: {number} frames, its json says {len(self)}")
+
+    def stored(self, rows):
+        """The frames `rows` of .frames.npy, read one by one."""
+        if "frames.npy" not in self.members:
+            raise DataError(f"{self}: has neither .mp4 nor .frames.npy")
+        shard, offset, size = self.members["frames.npy"]
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            with self.reading("frames.npy"):
+                np.lib.format.read_magic(file)
+                shape, columns, dtype = np.lib.format.read_array_header_1_0(file)
+                if len(shape) != 4 or shape[0] != len(self) or shape[3] != 3 or dtype != np.uint8 or columns:
+                    raise ValueError(f"{dtype} {shape}, expected uint8 ({len(self)}, H, W, 3)")
+            first, bytes_each = file.tell(), int(np.prod(shape[1:]))
+            if first + shape[0] * bytes_each > offset + size:
+                raise DataError(f"{self}.frames.npy: {size} bytes are too few for {shape}")
+            for row in rows:
+                file.seek(first + row * bytes_each)
+                data = file.read(bytes_each)
+                if len(data) < bytes_each:
+                    raise DataError(f"{self}.frames.npy: the shard ends too early")
+                yield np.frombuffer(data, np.uint8).reshape(shape[1:])
 
 
-def decode(data, name, rows, length, make):
-    """[make(frame)] of the frames `rows` (ascending) of a video's bytes; length: how many frames it should hold.
+# --- frames
 
-    Only what lies between a row and the keyframe before it is decoded; if that does not give each row, everything is.
-    """
+
+@contextlib.contextmanager
+def opened(data, name):
+    """A video's bytes as an av container; what is wrong with them becomes a DataError."""
     try:
         with av.open(io.BytesIO(data)) as video:
-            found, number = sought(video, rows, length, make), length
-        if len(found) < len(rows):
-            with av.open(io.BytesIO(data)) as video:
-                video.streams.video[0].thread_type, number = "NONE", 0
-                for number, frame in enumerate(video.decode(video=0), 1):
-                    if number - 1 in rows:
-                        found[number - 1] = make(frame)
+            video.streams.video[0].thread_type = "NONE"  # a loader process per core is faster than decoder threads
+            yield video
     except (av.FFmpegError, IndexError, ValueError, TypeError) as error:
-        raise ValueError(f"{name}: not a readable video ({str(error) or 'no video stream'})") from None
-    if number != length:
-        raise ValueError(f"{name}: {number} frames, its json says {length}")
-    return [found[row] for row in rows]
+        raise DataError(f"{name}: not a readable video ({str(error) or 'no video stream'})") from None
 
 
-def sought(video, rows, length, make):
-    """{row: make(frame)}; frames are told by the order of their packets' times. Nothing where that cannot be."""
+def decode(data, name, rows, make):
+    """{row: make(frame)} of the frames `rows` (ascending) of a video's bytes, counted as a player shows them.
+
+    Only what lies between a row and the keyframe before it is decoded; where that is not safe, all up to the last row.
+    """
+    with opened(data, name) as video:
+        found = seek(video, rows, make)
+    if len(found) < len(rows):
+        with opened(data, name) as video:
+            frames, wanted = itertools.islice(video.decode(video=0), rows[-1] + 1), set(rows)
+            found = {number: make(frame) for number, frame in enumerate(frames) if number in wanted}
+    if len(found) < len(rows):
+        raise DataError(f"{name}: frame {max(set(rows) - set(found))} is beyond the end of the video")
+    return found
+
+
+def seek(video, rows, make):
+    """{row: make(frame)}; a row is the place of a packet's time among all. Empty where packets are not frames.
+
+    They are not where an edit list discards some, or where the video begins between two keyframes.
+    """
     stream, found, needed = video.streams.video[0], {}, set()
-    stream.thread_type = "NONE"  # a loader process per core is faster than threads of the decoder
-    most = rows[-1] + 1 + REORDER
-    packets = [packet for packet in itertools.islice(video.demux(stream), most) if packet.size]  # in decoding order
+    packets = [p for p in itertools.islice(video.demux(stream), rows[-1] + 1 + REORDER) if p.size]  # decoding order
     times = [packet.pts for packet in packets]
-    if len(times) != min(most, length) or len(set(times) - {None}) < len(times):
-        return found
-    shown = sorted(range(len(times)), key=times.__getitem__)
+    unsafe = len(packets) <= rows[-1] or None in times or len(set(times)) < len(times)
+    if unsafe or not packets[0].is_keyframe or any(packet.is_discard for packet in packets):
+        return {}
+    shown = sorted(range(len(times)), key=times.__getitem__)  # presentation order
     for row in rows:
         number = shown[row]
         while number >= 0 and number not in needed:
@@ -131,28 +200,194 @@ def sought(video, rows, length, make):
     return found
 
 
-def pictures(size=None):
-    """A function from an av.VideoFrame or array (H, W, 3) to (H, W, 3) uint8 RGB, or (size, size, 3); for one clip.
+def to_rgb(size=None):
+    """A function from an av.VideoFrame, or array (H, W, 3), to (H, W, 3) uint8 RGB, or (size, size, 3).
 
-    It keeps swscale's tables, and with them the range of the colours: hence not for more than a clip.
+    Scaled by area, with the colours that the video's tags tell, upright. It keeps swscale's tables: one per clip.
     """
     scaler = VideoReformatter()
 
-    def picture(frame):
+    def convert(frame):
         if isinstance(frame, np.ndarray):
-            return resize(frame[None], size)[0] if size else frame
-        return scaler.reformat(frame, size, size, "rgb24", interpolation="AREA").to_ndarray()
+            if size is None or frame.shape[:2] == (size, size):
+                return frame
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
+        colours = {}
+        if not frame.format.is_rgb:
+            full = int(frame.color_range) == 2 or frame.format.name.startswith("yuvj")
+            colours = dict(src_colorspace=MATRICES.get(int(frame.colorspace), 5), src_color_range=2 if full else 1)
+            # PyAV 15 ignores the source's matrix if the target's is the same; RGB has none, so 7 changes nothing else
+            colours |= dict(dst_colorspace=7, dst_color_range=2)
+        image = scaler.reformat(frame, size, size, "rgb24", interpolation="AREA", **colours).to_ndarray()
+        return upright(image, frame)
 
-    return picture
+    return convert
+
+
+def upright(image, frame):
+    """An image (H, W, 3) turned and mirrored as the display matrix of its frame says, by quarter turns."""
+    for entry in frame.side_data:
+        if entry.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = np.frombuffer(bytes(entry), np.int32)[:5]  # x' = a x + c y, y' = b x + d y
+            if abs(b) > abs(a):
+                image, a, d = image.swapaxes(0, 1), c, b
+            image = image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return np.ascontiguousarray(image)
 
 
 def resize(frames, size):
-    """Frames (T, H, W, 3) uint8 -> (T, size, size, 3) uint8, antialiased."""
-    if frames.shape[1:3] == (size, size):
-        return frames
-    x = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    return x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    """Frames (n, H, W, 3) uint8 -> (n, size, size, 3) uint8, as a clip's frames are."""
+    return np.stack([*map(to_rgb(size), frames)])
+
+
+# --- episodes held out
+
+
+def episode_hash(name, salt=""):
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(f"{salt}{name}".encode()).digest()[:8], "big") / 2**64
+
+
+def held_out(clips, share=0.1, wanted=""):
+    """The names of the episodes that validation keeps, sorted: those of `wanted`, or about `share` of all by hash.
+
+    wanted: "56-69,80" or names; numbers match names with leading zeros too. Decided on all clips, before any is left
+    out, so that every stage holds out the same. One episode alone is trained on.
+    """
+    names = sorted({clip.episode for clip in clips})
+    if not wanted:
+        held = [name for name in names if episode_hash(name) < share]
+        if share > 0 and len(names) > 1 and len(held) in (0, len(names)):
+            held = [min(names, key=episode_hash)]  # too few episodes for a share
+        return held if len(names) > 1 else []
+    held = set()
+    for word in wanted.split(","):
+        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+        numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
+        found = {name for name in names if name == word or (name.isdecimal() and int(name) in numbers)}
+        if not found:
+            raise DataError(f"--val-episodes: no episode is called {word}; there are {', '.join(names[:5])} ...")
+        held |= found
+    if len(held) == len(names):
+        raise DataError("--val-episodes: every episode is held out, none is left to train on")
+    return sorted(held)
+
+
+# --- reading
+
+
+def shards_of(path, flag="--data"):
+    """The .tar files of a folder, or the one file."""
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{flag} {path}: no such file or folder")
+    found = [path] if path.is_file() else sorted(file for file in path.glob("*.tar") if file.name[0] != ".")
+    if not found:
+        raise DataError(f"{flag} {path}: no shards (*.tar) in it; laq/videos_to_shards.py writes them")
+    return found
+
+
+def index_of(shard):
+    return shard.with_suffix(".index.json")
+
+
+def scan(shard):
+    """The index of a tar, by reading its headers and every KEY.json. A folder in the tar is part of the key."""
+    samples = {}
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            folder, slash, name = member.name.removeprefix("./").rpartition("/")
+            if not member.isfile() or name.startswith("."):  # macOS puts ._NAME beside NAME
+                continue
+            key, _, extension = name.partition(".")
+            members = samples.setdefault(folder + slash + key, {})
+            if extension in members:
+                raise ValueError(f"{member.name} is there twice")
+            members[extension] = [member.offset_data, member.size]
+    clips = []
+    for key, members in samples.items():
+        where = {extension: (shard, *place) for extension, place in members.items()}
+        try:
+            meta = json.loads(Clip(shard, key, {}, where).read("json")) if "json" in where else {}
+        except ValueError:
+            meta = None
+        clips.append(dict(key=key, meta=meta, members=members))
+    return dict(size=shard.stat().st_size, clips=clips)
+
+
+def open_shard(shard):
+    """The clips of one shard, their meta not yet checked."""
+    index = None
+    with contextlib.suppress(OSError, ValueError):
+        index = json.loads(index_of(shard).read_text())
+    try:
+        if not isinstance(index, dict) or index["size"] != shard.stat().st_size:
+            index = scan(shard)
+        clips = []
+        for entry in index["clips"]:
+            members = {name: (shard, int(offset), int(size)) for name, (offset, size) in entry["members"].items()}
+            clips.append(Clip(shard, str(entry["key"]), entry["meta"], members))
+        return clips
+    except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DataError(f"{shard}: not a complete WebDataset shard ({error})") from None
+
+
+def check(clip):
+    """A DataError unless KEY.json has the fields that everything later relies on."""
+    if not isinstance(clip.meta, dict):
+        raise DataError(f"{clip}.json: not a JSON table")
+    for name in TEXTS + NUMBERS:
+        if not isinstance(clip.meta.get(name), str if name in TEXTS else int | float):
+            raise DataError(f"{clip}.json: has no {'text' if name in TEXTS else 'number'} `{name}`")
+    if not (0 < clip.meta["fps"] < 1e6 and 1 <= clip.meta["length"] < 1e9):
+        raise DataError(f"{clip}.json: fps {clip.meta['fps']} and length {clip.meta['length']}, expected above 0")
+
+
+def read_shard(shard, say=print):
+    """The clips of one shard that can be used. What cannot is named with the reason."""
+    clips = []
+    try:
+        found = open_shard(shard)
+    except (OSError, DataError) as error:
+        say(f"skipping a shard: {error}")
+        return []
+    for clip in found:
+        try:
+            check(clip)
+            clips.append(clip)
+        except DataError as error:
+            say(f"skipping a clip: {error}")
+    return clips
+
+
+def read_clips(path, labels=None, say=print):
+    """All clips of a folder of shards (or one .tar) that can be used, joined with the members of their label shards.
+
+    labels: folder of label shards. A clip that they do not hold keeps its own members alone.
+    """
+    clips = []
+    for shard in shards_of(path):
+        found = read_shard(shard, say)
+        if labels:
+            join(found, Path(labels) / shard.name, say)
+        clips += found
+    if not clips:
+        raise DataError(f"--data {path}: no clip of its shards can be used")
+    return clips
+
+
+def join(clips, labels, say=print):
+    """Add the members of a label shard to its clips; label members win."""
+    try:
+        members = {clip.key: clip.members for clip in open_shard(labels)}
+    except (OSError, DataError) as error:
+        say(f"skipping a label shard: {error}")
+        return
+    for clip in clips:
+        clip.members |= members.get(clip.key, {})
+
+
+# --- writing
 
 
 def npy(array):
@@ -162,29 +397,32 @@ def npy(array):
     return file.getvalue()
 
 
+def npz(**arrays):
+    """The bytes of a .npz file."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
 def key_of(*names):
-    """A sample's key: WebDataset ends a key at the first dot, so anything unusual becomes _ and a checksum."""
+    """A sample's key. WebDataset ends a key at its first dot, so anything unusual becomes _ and a checksum is added."""
     name = "-".join(str(part) for part in names)
     plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:80]
     return plain if plain == name else f"{plain}-{zlib.crc32(name.encode()):08x}"
 
 
-# --- writing
-
-
 def write_shard(path, samples):
     """Write samples (dicts of __key__ and extension: bytes) to the tar `path` and its index; returns how many.
 
-    Both are written to neighbours and renamed, the tar last: a tar that is there is whole. A sample that cannot be
-    made must be left out by the caller. With no samples at all nothing is written.
+    Both are written to neighbours and renamed, the tar last: a tar that is there is complete. Nothing is written if
+    there are no samples.
     """
-    path = Path(path)
+    path, number = Path(path), 0
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     index = temporary.with_suffix(".index")
     try:
         with open(temporary, "wb") as file:
             with webdataset.TarWriter(file, mtime=0, user="0", group="0") as tar:
-                number = 0
                 for sample in samples:
                     tar.write(sample)
                     number += 1
@@ -198,82 +436,3 @@ def write_shard(path, samples):
     finally:
         for left in (temporary, index):
             left.unlink(missing_ok=True)
-
-
-def index_of(shard):
-    return shard.with_suffix(".index.json")
-
-
-def scan(shard):
-    """The index of a tar, by reading its headers and every KEY.json."""
-    samples = {}
-    with tarfile.open(shard) as tar:
-        for member in tar:
-            if member.isfile():
-                key, _, extension = Path(member.name).name.partition(".")
-                samples.setdefault(key, {})[extension] = [member.offset_data, member.size]
-    clips = []
-    for key, members in samples.items():
-        data = Clip(shard, key, {}, members).read("json") if "json" in members else b"{}"
-        clips.append(dict(key=key, meta=json.loads(data), members=members))
-    return dict(size=shard.stat().st_size, clips=clips)
-
-
-# --- reading
-
-
-def open_shard(shard):
-    """The clips of one shard."""
-    index = None
-    with contextlib.suppress(OSError, ValueError):
-        index = json.loads(index_of(shard).read_text())
-    try:
-        if index is None or index["size"] != shard.stat().st_size:
-            index = scan(shard)
-        return [
-            Clip(
-                shard, str(clip["key"]), dict(clip["meta"]), {name: (int(a), int(b)) for name, (a, b) in places.items()}
-            )
-            for clip in index["clips"]
-            for places in [clip["members"]]
-        ]
-    except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{shard}: not a whole WebDataset shard ({error})") from None
-
-
-def check_meta(clip):
-    """The fields of KEY.json that everything later relies on."""
-    for name in TEXTS + NUMBERS:
-        if not isinstance(clip.meta.get(name), str if name in TEXTS else int | float):
-            raise ValueError(f"{clip}.json: has no {'text' if name in TEXTS else 'number'} `{name}`")
-    if not clip.meta["fps"] > 0:
-        raise ValueError(f"{clip}.json: fps {clip.meta['fps']}, expected above 0")
-
-
-def shards_of(path):
-    """The .tar files of a folder, or the one file; an error if there is none."""
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"--data {path}: no such file or folder")
-    found = [path] if path.is_file() else sorted(path.glob("*.tar"))
-    if not found:
-        raise ValueError(f"--data {path}: no shards (*.tar); videos_to_shards.py writes them")
-    return found
-
-
-def read_clips(path, say=print):
-    """All clips of a folder of shards (or one .tar). A broken shard is named, counted and passed over."""
-    clips, broken = [], 0
-    shards = shards_of(path)
-    for shard in shards:
-        try:
-            found = open_shard(shard)
-            for clip in found:
-                check_meta(clip)
-            clips += found
-        except (OSError, ValueError) as error:
-            broken += 1
-            say(f"passing over a shard: {error}")
-    if not clips:
-        raise ValueError(f"--data {path}: none of its {len(shards)} shards holds a clip ({broken} are broken)")
-    return clips
