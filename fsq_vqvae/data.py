@@ -237,6 +237,25 @@ def read_sources(data, chunk, val_share=0.1, val_episodes=()):
     return sources
 
 
+def split_of(sources):
+    """What a checkpoint keeps of the data: {source: its number of episodes, the ids of those held out}."""
+    return {
+        source.name: dict(episodes=len(source.ids), held_out=[source.ids[i] for i in np.flatnonzero(source.validation)])
+        for source in sources
+    }
+
+
+def restore_split(sources, split):
+    """Hold out what the checkpoint held out, in place. Returns a line for each source that has changed since."""
+    lines = []
+    for source in sources:
+        before = split.get(source.name, dict(episodes=0, held_out=[]))
+        source.validation = np.isin(source.ids, before["held_out"])
+        if before["episodes"] != len(source.ids):
+            lines.append(f"{source.name}: {len(source.ids)} episodes, {before['episodes']} when the run began")
+    return lines
+
+
 def describe(source, normalise="quantile"):
     """What the model keeps of a source: name, dims, chunk, rate and the normalisation fitted on its training episodes.
 

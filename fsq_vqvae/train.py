@@ -6,6 +6,10 @@ Run:
   torchrun --nproc_per_node 8 fsq_vqvae/train.py --data g1=PATH --out runs/g1 --amp bf16
 """
 
+import argparse
+import datetime
+import json
+import math
 import os
 import sys
 import time
@@ -17,97 +21,158 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import demo
 import figures
-from data import TrainBatches, describe, prepare_dataloaders, read_sources
+from data import TrainBatches, describe, prepare_dataloaders, read_sources, restore_split, split_of
 from model import FSQVQVAE
-from user_data import prepare_user_data
 
 import common
 
 HERE = Path(__file__).resolve().parent
+BETAS = (0.9, 0.95)  # AdamW, as for most transformers of this size
 
 
 def parse(argv=None):
-    parser = common.flags(__doc__)
-    parser.set_defaults(steps=3000, batch_size=128, lr=1e-3, eval_every=500, save_every=500)
-    group = parser.add_argument_group("fsq_vqvae")
-    add = group.add_argument
-    add("--chunk", nargs="+", default=["1s"], metavar="T", help="chunk length, 1s or 30 (steps) or g1=30 droid=15")
-    add("--val-share", type=float, default=0.1, metavar="X", help="share of the episodes held out, by hash of the name")
+    parser = common.ArgumentParser(__doc__)
+    whole, real = dict(type=int, metavar="N"), dict(type=float, metavar="X")
+
+    add = parser.add_argument_group("data").add_argument
     add(
-        "--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 droid=3"
+        "--data", nargs="+", metavar="PATH", help="PATH or NAME=PATH; without it the demo runs on data it writes itself"
     )
-    add("--val-stride", type=int, default=5, metavar="N", help="steps between two validation chunks")
-    add(
-        "--normalise",
-        choices=["quantile", "std"],
-        default="quantile",
-        help="q01/q99 to -1/1, or zero mean and unit std",
-    )
-    add(
-        "--mix",
-        type=float,
-        default=0.5,
-        metavar="X",
-        help="mix half of the chunks with another, weights -X to 1+X; 0: off",
-    )
-    add(
-        "--offset",
-        type=float,
-        default=0.2,
-        metavar="X",
-        help="shift half of the chunks by constants of about X scales; 0: off",
-    )
-    add("--tokens", type=int, default=8, metavar="N", help="tokens per chunk")
+    add("--chunk", nargs="+", default=["1s"], metavar="T", help="chunk length: 1s, 30 (steps), or g1=30 droid=15")
+    add("--normalise", choices=["quantile", "std"], default="quantile", help="q01/q99 to -1/1, or unit deviation")
+    add("--mix", default=0.5, help="mix half of the chunks with another, weights -X to 1+X; 0: off", **real)
+    add("--offset", default=0.2, help="shift half of the chunks by constants of about X scales; 0: off", **real)
+    add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
+    add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
+    add("--val-stride", default=5, help="steps between two validation chunks", **whole)
+    add("--workers", default=0, help="loader processes per rank; 0 loads in the training process", **whole)
+
+    model = parser.add_argument_group("model")
+    add = model.add_argument
+    add("--tokens", default=8, help="tokens per chunk", **whole)
     add("--levels", type=int, nargs="+", default=[8, 5, 5, 5], metavar="L", help="FSQ levels; vocabulary = product")
-    add("--fsq-bound", choices=["atanh", "paper"], default="atanh", help="see FSQ in model.py")
-    add("--hidden-dim", type=int, default=128, metavar="N", help="width of the transformers")
-    add("--latent-dim", type=int, default=64, metavar="N", help="width of the layer on each side of the quantiser")
-    add("--num-heads", type=int, default=4, metavar="N", help="attention heads")
-    add("--num-encoder-layers", type=int, default=2, metavar="N", help="encoder blocks")
-    add("--num-decoder-layers", type=int, default=2, metavar="N", help="decoder blocks")
-    add("--patch", type=int, default=5, metavar="N", help="steps per transformer input")
-    add("--dropout", type=float, default=0.0, metavar="X", help="dropout")
-    add(
-        "--commitment-weight", type=float, default=0.0, metavar="X", help="pulls latents to their codes; FSQ needs none"
-    )
-    add("--spectral-weight", type=float, default=0.0, metavar="X", help="L1 on the DCT of the error")
-    add("--ordered", type=float, default=0.0, metavar="X", help="share of chunks trained on a random prefix of tokens")
+    add("--hidden-dim", default=128, help="width of the transformers", **whole)
+    add("--latent-dim", default=64, help="width of the layer on each side of the quantizer", **whole)
+    add("--num-heads", default=4, help="attention heads", **whole)
+    add("--num-encoder-layers", default=2, help="encoder blocks", **whole)
+    add("--num-decoder-layers", default=2, help="decoder blocks", **whole)
+    add("--patch", default=5, help="steps per transformer input", **whole)
+    add("--dropout", default=0.0, help="dropout", **real)
     add("--relative", action="store_true", help="code a chunk minus its first action; decode is then given that action")
-    return common.parse(parser, argv, demo=HERE / "demo.args")
+
+    optimisation = parser.add_argument_group("optimisation")
+    add = optimisation.add_argument
+    add("--batch-size", default=128, help="samples per optimizer step, over all processes and micro-steps", **whole)
+    add("--lr", default=1e-3, help="peak learning rate", **real)
+    add("--lr-end", default=0.0, help="learning rate after the last step (cosine)", **real)
+    add("--warmup", default=100, help="steps of linear warm-up", **whole)
+    add("--weight-decay", default=0.1, help="AdamW weight decay of matrices", **real)
+    add("--clip", default=1.0, help="largest norm of the gradient", **real)
+    add("--commitment-weight", default=0.0, help="pulls latents to their codes; FSQ needs none", **real)
+    add("--ordered", default=0.0, help="share of chunks trained on a random prefix of their tokens", **real)
+    add("--seed", default=0, help="of weights, batches, augmentation and noise", **whole)
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="DIR", help=f"folder of this run; without it the next free runs/{HERE.name}/NNN")
+    add("--resume", action="store_true", help="go on from OUT's newest checkpoint, or start if there is none")
+    add("--init", metavar="CKPT", help="checkpoint whose weights to start from")
+    add("--steps", default=3000, help="optimizer steps in all", **whole)
+    add("--accum", default=1, help="micro-steps per optimizer step: less memory, same batch", **whole)
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
+    add("--log-every", default=50, help="steps between two log lines", **whole)
+    add("--eval-every", default=500, help="steps between two validations", **whole)
+    add("--save-every", default=500, help="steps between two checkpoints", **whole)
+    add("--keep", default=2, help="newest checkpoints kept beside the best", **whole)
+    add("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
+
+    args = parser.parse_args(argv)
+    args.demo = args.data is None
+    if args.demo:  # its preset first, so that the flags given here win
+        given = sys.argv[1:] if argv is None else argv
+        args = parser.parse_args([f"@{HERE / 'demo.args'}", *given], argparse.Namespace(demo=True))
+    positive = "tokens hidden_dim latent_dim patch val_stride batch_size lr clip steps accum"
+    for name in f"{positive} log_every eval_every save_every keep".split():
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    for name in "mix offset ordered val_share workers lr_end warmup weight_decay seed".split():
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must not be negative")
+    micro_steps = args.accum * int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % micro_steps:
+        parser.error(f"--batch-size {args.batch_size} is no multiple of {micro_steps} (micro-steps x processes)")
+    if args.resume and not args.out:
+        parser.error("--resume needs --out, the folder of the run to go on with")
+    args.folder = HERE.name
+    args.fixed = [action.dest for group in (model, optimisation) for action in group._group_actions]
+    return args
+
+
+def setup(args):
+    """Join torchrun's process group, if there is one, and pick the device. Returns rank, world, device."""
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if "OMP_NUM_THREADS" not in os.environ:  # a core for others: threads that wait for a lost core stall all the rest
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    name = args.device
+    if name == "auto":
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    try:
+        if name not in ("cpu", "mps") and ":" not in name:
+            name = f"{name}:{local % max(1, torch.accelerator.device_count())}"  # Slurm may show each task one GPU
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise common.DataError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        timeout = datetime.timedelta(seconds=float(os.environ.get("DIST_TIMEOUT", 600)))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    return rank, max(world, 1), device
+
+
+def learning_rate(step, args):
+    """Linear warm-up to --lr, then half a cosine down to --lr-end at --steps."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup))
+    return args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @torch.no_grad()
-def validate(model, loaders, dist, amp):
-    """Per source mse, mae (normalised), code usage and perplexity, over all ranks; a chunk, true and decoded."""
+def validate(model, loaders, device, amp):
+    """Per source mse, mae (normalised), codebook usage and perplexity, over all ranks; a chunk, true and decoded."""
     model.eval()
     totals, counts, used, examples = {}, {}, {}, {}
     for name, loader in loaders.items():
         histogram = torch.zeros(model.fsq.size)
         for batch in loader:
-            batch = {key: value.to(dist.device) for key, value in batch.items()}
+            batch = {key: value.to(device) for key, value in batch.items()}
             with amp:
                 metrics = model.compute_loss(batch)[1]
             for key in ("mse", "mae"):
                 key, value = f"val/{name}/{key}", metrics[key].item()
                 totals[key] = totals.get(key, 0.0) + value * len(batch["mask"])
                 counts[key] = counts.get(key, 0) + len(batch["mask"])
-            about = model.sources[batch["source"][0]]
-            actions = batch["actions"][:, : about["chunk"], : about["action_dim"]]
-            indices = model.encode(actions, batch["mask"][:, : about["chunk"]], about["name"])
+            source = model.sources[batch["source"][0]]
+            actions = batch["actions"][:, : source["chunk"], : source["action_dim"]]
+            indices = model.encode(actions, batch["mask"][:, : source["chunk"]], source["name"])
             histogram += torch.bincount(indices.flatten().cpu(), minlength=model.fsq.size)
             if name not in examples:
-                moves = actions.std(1).mean(1).argmax()
-                start = actions[moves, 0] if model.relative else None
-                decoded = model.decode(indices[moves], about["name"], start=start)
-                examples[name] = actions[moves].cpu().numpy(), decoded.cpu().numpy(), about["fps"]
-        if dist.world > 1:
-            histogram = histogram.to(dist.device)
+                largest = actions.std(1).mean(1).argmax()
+                start = actions[largest, 0] if model.relative else None
+                decoded = model.decode(indices[largest], source["name"], start=start)
+                examples[name] = actions[largest].cpu().numpy(), decoded.cpu().numpy(), source["fps"]
+        if torch.distributed.is_initialized():
+            histogram = histogram.to(device)
             torch.distributed.all_reduce(histogram)
         p = histogram / histogram.sum()
         used[f"val/{name}/usage"] = (p > 0).float().mean().item()
         used[f"val/{name}/perplexity"] = torch.special.entr(p).sum().exp().item()
     model.train()
-    metrics = {**common.mean(dist, totals, counts), **used}
+    metrics = {**common.mean(totals, counts), **used}
     if loaders:
         metrics["val/mse"] = sum(metrics[f"val/{name}/mse"] for name in loaders) / len(loaders)
     return metrics, examples
@@ -116,97 +181,89 @@ def validate(model, loaders, dist, amp):
 def main(argv=None):
     # --- setup
     args = parse(argv)
-    dist = common.setup(args)
-    if args.demo and dist.main:
+    rank, world, device = setup(args)
+    if args.demo and rank == 0:
         demo.write(args.data[0].partition("=")[2])
-    common.share(dist, None)  # the other ranks wait for the demo's data
-    if args.data[0].startswith("module:"):
-        micro_batch = args.batch_size // (args.accum * dist.world)
-        about, sample, stream, validation = prepare_user_data(args.data[0][7:], micro_batch, args.normalise)
-        abouts, samples = [about], [sample]
-    else:
-        sources = read_sources(args.data, args.chunk, args.val_share, args.val_episodes)
-        augment = dict(mix=args.mix, offset=args.offset)
-        abouts = [describe(source, args.normalise) for source in sources]
-        samples = [TrainBatches([source], 8192, args.seed, **augment)[0] for source in sources]
-    common.open_run(args, dist)
-    stop = common.Interrupt(args, dist)
+    common.broadcast()  # the other ranks wait for the demo's data
+    common.seed_all(args.seed)
+    sources = read_sources(args.data, args.chunk, args.val_share, args.val_episodes)
+    common.open_run(args)
+    stop = common.Interrupt(args.out)
 
     # --- model
-    model = FSQVQVAE(
-        abouts,
-        num_tokens=args.tokens,
-        levels=args.levels,
-        hidden_dim=args.hidden_dim,
-        latent_dim=args.latent_dim,
-        num_heads=args.num_heads,
-        num_encoder_layers=args.num_encoder_layers,
-        num_decoder_layers=args.num_decoder_layers,
-        patch=args.patch,
-        dropout=args.dropout,
-        commitment_weight=args.commitment_weight,
-        spectral_weight=args.spectral_weight,
-        ordered=args.ordered,
-        relative=args.relative,
-        fsq_bound=args.fsq_bound,
-    )
-    if not args.init:
-        for about, sample in zip(abouts, samples, strict=True):
-            model.fit_skeleton(about["name"], sample["actions"], sample["mask"])
-    model.to(dist.device)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    opt = torch.optim.AdamW(
-        [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)],
-        lr=args.lr,
-        betas=args.betas,
-        fused=dist.device.type == "cuda",
-    )
-    amp, scaler = common.autocast(args, dist.device)
+    checkpoint = common.newest(args.out) if args.resume else None
+    if checkpoint:  # with its normalisation, whatever the data have become
+        model = FSQVQVAE.from_pretrained(checkpoint)
+    else:
+        sizes = "levels hidden_dim latent_dim num_heads num_encoder_layers num_decoder_layers patch dropout".split()
+        sizes += "commitment_weight ordered relative".split()
+        described = [describe(source, args.normalise) for source in sources]
+        model = FSQVQVAE(described, num_tokens=args.tokens, **{name: getattr(args, name) for name in sizes})
+        if args.init:
+            model.load_pretrained(args.init)
+        else:
+            for source in sources:
+                sample = TrainBatches([source], 8192, args.seed, mix=args.mix, offset=args.offset)[0]
+                model.fit_skeleton(source.name, sample["actions"], sample["mask"])
+    model.to(device)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
+    opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=device.type == "cuda")
+    dtype = dict(off=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.amp]
+    amp = torch.autocast(device.type, dtype, enabled=args.amp != "off")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # --- resume
-    first, best = common.resume(args, dist, model, opt, scaler)
-    log = common.Logger(args, dist, first)
+    first, best = 0, None
+    if checkpoint:
+        state = common.load(checkpoint / "resume.pt")
+        opt.load_state_dict(state["opt"])
+        scaler.load_state_dict(state["scaler"])
+        first, best = state["step"], state["best"]
+    log = common.Logger(args, first)
     size = sum(p.numel() for p in model.parameters())
-    log.say(f"{args.out}: {size:,} parameters, {dist.device}, {dist.world} process(es)")
+    log.say(f"{args.out}: {size:,} parameters, {device}, {world} process(es)")
     net = torch.compile(model) if args.compile else model
-    if dist.world > 1:
+    if world > 1:
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # --- data
-    if args.data[0].startswith("module:"):
-        batches = stream.endless(skip=first * args.accum)
-    else:
-        _, train, validation = prepare_dataloaders(
-            args.batch_size,
-            sources,
-            seed=args.seed,
-            steps=args.steps,
-            first=first,
-            accum=args.accum,
-            rank=dist.rank,
-            world=dist.world,
-            workers=args.workers,
-            val_stride=args.val_stride,
-            **augment,
-        )
-        batches = iter(train)
-        for source in sources:
-            held = source.validation.sum()
-            split = f"{len(source.ids) - held} episodes to train on, {held} held out"
-            log.say(f"{source.name}: {split}, chunks of {source.chunk} steps x {source.actions.shape[1]}")
+    if checkpoint:
+        for line in restore_split(sources, common.read_json(checkpoint / "data.json")):
+            log.say(line)
+    _, train, validation = prepare_dataloaders(
+        args.batch_size,
+        sources,
+        seed=args.seed,
+        steps=args.steps,
+        first=first,
+        accum=args.accum,
+        rank=rank,
+        world=world,
+        workers=args.workers,
+        val_stride=args.val_stride,
+        mix=args.mix,
+        offset=args.offset,
+    )
+    batches = iter(train)
+    for source in sources:
+        held_out = source.validation.sum()
+        split = f"{len(source.ids) - held_out} episodes to train on, {held_out} held out"
+        log.say(f"{source.name}: {split}, chunks of {source.chunk} steps x {source.actions.shape[1]}")
     if not validation:
         log.say("nothing to validate on: hold out episodes with --val-share or --val-episodes")
 
     # --- loop
+    stopped = False
     for step in range(first, args.steps):
-        waited, lr = 0.0, common.cosine(step, args)
+        began, waited, lr = time.perf_counter(), 0.0, learning_rate(step, args)
         for group in opt.param_groups:
             group["lr"] = lr
-        common.seed(args.seed, step, dist.rank)
+        common.seed_all(args.seed, step, rank)
         for micro in range(args.accum):
             start = time.perf_counter()
-            batch = {key: value.to(dist.device, non_blocking=True) for key, value in next(batches).items()}
+            batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
             waited += time.perf_counter() - start
             net.require_backward_grad_sync = micro == args.accum - 1  # DDP: one all-reduce per optimizer step
             with amp:
@@ -215,41 +272,52 @@ def main(argv=None):
             log.add(metrics, 1 / args.accum)
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-        scaler.step(opt)
+        if scaler.is_enabled() or norm.isfinite():  # a gradient that is not finite changes nothing
+            scaler.step(opt)
         scaler.update()
         opt.zero_grad(set_to_none=True)
         log.add(dict(norm=norm))
-        log.tick(waited)
+        log.tick(time.perf_counter() - began, waited)
 
         done, line, is_best = step + 1, {}, False
-        ended, stopped = done == args.steps, stop()
+        ended = done == args.steps
+        stopped = stop() and not ended
         if done % args.log_every == 0 or ended:
             line.update(log.flush(lr=lr))
         if validation and (done % args.eval_every == 0 or ended):
-            metrics, examples = validate(model, validation, dist, amp)
+            metrics, examples = validate(model, validation, device, amp)
             line.update(metrics)
             is_best = best is None or metrics["val/mse"] < best
             best = metrics["val/mse"] if is_best else best
         if line:
             log.write(done, line)
-        if done % args.save_every == 0 or is_best or ended or stopped:
-            common.save(args, dist, done, model, opt, scaler, best, is_best)
-        if "val/mse" in line and dist.main:
+        if (done % args.save_every == 0 or is_best or ended or stopped) and rank == 0:
+            with common.checkpoint(args.out, done, is_best, args.keep) as folder:
+                model.save_pretrained(folder)
+                (folder / "data.json").write_text(json.dumps(split_of(sources), indent=1))
+                state = dict(step=done, best=best, opt=opt.state_dict(), scaler=scaler.state_dict())
+                torch.save(state, folder / "resume.pt")
+        if "val/mse" in line and rank == 0:
             log.figure(done, "reconstruction", figures.reconstruction(examples))
-            os.environ["LAST_VAL_FIG"] = str(log.figure(done, "curves", figures.curves(log.out / "log.jsonl")))
-        if line or stopped:
-            log.pause()
-        if stopped and not ended:
+            log.figure(done, "curves", figures.curves(log.out / "log.jsonl"))
+        if stopped:
             log.say(f"stopped after step {done}; go on with --resume --out {args.out}")
-            common.cleanup(dist, log)
-            return stop.code
+            break
 
     # --- end
-    log.say(f"checkpoint: {log.out / 'checkpoints' / ('best' if validation else 'last')}")
-    log.say(f"figure:     {log.out / 'figures' / 'reconstruction.png'}")
-    common.cleanup(dist, log)
-    return 0
+    if not stopped:
+        log.say(f"checkpoint: {log.out / 'checkpoints' / ('best' if validation else 'last')}")
+        log.say(f"figure:     {log.out / 'figures' / 'reconstruction.png'}")
+    log.close()
+    if world > 1:
+        torch.distributed.barrier()  # torchrun kills rank 0 in its last save if another rank ended 30 s before
+        time.sleep(0.5)  # gloo's thread lets go of the barrier; joined before that, it waits for the GIL for ever
+        torch.distributed.destroy_process_group()
+    return stop.code if stopped else 0
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)
