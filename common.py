@@ -45,7 +45,8 @@ class ArgumentParser(argparse.ArgumentParser):
     class Help(argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
             default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
-            return action.help + ("" if default is None or default is False else f" [{default}]")
+            hidden = default is None or default is False or default is argparse.SUPPRESS
+            return action.help + ("" if hidden else f" [{default}]")
 
     def __init__(self, description):
         more = dict(formatter_class=self.Help, fromfile_prefix_chars="@", allow_abbrev=False)
@@ -322,7 +323,8 @@ def atomic(path, folder=False):
         sync(path.parent)
     except BaseException as error:
         remove(temporary)
-        full = shutil.disk_usage(path.parent).free < 2**20 and isinstance(error, Exception)  # torch: a RuntimeError
+        # a full disk or a quota, in the words of torch and safetensors, who raise no OSError
+        full = any(words in str(error) for words in ("file write failed", "unexpected pos", "(os error"))
         if isinstance(error, OSError) or full:
             raise DataError(f"{path} cannot be written ({' '.join(str(error).split())[:150]})") from None
         raise
