@@ -1,5 +1,6 @@
 """Load a folder's modules beside the others', launch scripts, find the real data, leave nothing behind."""
 
+import json
 import os
 import signal
 import socket
@@ -24,16 +25,15 @@ def load(folder, *more):
     Limit: classes loaded so cannot be pickled, so tests in this process use --workers 0.
     """
     home, path = ROOT / folder, list(sys.path)
-    own = [file.stem for file in home.glob("*.py")]
-    hidden = {name: sys.modules.pop(name) for name in own if name in sys.modules}
+    own = {file.stem for file in home.glob("*.py")} | {file.parent.name for file in home.glob("*/*.py")}
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in own}
     sys.path[:0] = [str(home), str(ROOT)]
     try:
         return SimpleNamespace(**{name: import_module(name) for name in ("model", "data", "train", *more)})
     finally:
         sys.path[:] = path
-        for name, module in list(sys.modules.items()):
-            if home in Path(getattr(module, "__file__", None) or "/").parents:
-                del sys.modules[name]
+        for name in [name for name in sys.modules if name.split(".")[0] in own]:
+            del sys.modules[name]
         sys.modules.update(hidden)
 
 
@@ -66,6 +66,21 @@ def launch(*words, ranks=1, cwd=None, env=None, timeout=300):
             os.killpg(process.pid, signal.SIGKILL)
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def log_of(out):
+    """The lines of OUT/log.jsonl without their speeds, which no two runs share."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if name not in ("steps_per_s", "data_fraction")} for line in lines]
+
+
+def weights_of(out, link="last"):
+    """{file: bytes} of the weights in a run's checkpoint; equal dicts are equal models, bit for bit."""
+    folder = (Path(out) / "checkpoints" / link).resolve()
+    files = [file for file in folder.rglob("*") if file.suffix in (".bin", ".safetensors", ".npz", ".pt")]
+    files = [file for file in files if file.name != "resume.pt"]
+    assert files, f"{folder} holds no weights"
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @pytest.fixture(scope="module")
