@@ -332,7 +332,8 @@ def atomic(path, folder=False):
 
 def step_folders(out):
     """The checkpoint folders of a run, oldest first."""
-    return sorted((Path(out) / "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:]))
+    found = (path for path in (Path(out) / "checkpoints").glob("step_*") if path.name[5:].isdigit())
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 @contextlib.contextmanager
@@ -376,7 +377,7 @@ def newest(out):
             wrong = [str(error)]
         if not wrong:
             found = str(folder)
-            link(folder, manifest.get("best", False))  # killed between a checkpoint and its links
+            link(folder, manifest.get("best") is True)  # killed between a checkpoint and its links
             break
         warn(f"{folder} is corrupt ({wrong[0]}): trying the one before")
     for temporary in (Path(out) / "checkpoints").glob(".*.tmp") if is_main() else ():  # of dead processes: we hold OUT
