@@ -1,6 +1,5 @@
-"""The faults: each makes a forked run (runs.child) do something at the count-th call of a function of the run."""
+"""The faults: each makes a forked run (tiny_runs.child) do something at the count-th call of a function of the run."""
 
-import math
 import multiprocessing
 import os
 import resource
@@ -76,10 +75,6 @@ def killed_in_removal(count, train, common):
     strike(shutil, "rmtree", count, half, lambda path, *more: Path(path).name.startswith("step_"))
 
 
-def killed_in_validation(count, train, common):
-    strike(train, "validate", count, die)
-
-
 def killed_in_log_line(count, train, common):
     def half(log, step, metrics):
         with open(log.out / "log.jsonl", "a") as file:
@@ -117,25 +112,15 @@ def disk_full(count, train, common):
     strike(common.Logger, "tick", count, lambda *words: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
 
 
-def loss_not_finite(count, train, common):
-    def spoil(log, metrics, *more):
-        for name in metrics:
-            metrics[name] = metrics[name] * math.nan
-
-    strike(common.Logger, "add", count, spoil, lambda log, metrics, *more: "loss" in metrics)
-
-
 FAULTS = {
     "killed_in_step": Fault(killed_in_step, -9),
     "killed_in_save": Fault(killed_in_save, -9),
     "killed_before_rename": Fault(killed_before_rename, -9),
     "killed_before_links": Fault(killed_before_links, -9),
     "killed_in_removal": Fault(killed_in_removal, -9),
-    "killed_in_validation": Fault(killed_in_validation, -9),
     "killed_in_log_line": Fault(killed_in_log_line, -9),
     "sigterm": Fault(sigterm, 75, "stopped after step", "--workers 2"),
     "stop_file": Fault(stop_file, 75, "stopped after step"),
     "loader_dies": Fault(loader_dies, None, "worker", "--workers 1"),
     "disk_full": Fault(disk_full, 2, "cannot be written"),
-    "loss_not_finite": Fault(loss_not_finite, 2, "the loss is not finite"),
 }

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FOLDERS, ROOT
-from runs import ENV, LOADERS, TINY, broken
+from tiny_runs import ENV, LOADERS, TINY, broken
 
 MORE = {"memory": 0.01, "loaders": 0.01, "files": 0.0, "seconds": 0.10}  # what the last quarter may have more, a share
 LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc is Linux'")

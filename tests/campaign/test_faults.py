@@ -17,7 +17,7 @@ import time
 import pytest
 from conftest import FOLDERS, ROOT, free_port, launch, weights_of
 from faults import FAULTS
-from runs import ENV, LOADERS, Server, assert_same, broken, curve, flags, until
+from tiny_runs import ENV, LOADERS, Server, assert_same, broken, curve, flags, until
 
 OTHERS = [name for name in FOLDERS if name != "fsq_vqvae"]
 

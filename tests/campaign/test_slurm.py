@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FOLDERS, ROOT, free_port, load, weights_of
-from runs import ENV, assert_same, broken, curve, flags, until
+from tiny_runs import ENV, assert_same, broken, curve, flags, until
 
 # srun: notes its words, then starts the tasks as Slurm would, here; sbatch and scontrol only note them
 SRUN = """#!{python}
@@ -106,13 +106,11 @@ def test_files(tmp_path):
     """The scripts are valid bash, the examples of cluster.env too once uncommented, and the images take our torch."""
     for name in ("train.sbatch", "cluster.env", "lapa.sh"):
         subprocess.run(["bash", "-n", ROOT / "slurm" / name], check=True)
-    text, reader = (ROOT / "slurm/cluster.env").read_text(), (ROOT / "slurm/train.sbatch").read_text()
+    text = (ROOT / "slurm/cluster.env").read_text()
     examples = [line[2:] for line in text.splitlines() if re.match(r"# (export |\w+=|\[ )", line)]
     assert len(examples) >= 8 and not [line for line in text.splitlines() if line and line[0] != "#"]
     (tmp_path / "env").write_text("\n".join(examples))
     subprocess.run(["bash", "-uec", f". {tmp_path}/env"], check=True, env={"USER": "me"})
-    for name in re.findall(r"\b([A-Z][A-Z_]+)=", "\n".join(examples)):
-        assert name.startswith(("SBATCH_", "NCCL_", "GLOO_", "HF_", "WANDB_")) or re.search(rf"\b{name}\b", reader)
     pin = re.search(r"^torch(\S+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
     assert f'"torch{pin}"' in (ROOT / "slurm/Dockerfile.rocm").read_text()
 
@@ -347,15 +345,12 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 SlurmdParameters=config_overrides
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
 KillWait=60
 MinJobAge=3600
 SchedulerParameters=sched_interval=2,bf_interval=5
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000
-PartitionName=cpu Nodes=n1,n2 Default=YES MaxTime=60 State=UP PriorityTier=1
-PartitionName=urgent Nodes=n1,n2 MaxTime=60 State=UP PriorityTier=9
+PartitionName=cpu Nodes=n1,n2 Default=YES MaxTime=60 State=UP
 """
 
 
@@ -381,7 +376,7 @@ class Cluster:
         self.call("slurmctld", "-c")
         for node in ("n1", "n2"):
             self.call("slurmd", "-N", node)
-        until(lambda: "idle" in self.call("sinfo", "-h", "-p", "cpu", "-o", "%t").split(), 60, "the nodes")
+        until(lambda: "idle" in self.call("sinfo", "-h", "-o", "%t").split(), 60, "the nodes")
 
     def call(self, *words, cwd=None):
         pipes = dict(capture_output=True, text=True, env=self.env, cwd=cwd, timeout=60)
@@ -426,19 +421,16 @@ def cluster(tmp_path_factory):
     made.stop()
 
 
-PREEMPT = {
-    "scontrol requeue": lambda cluster, job, here: cluster.call("scontrol", "requeue", job),
-    "USR1 before the time limit": lambda cluster, job, here: cluster.call("scancel", "--batch", "--signal=USR1", job),
-    "a job of an urgent partition": lambda cluster, job, here: cluster.submit(
-        here, "--partition", "urgent", "--nodes", 2, "--exclusive", "--output", "urgent.out", "--wrap", "sleep 3"
-    ),
+REQUEUE = {  # by an administrator or a preemption; as before the time limit, when the script is asked
+    "scontrol requeue": ["scontrol", "requeue"],
+    "USR1": ["scancel", "--batch", "--signal=USR1"],
 }
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_preempted_jobs_end_as_the_undisturbed_one(cluster, tmp_path, folder):
-    """Two processes, preempted in three ways, and two nodes: log and weights are those of the undisturbed job."""
+def test_requeued_jobs_end_as_the_undisturbed_one(cluster, tmp_path, folder):
+    """Two processes, requeued in two ways, and two nodes: log and weights are those of the undisturbed job."""
     here = checkout(tmp_path)
     train = ["slurm/train.sbatch", folder, *flags(folder, long=True)]
 
@@ -450,11 +442,11 @@ def test_preempted_jobs_end_as_the_undisturbed_one(cluster, tmp_path, folder):
         return int(state["Restarts"])
 
     finished(cluster.submit(here, "--ntasks-per-node", 2, *train, "--out", "alone"), "alone")
-    for way, preempt in PREEMPT.items():
+    for way, command in REQUEUE.items():
         out = here / way
         job = cluster.submit(here, "--ntasks-per-node", 2, *train, "--out", way)
         until(lambda out=out: list(out.glob("checkpoints/step_*")), 300, "a checkpoint")
-        preempt(cluster, job, here)
+        cluster.call(*command, job)
         assert_same(out, here / "alone", stops=finished(job, way, restarts=1))
     finished(cluster.submit(here, "--nodes", 2, "--ntasks-per-node", 1, *train, "--out", "two nodes"), "two nodes")
     assert curve(here / "two nodes") == curve(here / "alone")
@@ -542,10 +534,9 @@ def on_both(hosts, cwd, port, words, **env):
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("folder, more", [("fsq_vqvae", []), ("vla", ["--fsdp"])])
-def test_a_host_is_cut_off(hosts, tmp_path, folder, more):
+def test_a_host_is_cut_off(hosts, tmp_path):
     """The cable is pulled: both hosts end by themselves within DIST_TIMEOUT, resume and finish."""
-    words, out = [ROOT / folder / "train.py", *flags(folder, long=True), *more, "--out"], tmp_path / "cut"
+    words, out = [ROOT / "fsq_vqvae" / "train.py", *flags("fsq_vqvae", long=True), "--out"], tmp_path / "cut"
     said = lambda: "\n".join((tmp_path / f"host-{rank}.txt").read_text()[-2000:] for rank in (0, 1))  # noqa: E731
     for part in on_both(hosts, tmp_path, 29511, [*words, "alone"]):
         assert part.wait(900) == 0, said()
@@ -559,7 +550,7 @@ def test_a_host_is_cut_off(hosts, tmp_path, folder, more):
         for part in parts:
             if part.poll() is None:
                 os.killpg(part.pid, signal.SIGKILL)
-    print(f"\n{folder} {more}: both hosts ended with {codes} after {time.monotonic() - start:.0f} s (limit 20 s)")
+    print(f"\nboth hosts ended with {codes} after {time.monotonic() - start:.0f} s (limit 20 s)")
     assert all(codes) and not broken(out), said()
     ip("-n", hosts[1], "link", "set", "cable", "up")
     for part in on_both(hosts, tmp_path, 29513, [*words, "cut", "--resume"]):
