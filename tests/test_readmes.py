@@ -121,7 +121,7 @@ class Place:
 
 @every
 def test_fences(readme):
-    """A fence hides from the tests (```sh, ```console, a typing error), or a script that it names is gone."""
+    """Each fence is of a known kind, so that its commands are tested, and the scripts that they name exist."""
     for info, block in fences((ROOT / readme).read_text()):
         assert info in ("", "bash", "bash norun", "python", "python norun", "json", "text", "mermaid"), f"```{info}"
         if not info.startswith("bash"):
@@ -133,23 +133,30 @@ def test_fences(readme):
                     assert (ROOT / script).exists(), f"`{line}`: there is no {script}"
 
 
+def scripts_and_flags(line):
+    """(script, flags) of a command: of `python a/b.py --x`, torchrun, or `sbatch slurm/train.sbatch a --x`."""
+    line = line.split("&&")[-1].split(" # ")[0]
+    match = re.search(r"([\w/]+\.py)(.*)", line) or re.search(r"train\.sbatch (\w+)(.*)", line)
+    script, rest = match.groups() if match else ("", "")
+    flags = re.findall(r"(?<=\s)--([a-z][\w-]*)", rest)
+    return (script if script.endswith(".py") or not script else f"{script}/train.py"), flags
+
+
 @every
-def test_flags_of_train(readme):
-    """A command for real data, which the tests cannot run, has a flag that train.py does not know."""
+def test_flags(readme):
+    """The scripts know the flags of every command, also of those that the tests cannot run."""
     for info, block in fences((ROOT / readme).read_text()):
         for line in commands(block) if info.startswith("bash") else []:
-            script = re.search(r"(\w+)/train\.py", line)
-            if script and (ROOT / script[1] / "train.py").exists():
-                known = (ROOT / script[1] / "train.py").read_text() + (ROOT / "common.py").read_text()
-                used = re.findall(r"(?<=\s)--([a-z][\w-]*)", line[script.end() :].split("#")[0].split("&&")[0])
-                unknown = [flag for flag in used if f'"--{flag}"' not in known and f'add("{flag}"' not in known]
-                assert not unknown, f"`{line}`: no flag {unknown}"
+            script, flags = scripts_and_flags(line)
+            if (ROOT / script).is_file():
+                text = (ROOT / script).read_text()
+                assert not [flag for flag in flags if f'"--{flag}"' not in text], f"`{line}`: {script} has no such flag"
 
 
 @every
 @pytest.mark.slow
 def test_commands(readme, tmp_path):
-    """A command of the README fails for the reader who copies it."""
+    """Every command of the README that needs nothing of the reader's runs as printed."""
     blocks = [block for info, block in fences((ROOT / readme).read_text()) if info == "bash"]
     lines = [line for block in blocks for line in commands(block)]
     place, left_out = Place(tmp_path), []
@@ -166,13 +173,15 @@ def test_commands(readme, tmp_path):
 
 
 def test_reading_of_a_readme(tmp_path, monkeypatch):
-    """The runner skips a fence, loses a continued line or passes a failing command, and so tests nothing."""
+    """The tests read fences, continued lines, environments and flags, run commands and see a failing one."""
     text = "a\n```bash\n# x\npython a.py --x 1 \\\n  --y 2  # two\n\ncd b\n```\n```bash norun\npip\n```\n```\nx\n```\n"
     (one, block), (two, _), (three, _) = fences(text)
     assert (one, two, three) == ("bash", "bash norun", "")
     lines = list(commands(block))
     assert [split(line) for line in lines] == [({}, "python a.py --x 1 --y 2".split()), ({}, ["cd", "b"])]
     assert split("A_B=1 python 'x y.py'") == ({"A_B": "1"}, ["python", "x y.py"])
+    assert scripts_and_flags("torchrun --n 8 a/b.py --data w=x/y --lr 1 # --no") == ("a/b.py", ["data", "lr"])
+    assert scripts_and_flags("sbatch --nodes 2 slurm/train.sbatch laq --data x") == ("laq/train.py", ["data"])
     for line in ("a && b", "a | b", "a > b", "a; b", "ls *.py", "cp -r a ~/b", "echo $HOME"):
         with pytest.raises(AssertionError, match="norun"):
             split(line)
