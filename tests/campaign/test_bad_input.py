@@ -75,6 +75,175 @@ def tokenizer(this, home):
     return sorted(home.iterdir()), lambda: this.model.FSQVQVAE.from_pretrained(home)
 
 
+# --- vvae_lam
+
+
+@reader("vvae_lam", "recordings")
+def latents(this, home):
+    for name in "ab":
+        with h5py.File(home / f"{name}.h5", "w") as file:
+            file.create_dataset("embeddings", data=np.ones((6, 4, 1, 4, 4), np.float16), compression="gzip")
+    (home / "manifest.json").write_text(json.dumps(dict(splits=dict(train=["a.h5"], validation=["b.h5"]), seed=0)))
+
+    def read():
+        this.recordings.opened.cache_clear()
+        return [recording.read(np.arange(len(recording))) for recording in this.recordings.read_sources([f"a={home}"])]
+
+    return sorted(home.iterdir()), read
+
+
+@reader("vvae_lam")
+def latent_action_model(this, home):
+    small = dict(channels=2, height=8, width=8, patch_dim=8, embed_dim=16, encoder_depth=1, decoder_depth=1)
+    small |= dict(num_heads=2, num_codes=2, num_embeddings=4, codebook_dim=4)
+    this.model.VVAELatentActionVQVAE(this.model.Config(**small)).save_pretrained(home)
+    return sorted(home.iterdir()), lambda: this.model.VVAELatentActionVQVAE.from_pretrained(home)
+
+
+# --- laq and vla
+
+
+def write_shard(shards, path, **more):
+    """Two clips of six frames with actions, and what else a sample holds."""
+    samples = []
+    for key in "ab":
+        meta = dict(instruction="push", fps=5, source="a", episode=key, camera="c", length=6, actions="delta")
+        frames = np.arange(6 * 8 * 8 * 3, dtype=np.uint8).reshape(6, 8, 8, 3)
+        sample = {"json": json.dumps(meta).encode(), "frames.npy": shards.npy(frames)}
+        samples.append({"__key__": key, **sample, "actions.npy": shards.npy(actions(6)), **more})
+    shards.write_shard(path, samples)
+
+
+@reader("laq", "shards")
+def shards(this, home):
+    write_shard(this.shards, home / "x.tar")
+    index = home / "x.index.json"
+
+    def read():
+        for clip in this.shards.read_clips(home, say=lambda text: None):
+            clip.frames(8), clip.array("actions.npy")
+        index.unlink(missing_ok=True)  # later cases read the headers of the tar
+
+    return [home / "x.tar", index], read
+
+
+@reader("laq", "readers")
+def videos(this, home):
+    import av
+
+    with av.open(str(home / "a.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=5)
+        stream.width = stream.height = 16
+        for i in range(6):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((16, 16, 3), 40 * i, np.uint8))))
+        file.mux(stream.encode())
+    (home / "a.json").write_text(json.dumps(dict(instruction="push", fps=5, actions="delta")))
+    np.savez(home / "a.npz", actions=actions(6))
+
+    def read():
+        try:
+            for entry in this.readers.entries("a", home)[0]:
+                for recording in this.readers.opened(entry):
+                    list(recording.frames)
+        except this.readers.DAMAGED as error:  # the script that writes shards names the file and goes on
+            raise common.DataError(str(error)) from None
+
+    return sorted(home.iterdir()), read
+
+
+@reader("laq")
+def latent_action_quantizer(this, home):
+    small = dict(image_size=16, patch=8, dim=32, depth=1, code_seq_len=2, codebook_size=4, code_dim=4)
+    this.model.LAQ(this.model.LAQConfig(**small)).save_pretrained(home)
+    return sorted(home.iterdir()), lambda: this.model.LAQ.from_pretrained(home)
+
+
+@reader("vla", "shards", "sources")
+def labels(this, home):
+    write_shard(this.shards, home / "x.tar")
+    (home / "labels").mkdir()
+    arrays = dict(codes=np.zeros((5, 1), np.int64), vectors=np.zeros((5, 1, 2), np.float32), gap=np.int64(1))
+    packed = this.shards.npz(**arrays)
+    this.shards.write_shard(home / "labels/x.tar", [{"__key__": key, "latents.npz": packed} for key in "ab"])
+    meta = dict(codebook_size=2, code_seq_len=1, code_dim=2, gap=1, codebook=[[[0.0, 1.0], [1.0, 0.0]]])
+    (home / "labels/labels.json").write_text(json.dumps(meta))
+    words = [f"a={home}"], "latents", [str(home / "labels")]
+    return sorted((home / "labels").iterdir()), lambda: this.sources.read_sources(*words, say=lambda text: None)
+
+
+@reader("vla")
+def vla_config(this, home):
+    latent = dict(codebook_size=2, code_seq_len=1, code_dim=2, codebook=[[[0.0, 1.0], [1.0, 0.0]]])
+    latent |= dict(mean=[[0.0, 0.0]], std=[[1.0, 1.0]], weight=[[0.5, 0.5]])
+    this.model.VLAConfig(latent=this.model.LatentConfig(**latent)).save_pretrained(home)
+    return [home / "vla.json"], lambda: this.model.VLAConfig.from_pretrained(home)
+
+
+# --- pi05_finetune
+
+
+@reader("pi05_finetune", "readers.dataset")
+def episodes_with_images(this, home):
+    (home / "episodes").mkdir()
+    frames = np.arange(20 * 8 * 8 * 3, dtype=np.uint8).reshape(20, 8, 8, 3)
+    arrays = {"actions": actions(), "timestamps": np.arange(20) / 10, "obs.joint": actions(), "obs.camera": frames}
+    np.savez(home / "episodes/a.npz", **arrays, task=np.array("push"))
+    spec = dict(name="x", action_dim=3, control_freq_hz=10, required_obs_keys=["camera"])
+    (home / "spec.yaml").write_text(json.dumps(spec | dict(required_proprio_keys=["joint"], max_episode_steps=99)))
+    files = [home / "episodes/a.npz", home / "spec.yaml"]
+    return files, lambda: getattr(this, "readers.dataset").open_data([str(home)], say=lambda text: None)
+
+
+@reader("pi05_finetune", "readers.dataset")
+def robomimic_with_images(this, home):
+    with h5py.File(home / "a.hdf5", "w") as file:
+        file["data/demo_0/actions"], file["data/demo_0/obs/joint"] = actions(), actions()
+        file["data/demo_0/obs/camera"] = np.zeros((20, 8, 8, 3), np.uint8)
+        file["data"].attrs["env_args"] = json.dumps(dict(env_kwargs=dict(control_freq=10)))
+    return [home / "a.hdf5"], lambda: getattr(this, "readers.dataset").open_data([str(home)], say=lambda text: None)
+
+
+@reader("pi05_finetune", "compute_norms")
+def norms(this, home):
+    row = {name: np.arange(1.0, 4.0) for name in this.compute_norms.STATS}
+    this.compute_norms.Norms(row, dict(joint=row), dict(data_hash="x", proprio_keys=["joint"])).save(home)
+    return sorted(home.iterdir()), lambda: this.compute_norms.load_norms(home)
+
+
+# --- vae_distill
+
+
+@reader("vae_distill", "demo")
+def clips(this, home):
+    import mujoco
+
+    model = mujoco.MjModel.from_xml_string(this.demo.WALKER)
+    this.demo.write_clips(home / "a.h5", model, np.full((2, 10, 2), 0.1))
+    return [home / "a.h5"], lambda: this.data.read_clips([f"a={home / 'a.h5'}"], model, 50.0)
+
+
+@reader("vae_distill", "teacher.checkpoint")
+def teacher(this, home):
+    shapes = dict(hidden_0=(5, 4), fc2_mean=(4, 2), fc2_logvar=(4, 2))
+    layers = {name: dict(kernel=np.ones(x, np.float32), bias=np.ones(x[1], np.float32)) for name, x in shapes.items()}
+    decoder = {"hidden_0": dict(kernel=np.ones((4, 2), np.float32), bias=np.ones(2, np.float32))}
+    config = dict(network_config=dict(arch_name="intention"), env_config=dict(env_args=dict(mocap_hz=50)))
+    checkpoint = getattr(this, "teacher.checkpoint")
+    checkpoint.write_teacher(home, 1, config, np.zeros(7), np.ones(7), dict(encoder=layers, decoder=decoder))
+    return sorted(path for path in home.rglob("*") if path.is_file()), lambda: checkpoint.read_teacher(home)
+
+
+@reader("vae_distill")
+def student(this, home):
+    import jax
+
+    sizes = dict(latent_dim=2, encoder_hidden_sizes=(4,), decoder_hidden_sizes=(4,), prior_hidden_sizes=(4,))
+    config = this.model.StudentConfig(reference_size=3, proprioception_size=2, action_size=2, **sizes)
+    made = this.model.Student(config, np.zeros(5, np.float32), np.ones(5, np.float32))
+    made.save_pretrained(home, made.init(jax.random.key(0)))
+    return sorted(home.iterdir()), lambda: this.model.Student.from_pretrained(home)
+
+
 # --- common
 
 
