@@ -1,11 +1,12 @@
-"""Reference clips for a walker, from stac-mjx and track-mjx h5 files, and their split into training and test clips.
+"""Reference clips for a walker, from stac-mjx and track-mjx h5 files, and their split into training and held-out clips.
 
 stac-mjx: datasets `qpos` (T nq), `xpos` (T nb 3), `qvel` (T nv, often empty or saturated), names and a YAML
-`config` that tells the frames per clip; clips lie one after another. ReferenceClip: a group with `position`,
-`quaternion`, `joints`, `body_positions` (clips T ...) and velocities. Both become one `Clips`.
+`config` with the frames per clip; clips lie one after another. ReferenceClip: a group with `position`, `quaternion`,
+`joints`, `body_positions` (clips T ...) and velocities. Both become one `Clips`.
 """
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,22 @@ from pathlib import Path
 import h5py
 import mujoco
 import numpy as np
+from teacher.walker import body_names, name_of_qpos, positions, velocities
+
+from common import DataError
 
 REFERENCE_CLIP = ("position", "quaternion", "joints")
+TOLERANCE = 5e-3  # of the walker's size: kinematics of a right file reproduce its xpos to 1e-6
+LOCKED = "another process has it open, or its file system has no locks: HDF5_USE_FILE_LOCKING=FALSE reads it still"
 
 
 @dataclass
 class Clips:
     """C clips of up to T frames; a shorter clip repeats its last frame. Angles in rad, lengths in the walker's unit.
 
-    qpos (C T nq), qvel (C T nv) per second, xpos (C T nb 3) world positions of `bodies` (names, in the file's order),
-    length (C,) in frames, ids one name per clip, source (C,) name of the data set, validation (C,) bool.
+    qpos (C T nq), qvel (C T nv) per second, xpos (C T nb 3) world positions of `bodies` (names, in the file's order,
+    or none), length (C,) in frames, ids FILE/number of every clip, source (C,) name of the data set, held_out (C,)
+    bool, notes: lines for the user.
     """
 
     ids: list
@@ -32,185 +39,259 @@ class Clips:
     xpos: np.ndarray
     bodies: list
     length: np.ndarray
-    validation: np.ndarray
-    recomputed: int  # files whose qvel was of no use
+    held_out: np.ndarray
+    notes: list
 
 
 # --- one file
 
 
+def read_dataset(h5, key):
+    """All of a dataset. HDF5 reads chunks that were never written, and virtual sources that are gone, as zeros."""
+    dataset = h5[key]
+    if dataset.is_virtual:
+        sources = [Path(h5.file.filename).parent / part.file_name for part in dataset.virtual_sources()]
+        if gone := [path for path in sources if path.name != "." and not path.exists()]:
+            raise DataError(f"`{key}` is virtual, and its source {gone[0]} is not there")
+    elif dataset.chunks and dataset.size:
+        chunks = np.prod([-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True)])
+        if (written := dataset.id.get_num_chunks()) < chunks:
+            raise DataError(f"{chunks - written:.0f} of {chunks:.0f} chunks of `{key}` were never written")
+    elif dataset.size and dataset.id.get_storage_size() == 0:
+        raise DataError(f"`{key}` was never written")
+    return dataset[()]
+
+
 def names_of(h5, key):
-    return [word.decode() if isinstance(word, bytes) else str(word) for word in h5[key][()]] if key in h5 else []
+    """Names without the prefix that attaching a model gives them (rodent/torso)."""
+    words = h5[key][()] if key in h5 else []
+    return [(word.decode() if isinstance(word, bytes) else str(word)).rpartition("/")[2] for word in words]
 
 
 def read_stac(h5, clip_frames):
-    """(clips, T, ...) arrays of a stac-mjx file, names of its bodies and of its qpos entries."""
-    qpos, config = h5["qpos"][()], h5["config"][()] if "config" in h5 else b""
+    """(clips, names of bodies, names of qpos entries, frames left over) of a stac-mjx file."""
+    qpos, config = read_dataset(h5, "qpos"), h5["config"][()] if "config" in h5 else b""
     text = config.decode() if isinstance(config, bytes) else str(config)
     told = re.search(r"n_frames_per_clip:\s*(\d+)", text)
     frames = clip_frames or (int(told[1]) if told else len(qpos))
     if len(qpos) == 0:
-        raise ValueError("`qpos` is empty")
+        raise DataError("`qpos` is empty")
     if frames < 2:
-        raise ValueError(f"clips of {frames} frame: say how long they are with --clip-frames")
+        raise DataError(f"clips of {frames} frame: give their length with --clip-frames")
+    if len(qpos) < frames:
+        raise DataError(f"{len(qpos)} frames are less than one clip of {frames}: give its length with --clip-frames")
     arrays = dict(qpos=qpos)
     for key in ("xpos", "qvel"):
-        if key in h5 and h5[key].shape[0] == len(qpos):
-            arrays[key] = h5[key][()]
-    starts = range(0, len(qpos), frames)
+        if key in h5 and h5[key].shape[:1] == (len(qpos),):
+            arrays[key] = read_dataset(h5, key)
+    starts = range(0, len(qpos) - frames + 1, frames)
     clips = [{key: value[i : i + frames] for key, value in arrays.items()} for i in starts]
-    return clips, names_of(h5, "names_xpos"), names_of(h5, "names_qpos")
+    return clips, names_of(h5, "names_xpos"), names_of(h5, "names_qpos"), len(qpos) % frames
 
 
 def read_reference_clip(group):
     """The same of a ReferenceClip group; it holds no names."""
-    missing = [key for key in REFERENCE_CLIP if key not in group]
-    if missing:
-        raise ValueError(f"its ReferenceClip has no `{missing[0]}`")
-    arrays = dict(qpos=np.concatenate([group[key][()] for key in REFERENCE_CLIP], -1))
+    if missing := [key for key in REFERENCE_CLIP if key not in group]:
+        raise DataError(f"its ReferenceClip has no `{missing[0]}`")
+    arrays = dict(qpos=np.concatenate([read_dataset(group, key) for key in REFERENCE_CLIP], -1))
     if "body_positions" in group:
-        arrays["xpos"] = group["body_positions"][()]
+        arrays["xpos"] = read_dataset(group, "body_positions")
     velocity = ("velocity", "angular_velocity", "joints_velocity")
     if all(key in group for key in velocity):
-        arrays["qvel"] = np.concatenate([group[key][()] for key in velocity], -1)
-    return [{key: value[i] for key, value in arrays.items()} for i in range(len(arrays["qpos"]))], [], []
+        arrays["qvel"] = np.concatenate([read_dataset(group, key) for key in velocity], -1)
+    return [{key: value[i] for key, value in arrays.items()} for i in range(len(arrays["qpos"]))], [], [], 0
 
 
-def read_file(file, model, mocap_hz, clip_frames=0):
-    """(clips, names of their bodies, was qvel recomputed) of a file, checked; a clip is dict(qpos, qvel, xpos)."""
+def read_h5(file, clip_frames):
+    """(clips, names of bodies, names of qpos entries, frames left over) of a file in either layout."""
+    head = file.open("rb").read(64) if file.is_file() else b""
+    if not head or head.startswith(b"version https://git-lfs"):
+        raise DataError(f"{file}: {'a Git LFS pointer, fetch it with `git lfs pull`' if head else 'an empty file'}")
     try:
         with h5py.File(file, "r") as h5:
             group = next((h5[key] for key in ("all_clips", "clips") if key in h5), h5)
             if "qpos" in h5:
-                clips, bodies, joints = read_stac(h5, clip_frames)
-            elif "position" in group:
-                clips, bodies, joints = read_reference_clip(group)
-            else:
-                raise ValueError("neither stac-mjx (`qpos`) nor ReferenceClip (`position`, `quaternion`, `joints`)")
-    except Exception as error:  # for a damaged file h5py raises a dozen kinds
-        raise ValueError(f"{file}: not readable as reference clips ({' '.join(str(error).split())[:150]})") from None
+                return read_stac(h5, clip_frames)
+            if "position" in group:
+                return read_reference_clip(group)
+            raise DataError("neither stac-mjx (`qpos`) nor ReferenceClip (`position`, `quaternion`, `joints`)")
+    except BlockingIOError:
+        raise DataError(f"{file}: {LOCKED}") from None
+    except Exception as error:  # for a broken file h5py raises a dozen kinds
+        text = " ".join(str(error).split())[:150]
+        text += "; `pip install hdf5plugin` brings filters" if "filter" in text else ""
+        text = LOCKED if "unable to lock" in text else f"not readable as reference clips ({text})"
+        raise DataError(f"{file}: {text}") from None
+
+
+def read_file(file, model, mocap_hz, clip_frames=0):
+    """(clips, names of their bodies, notes) of a file, checked; a clip is dict(qpos, qvel, xpos)."""
+    clips, bodies, joints, rest = read_h5(file, clip_frames)
     if not clips:
-        raise ValueError(f"{file}: holds no clip")
-    own = [name_of_qpos(model, i) for i in range(model.nq)]
-    if joints and len(joints) == model.nq and set(joints) == set(own) and joints != own:
-        i = next(i for i in range(model.nq) if joints[i] != own[i])
-        raise ValueError(f"{file}: names_qpos has {joints[i]!r} at {i}, where the walker has {own[i]!r}")
-    recomputed = False
+        raise DataError(f"{file}: holds no clip")
+    notes = [f"{file}: the last {rest} frames are no whole clip and are left out"] if rest else []
+    recomputed = 0
     for i, clip in enumerate(clips):
-        where = f"{file}, clip {i}"
-        if clip["qpos"].ndim != 2 or clip["qpos"].shape[1] != model.nq:
-            shape = clip["qpos"].shape
-            raise ValueError(
-                f"{where}: qpos has shape {shape}, but the walker has (frames, {model.nq}): another walker?"
-            )
-        if not np.isfinite(clip["qpos"]).all():
-            raise ValueError(
-                f"{where}: qpos holds NaN or infinity at frame {np.argwhere(~np.isfinite(clip['qpos']))[0][0]}"
-            )
+        check(model, clip, bodies, joints, f"{file}, clip {i}")
         velocity = velocities(model, clip["qpos"], mocap_hz)
-        if broken(clip.get("qvel"), velocity):
-            clip["qvel"], recomputed = velocity, True
+        if not usable(clip.get("qvel"), velocity):
+            clip["qvel"], recomputed = velocity, recomputed + 1
         if "xpos" not in clip:
             clip["xpos"], bodies = positions(model, clip["qpos"]), body_names(model)
-        elif not np.isfinite(clip["xpos"]).all():
-            raise ValueError(f"{where}: xpos holds NaN or infinity")
-    return clips, bodies, recomputed
+    if recomputed:
+        notes.append(f"{file}: qvel of {recomputed} clips is absent or wrong and was computed from qpos")
+    return clips, bodies, notes
 
 
-# --- what the walker says
+# --- does it fit the walker?
 
 
-def name_of_qpos(model, index):
-    joint = np.searchsorted(model.jnt_qposadr, index, side="right") - 1
-    return model.joint(joint).name
+def check(model, clip, bodies, joints, where):
+    """DataError unless the walker's kinematics put its bodies where the clip has them."""
+    qpos, own = clip["qpos"], [name_of_qpos(model, i) for i in range(model.nq)]
+    if qpos.ndim != 2 or qpos.shape[1] != model.nq:
+        raise DataError(f"{where}: qpos has shape {qpos.shape}, the walker (frames, {model.nq}): another walker?")
+    for key in ("qpos", "xpos"):
+        if key in clip and not np.isfinite(clip[key]).all():
+            frame = np.argwhere(~np.isfinite(clip[key]))[0][0]
+            raise DataError(f"{where}: {key} holds NaN or infinity at frame {frame}")
+    other = [i for i in range(model.nq) if joints[i] != own[i]] if len(joints) == model.nq else []
+    named = f"names_qpos has {joints[other[0]]!r} at {other[0]}, the walker {own[other[0]]!r}" if other else ""
+    for joint in range(model.njnt):
+        at = model.jnt_qposadr[joint] + 3 * (model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_FREE)
+        if model.jnt_type[joint] in (mujoco.mjtJoint.mjJNT_FREE, mujoco.mjtJoint.mjJNT_BALL):
+            if np.abs(np.linalg.norm(qpos[:, at : at + 4], axis=-1) - 1).max() > 0.01:
+                raise DataError(f"{where}: qpos {at} to {at + 3} is no unit quaternion; {named or 'another walker?'}")
+    if "xpos" not in clip:
+        if named:
+            raise DataError(f"{where}: {named}, and there is no xpos to check the order with")
+        return
+    frames = np.unique(np.linspace(0, len(qpos) - 1, 20).astype(int))
+    count, known = clip["xpos"].shape[1], {name: i for i, name in enumerate(body_names(model))}
+    order = [known.get(name) for name in bodies] if bodies else range(model.nbody - count, model.nbody)
+    pairs = [(at, body) for at, body in enumerate(order) if body is not None and body > 0]
+    if not pairs or count > model.nbody:
+        raise DataError(f"{where}: its {count} bodies are not the walker's {model.nbody}: another walker?")
+    at, body = np.array(pairs).T
+    here = positions(model, qpos[frames])
+    apart = np.linalg.norm(here[:, body] - clip["xpos"][frames][:, at], axis=-1).max(0)
+    size = np.linalg.norm(here[:, 1:] - here[:, 1:].mean(1, keepdims=True), axis=-1).max()
+    if apart.max() > TOLERANCE * size:
+        name, far = body_names(model)[body[apart.argmax()]], apart.max()
+        kinds = "another walker, scale or unit, degrees, another order of joints, or quaternions with w last"
+        raise DataError(
+            f"{where}: the walker's kinematics put body {name!r} {far:.2g} away from its xpos (the walker measures "
+            f"{2 * size:.2g}): {named or kinds}?"
+        )
 
 
-def body_names(model):
-    return [model.body(i).name for i in range(model.nbody)]
-
-
-def velocities(model, qpos, rate):
-    """Forward differences of qpos (T nq) at `rate` Hz in MuJoCo's qvel convention, (T nv); the last repeats."""
-    qvel, rows = np.zeros((len(qpos), model.nv)), qpos.astype(np.float64)
-    for t in range(len(qpos) - 1):
-        mujoco.mj_differentiatePos(model, qvel[t], 1 / rate, rows[t], rows[t + 1])
-    qvel[-1] = qvel[-2] if len(qpos) > 1 else 0
-    return qvel
-
-
-def broken(stored, computed):
-    """True if the stored qvel is absent, of another shape, not finite, or far from the differences of qpos."""
+def usable(stored, computed):
+    """False if the stored qvel is absent, of another shape, not finite, or far from the differences of qpos."""
     if stored is None or stored.shape != computed.shape or not np.isfinite(stored).all():
-        return True
-    return np.abs(stored - computed).mean() > 0.5 * np.abs(computed).mean() + 1e-6
+        return False
+    return np.abs(stored - computed).mean() <= 0.5 * np.abs(computed).mean() + 1e-6
 
 
-def positions(model, qpos):
-    """World positions of all bodies for qpos (T nq): (T nb 3)."""
-    data, out = mujoco.MjData(model), np.zeros((len(qpos), model.nbody, 3), np.float32)
-    for t, row in enumerate(qpos):
-        data.qpos[:] = row
-        mujoco.mj_kinematics(model, data)
-        out[t] = data.xpos
-    return out
+# --- many files
 
 
-# --- the whole
+def named_path(word):
+    """ "mouse=PATH" -> (name, path); without a name it is the path's own. What exists is a path, = in it or not."""
+    name, equals, path = word.partition("=")
+    return (name, path) if equals and not Path(word).exists() else (Path(word).stem or "data", word)
 
 
-def episode_hash(source, episode):
-    """A number in [0, 1) that depends on the two names alone."""
-    digest = hashlib.sha256(f"{source}/{episode}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+def find_files(path):
+    """The .h5 and .hdf5 files under a folder, links to folders followed, hidden files left out; or the file itself."""
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"--data {path}: no such file or folder")
+    files, seen = [] if path.is_dir() else [path], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        fit = [name for name in names if name.lower().endswith((".h5", ".hdf5")) and not name.startswith(".")]
+        files += [] if real in seen else [Path(folder) / name for name in sorted(fit)]
+        seen.add(real)
+    if not files:
+        raise DataError(f"--data {path}: holds no .h5 file")
+    return files
 
 
-def named_paths(words):
-    """["mouse=PATH", "PATH"] -> [(name, path)]; without a name it is the path's own."""
-    pairs = [word.partition("=") for word in words]
-    return [(name, path) if equals else (Path(name).stem or "data", name) for name, equals, path in pairs]
+def labels(files):
+    """A short name for every file: its stem, or as much of its path as tells it from the others."""
+    if len({file.resolve() for file in files}) < len(files):
+        raise DataError("--data names a file twice")
+    for name in (lambda f: f.stem, lambda f: f.name, lambda f: f"{f.parent.name}/{f.name}", str):
+        names = [name(file) for file in files]
+        if len(set(names)) == len(names):
+            return names
+    return names
 
 
-def hold_out(names, source, share, wanted):
-    """Which clips are test clips: those `wanted`, or about `share` of them by hash, one at least of two."""
-    if wanted:
-        unknown = [name for name in wanted if name not in names]
-        if unknown:
-            raise ValueError(f"--val-episodes: no clip is called {unknown[0]}; the first is {names[0]}")
-        return np.array([name in wanted for name in names])
-    hashes = np.array([episode_hash(source, name) for name in names])
+def episode_hash(name):
+    """A number in [0, 1) that depends on the clip's own name (stem of its file, number) alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def by_hash(names, share):
+    """Which of a source's clips are held out: about `share` of them, one at least of two."""
+    hashes = np.array([episode_hash(name) for name in names])
     held = hashes < share
     if held.all() or (share > 0 and len(names) > 1 and not held.any()):
         held = (np.arange(len(names)) == hashes.argmin()) & (len(names) > 1)
     return held
 
 
+def by_name(ids, wanted):
+    """Which clips --val-episodes names: FILE (all its clips), FILE/3, FILE/2-4."""
+    held = np.zeros(len(ids), bool)
+    for word in wanted:
+        file, _, number = word.rpartition("/")
+        low, _, high = number.partition("-")
+        span = range(int(low), int(high or low) + 1) if low.isdigit() and (high or low).isdigit() else ()
+        names = {word, *(f"{file}/{i}" for i in span)}
+        found = np.array([name in names or name.rpartition("/")[0] == word for name in ids])
+        if not found.any():
+            raise DataError(f"--val-episodes {word}: there is no such clip; the first is {ids[0]}")
+        held |= found
+    return held
+
+
 def read_clips(words, model, mocap_hz, val_share=0.1, val_episodes=(), clip_frames=0):
     """All clips of `--data` words (NAME=FILE.h5 or NAME=FOLDER) for a walker (mujoco.MjModel) as one `Clips`."""
-    clips, ids, source, held, recomputed, bodies, first = [], [], [], [], 0, None, None
-    for name, path in named_paths(words):
-        path = Path(path)
-        if not path.exists():
-            raise ValueError(f"--data {path}: no such file or folder")
-        files = sorted([*path.glob("*.h5"), *path.glob("*.hdf5")]) if path.is_dir() else [path]
-        if not files:
-            raise ValueError(f"--data {path}: holds no .h5 file")
-        own = []
-        for file in files:
-            found, names, again = read_file(file, model, mocap_hz, clip_frames)
-            if bodies is not None and names != bodies:
-                raise ValueError(f"{file}: names_xpos differs from {first}: one --data holds one walker")
-            bodies, first, recomputed = names, first or file, recomputed + again
-            clips += found
-            own += [f"{file.stem}/{i}" for i in range(len(found))]
-        ids += own
-        source += [name] * len(own)
-        held.append(hold_out(own, name, val_share, val_episodes))
-    length = np.array([len(clip["qpos"]) for clip in clips])
+    found = [(name, file) for name, path in map(named_path, words) for file in find_files(path)]
+    clips, ids, own, source, notes, bodies = [], [], [], [], [], None
+    for (name, file), label in zip(found, labels([file for _, file in found]), strict=True):
+        some, names, more = read_file(file, model, mocap_hz, clip_frames)
+        if bodies is not None and names != bodies:
+            raise DataError(f"{file}: names_xpos differs from {found[0][1]}: one --data holds one walker")
+        bodies, notes, clips = names, notes + more, clips + some
+        ids += [f"{label}/{i}" for i in range(len(some))]
+        own += [f"{file.stem}/{i}" for i in range(len(some))]
+        source += [name] * len(some)
+    source, length = np.array(source), np.array([len(clip["qpos"]) for clip in clips])
+    held = by_name(ids, val_episodes)
+    for name in () if val_episodes else dict.fromkeys(source):
+        chosen = np.flatnonzero(source == name)
+        held[chosen] = by_hash([own[i] for i in chosen], val_share)
 
     def stack(key):
         rows = (np.asarray(clip[key], np.float32) for clip in clips)
         return np.stack([np.concatenate([x, np.repeat(x[-1:], length.max() - len(x), 0)]) for x in rows])
 
     arrays = {key: stack(key) for key in ("qpos", "qvel", "xpos")}
-    return Clips(ids, np.array(source), **arrays, bodies=bodies, length=length, validation=np.concatenate(held),
-                 recomputed=recomputed)  # fmt: skip
+    return Clips(ids, source, **arrays, bodies=bodies, length=length, held_out=held, notes=notes)
+
+
+def split_of(clips):
+    """What a checkpoint keeps of the data: the names of all clips and of those held out."""
+    return dict(clips=clips.ids, held_out=[clips.ids[i] for i in np.flatnonzero(clips.held_out)])
+
+
+def restore_split(clips, split):
+    """Hold out what a checkpoint lists, whatever has been added since. Returns a line for the user if clips changed."""
+    clips.held_out = np.isin(clips.ids, split["held_out"])
+    new, gone = len(set(clips.ids) - set(split["clips"])), len(set(split["clips"]) - set(clips.ids))
+    same = clips.ids == split["clips"]
+    return "" if same else f"the clips changed since the checkpoint: {new} new (trained on), {gone} gone"

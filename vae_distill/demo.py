@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import mujoco
 import numpy as np
-from arm_teacher import make
+from teacher.arm import make
 
 ABOUT = dict(version=1, clips=40, frames=250, rate=50, substeps=4, seed=0)
 # two links in a vertical plane, 0.5 m and 1 kg

@@ -3,16 +3,25 @@
 DAgger as in PULSE: the environments go where the student's actions lead, and each visited observation is labelled
 with the action that the teacher would have taken. Environments may be sharded over devices: everything random is
 drawn for the whole batch, so the trajectories do not depend on the number of devices.
+
+state: dict(params, opt, envs); task: dict(reference, teacher, mean, std, train), arrays that no iteration changes.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from model import intention
 
+from common import DataError
 
-def make_optimizer(betas, weight_decay, clip):
+BETAS = (0.9, 0.95)
+AR_AFTER = 3  # control steps of an episode that PULSE's AR term leaves out
+
+
+def make_optimizer(weight_decay, clip):
     """AdamW with clipping; the learning rate is multiplied in by the caller. Only matrices decay."""
 
     def matrices(params):
@@ -20,9 +29,88 @@ def make_optimizer(betas, weight_decay, clip):
 
     return optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.scale_by_adam(*betas, eps=1e-5),
+        optax.scale_by_adam(*BETAS, eps=1e-5),
         optax.add_decayed_weights(weight_decay, mask=matrices),
     )
+
+
+def init_state(env, student, opt, num_envs, task, seed):
+    """The state before the first iteration."""
+    key = jax.random.key(seed)
+    params = student.init(jax.random.fold_in(key, 1))
+    envs = jax.jit(lambda task, key: reset_all(env, task, num_envs, key))(task, jax.random.fold_in(key, 2))
+    return dict(params=params, opt=opt.init(params), envs=envs)
+
+
+def reset_all(env, task, num_envs, key):
+    """States of `num_envs` environments at random starts in the training clips."""
+
+    def reset(key):
+        clip, start = env.sample_start(task["reference"], task["train"], key)
+        return env.reset(task["reference"], clip, start, key)
+
+    return jax.vmap(reset)(jax.random.split(key, num_envs))
+
+
+def where(done, new, old):
+    """Per environment: the pytree `new` where done (E), else `old`."""
+    return jax.tree.map(lambda a, b: jnp.where(done.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
+
+
+def make_iteration(env, student, opt, unroll, batch_size, seed, ar=False):
+    """The function (state, task, step, schedule) -> (state, metrics), to be jitted.
+
+    step: optimizer steps done; schedule: lr, kl, unit_kl, ar, (updates,) each; an update whose lr is 0 changes nothing.
+    """
+
+    def rollout(params, envs, task, key):
+        """`unroll` control steps of all environments with the student's sampled actions. An environment that ends goes
+        on from its place in `fresh`, drawn once per iteration: resetting costs as much as a physics step."""
+        keys = jax.random.split(key)
+        fresh = reset_all(env, task, len(envs.age), keys[0])
+
+        def control_step(envs, t):
+            obs = jax.vmap(env.get_obs, (None, 0))(task["reference"], envs)
+            z = student.posterior(params, obs).sample(jax.random.fold_in(keys[1], t))
+            action = student.decode(params, obs, z)
+            follows = (envs.age > AR_AFTER).astype(jnp.float32)
+            envs, terms, terminated, truncated = jax.vmap(env.step, (None, 0, 0))(task["reference"], envs, action)
+            metrics = dict(reward=env.total(terms), terminated=terminated, nan=terms["nan"])
+            return where(terminated | truncated, fresh, envs), (dict(obs=obs, follows=follows), metrics)
+
+        envs, (samples, metrics) = jax.lax.scan(control_step, envs, jnp.arange(unroll))
+        return envs, samples, jax.tree.map(lambda x: x.astype(jnp.float32).mean(), metrics)
+
+    def label(task, samples):
+        """Batch of observations with the teacher's actions; for the AR term with the observations before them."""
+        obs = samples["obs"]
+        action, _ = intention(task["teacher"], (obs - task["mean"]) / task["std"], env.reference_size)
+        batch = dict(obs=obs, action=action)
+        if ar:
+            batch["before"] = jnp.concatenate([obs[:1], obs[:-1]])
+            batch["follows"] = samples["follows"].at[0].set(0.0)
+        return batch
+
+    def update(carry, inputs):
+        """One optimizer step; a gradient that is not finite changes nothing."""
+        (params, moments), (batch, key, now) = carry, inputs
+        (_, metrics), grads = jax.value_and_grad(student.loss, has_aux=True)(params, batch, key, now)
+        norm = optax.global_norm(grads)
+        direction, new = opt.update(grads, moments, params)
+        moved = optax.apply_updates(params, jax.tree.map(lambda x: -now["lr"] * x, direction))
+        sound = jnp.isfinite(norm) & (now["lr"] > 0)
+        carry = jax.tree.map(lambda a, b: jnp.where(sound, a, b), (moved, new), carry)
+        return carry, dict(metrics, norm=norm)
+
+    def iteration(state, task, step, schedule):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed + 1), step), 3)
+        envs, samples, counts = rollout(state["params"], state["envs"], task, keys[0])
+        batches = minibatches(label(task, samples), batch_size, keys[1])
+        noise = jax.random.split(keys[2], len(batches["obs"]))
+        (params, opt), metrics = jax.lax.scan(update, (state["params"], state["opt"]), (batches, noise, schedule))
+        return dict(params=params, opt=opt, envs=envs), jax.tree.map(jnp.mean, metrics) | counts
+
+    return iteration
 
 
 def minibatches(tree, batch_size, key):
@@ -43,93 +131,62 @@ def minibatches(tree, batch_size, key):
     return jax.tree.map(cut, tree)
 
 
-def updates_of(envs, unroll, batch_size):
-    """Optimizer steps per iteration; a ValueError if the samples do not fall into whole batches."""
+def updates_per_iteration(envs, unroll, batch_size):
+    """Optimizer steps per iteration, or None if the samples do not fall into whole batches."""
     if (envs % batch_size and batch_size % envs) or unroll % max(1, batch_size // envs):
-        raise ValueError(
-            f"--batch-size {batch_size} must divide --num-envs {envs}, or be a multiple of it by a factor of "
-            f"--unroll {unroll}"
-        )
+        return None
     return envs * unroll // batch_size
 
 
-def start(env, student, opt, envs, world, seed):
-    """The state before the first iteration: params, opt, envs (State of all), obs (E N)."""
-    key = jax.random.key(seed)
-    params = student.init(jax.random.fold_in(key, 1))
-    keys = jax.random.split(jax.random.fold_in(key, 2), envs)
-
-    @jax.jit
-    def reset(world, keys):
-        states, views = jax.vmap(env.reset, (None, None, 0))(world["reference"], world["train"], keys)
-        return states, jax.vmap(env.look, (None, 0, 0))(world["reference"], states, views)
-
-    states, obs = reset(world, keys)
-    return dict(params=params, opt=opt.init(params), envs=states, obs=obs)
+# --- devices
 
 
-def make_iteration(env, student, opt, *, unroll, batch_size, seed, action_loss="mse", stop_prior=False, ar=False):
-    """The function (state, world, step, schedule) -> (state, metrics), to be jitted.
+def replicate(mesh, tree):
+    """A pytree of arrays, whole on every device of the mesh."""
+    return put(tree, NamedSharding(mesh, PartitionSpec()))
 
-    world: dict(reference, teacher, mean, std, train (indices of clips)); step: optimizer steps done; schedule: lr, kl,
-    unit_kl, ar, (updates,) each; an update whose lr is 0 changes nothing.
-    """
 
-    def collect(state, world, key):
-        """`unroll` control steps of all environments with the student's sampled actions."""
-        reference, index = world["reference"], jnp.arange(len(state["obs"]))
+def shard(mesh, state):
+    """The training state on the mesh: environments divided, the rest whole on every device."""
+    envs = put(state["envs"], NamedSharding(mesh, PartitionSpec("env")))
+    return {**replicate(mesh, {name: value for name, value in state.items() if name != "envs"}), "envs": envs}
 
-        def control(carry, t):
-            states, obs = carry
-            k = jax.random.split(jax.random.fold_in(key, t), 2)
-            mean, logvar = student.encode(state["params"], obs)
-            z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(k[0], mean.shape)
-            action = student.decode(state["params"], obs, z)
-            played, views, terms, failed, over = jax.vmap(env.act, (None, 0, 0))(reference, states, action)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(k[1], index)
-            fresh = jax.vmap(env.reset, (None, None, 0))(reference, world["train"], keys)
-            done = failed | over
 
-            def pick(new, old):
-                return jnp.where(done.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+def put(tree, sharding):
+    """Every process holds the same arrays and gives its devices their parts (device_put would compare them first)."""
 
-            states, views = jax.tree.map(pick, fresh, (played, views))
-            # PULSE's AR term leaves out the first frames of an episode
-            out = dict(obs=obs, follows=(played.age > 3).astype(jnp.float32))
-            count = dict(reward=env.total(terms), failed=failed, nan=terms["nan"])
-            return (states, jax.vmap(env.look, (None, 0, 0))(reference, states, views)), (out, count)
+    def place(x):
+        host = np.asarray(jnp.asarray(x))
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-        (states, obs), (samples, counts) = jax.lax.scan(control, (state["envs"], state["obs"]), jnp.arange(unroll))
-        return states, obs, samples, jax.tree.map(lambda x: x.astype(jnp.float32).mean(), counts)
+    return jax.tree.map(place, tree)
 
-    def iteration(state, world, step, schedule):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed + 1), step), 3)
-        states, obs, samples, counts = collect(state, world, keys[0])
-        x = (samples["obs"] - world["mean"]) / world["std"]
-        batch = dict(obs=samples["obs"], action=intention(world["teacher"], x, env.reference_size)[0])
-        if ar:
-            batch["before"] = jnp.concatenate([samples["obs"][:1], samples["obs"][:-1]])
-            batch["follows"] = samples["follows"].at[0].set(0.0)
-        batches = minibatches(batch, batch_size, keys[1])
-        noise = jax.random.split(keys[2], len(batches["obs"]))
 
-        def update(carry, inputs):
-            params, moments = carry
-            batch, key, now = inputs
-            grad = jax.value_and_grad(student.loss, has_aux=True)
-            (_, metrics), grads = grad(params, batch, key, now, action_loss, stop_prior)
-            norm = optax.global_norm(grads)
-            step, new = opt.update(grads, moments, params)
-            sound = jnp.isfinite(norm) & (now["lr"] > 0)  # a gradient that is not finite changes nothing
-            moved = optax.apply_updates(params, jax.tree.map(lambda x: -now["lr"] * x, step))
-            carry = jax.tree.map(lambda a, b: jnp.where(sound, a, b), (moved, new), carry)
-            return carry, dict(metrics, norm=norm)
+def jit(mesh, iteration, state):
+    """`iteration` jitted: it uses up the state that it is given and leaves the new one where the old one was."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(iteration, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
 
-        (params, moments), metrics = jax.lax.scan(update, (state["params"], state["opt"]), (batches, noise, schedule))
-        metrics = jax.tree.map(jnp.mean, metrics) | counts
-        return dict(params=params, opt=moments, envs=states, obs=obs), metrics
 
-    return iteration
+def gather(tree):
+    """A pytree of arrays as numpy arrays on every process."""
+    if jax.process_count() > 1:
+        tree = multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(np.asarray, tree)
+
+
+def broadcast(text):
+    """Rank 0's text on all processes. Also a barrier."""
+    if jax.process_count() == 1:
+        return text
+    letters = np.zeros(4096, np.uint8)
+    letters[: len(text.encode())] = np.frombuffer(text.encode(), np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(letters))).rstrip(b"\0").decode()
+
+
+def any_process(asked):
+    """True on all processes if it is on one."""
+    return bool(asked) if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(asked)).any())
 
 
 # --- files
@@ -142,10 +199,10 @@ def pack(state):
 
 
 def unpack(like, arrays, where):
-    """`arrays` in the structure of the pytree `like`; a ValueError if names or shapes differ."""
+    """`arrays` in the structure of the pytree `like`; DataError if names or shapes differ."""
     wanted = {name: value.shape for name, value in pack(like).items()}
     found = {name: value.shape for name, value in arrays.items()}
     for name in sorted({*wanted, *found}):
         if wanted.get(name) != found.get(name):
-            raise ValueError(f"{where}: {name} has shape {found.get(name)}, but this run needs {wanted.get(name)}")
+            raise DataError(f"{where}: {name} has shape {found.get(name)}, but this run needs {wanted.get(name)}")
     return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in wanted])

@@ -5,6 +5,9 @@ base (an arm) as in its reaching task. What differs on purpose: frames are count
 drops one now and then), an episode that ends starts anew on another clip and frame, NaN physics is counted, and the
 cost of a changed action is charged (track-mjx's step overwrites the previous action first, so that it is always 0).
 
+All methods take one environment; callers vmap them. `reference` (a pytree of arrays, C T ...) is passed to each, so
+that it lives on the devices once and not inside the compiled programs.
+
 Letters: E environments, T frames ahead, J joints, B tracked bodies, A actions.
 """
 
@@ -12,52 +15,48 @@ import contextlib
 import io
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import mujoco
 import numpy as np
 from flax import struct
-from walker import build_model, entry, has
+from teacher.walker import body_names, build_model, entry
+
+from common import DataError
 
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     from mujoco import mjx  # it prints that the optional warp is missing
 
-BASES = ("torso", "ground", "world")  # the body whose frame the end effectors are seen in
+ROOTS = ("torso", "thorax", "reference_base", "torso13_body")  # what track-mjx's walkers call their root body
 LIMITS = ("bad_pose_dist", "too_far_dist", "bad_quat_dist", "healthy_z_range", "penalty_pos_distance_scale")
-ENDS = ("bad_pose", "too_far", "bad_quat", "fall", "nan")  # terms that end an episode
-
-
-class View(NamedTuple):
-    """What observation and reward read of the physics; from MJX or from C MuJoCo."""
-
-    qpos: Any
-    qvel: Any
-    force: Any  # qfrc_actuator
-    xpos: Any
-    xmat: Any  # nbody 3 3
-
-    @classmethod
-    def of(cls, data):
-        return cls(data.qpos, data.qvel, data.qfrc_actuator, data.xpos, data.xmat.reshape(-1, 3, 3))
+TERMINATIONS = ("bad_pose", "too_far", "bad_quat", "fall", "nan")  # terms that end an episode
 
 
 @struct.dataclass
 class State:
-    """One environment: what the physics goes on from, and where in which clip it is.
-
-    age counts control steps since `start`, history (window A) holds the last actions, oldest first.
-    """
+    """One environment: its physics, and where in which clip it is. MJX leaves xpos and xmat one physics step behind
+    qpos (it integrates last), as track-mjx does."""
 
     qpos: Any
     qvel: Any
+    qfrc_actuator: Any
+    xpos: Any  # nbody 3
+    xmat: Any  # nbody 3 3
     act: Any
     warmstart: Any
     clip: Any
-    start: Any
-    age: Any
-    history: Any
+    start: Any  # frame of the clip at which the episode began
+    age: Any  # control steps since then
+    actions: Any  # window A, the last actions, oldest first
+
+    def with_physics(self, data):
+        """The same environment with the physics of an MJX (or C MuJoCo) data."""
+        return self.replace(
+            qpos=data.qpos, qvel=data.qvel, qfrc_actuator=data.qfrc_actuator, xpos=data.xpos,
+            xmat=data.xmat.reshape(-1, 3, 3), act=data.act, warmstart=data.qacc_warmstart,
+        )  # fmt: skip
 
 
 # --- rotations
@@ -83,8 +82,7 @@ def relative_quat(reference, quat):
 
 
 class Imitation:
-    """The task for one walker and its clips. `reference` (a pytree of arrays, C T ...) is passed to every function, so
-    that it lives on the devices once and not inside the compiled programs.
+    """The task for one walker and its clips.
 
     body_shift: track-mjx of 2025 looks up a body's reference by its id in a model that has a floor body which the clips
     lack, so that it tracks the next body; a teacher trained so needs 1. "auto" is 1 where the root is free and the
@@ -96,8 +94,8 @@ class Imitation:
         self.model = build_model(walker, config) if model is None else model
         self.substeps = int(timing["physics_steps_per_control_step"])
         self.rate = 1 / (self.substeps * self.model.opt.timestep)  # control steps per second
-        ratio = Fraction(float(timing["mocap_hz"]) / self.rate).limit_denominator(1000)
-        self.frames, self.per = ratio.numerator, ratio.denominator  # `frames` mocap frames in `per` control steps
+        # mocap frames per control step, as a fraction
+        self.frames_per_step = Fraction(float(timing["mocap_hz"]) / self.rate).limit_denominator(1000)
         self.ahead = int(config["reference_config"]["traj_length"])
         self.noise = float(timing["reset_noise_scale"])
         self.weights = config["env_config"]["reward_weights"]
@@ -107,43 +105,47 @@ class Imitation:
             entry(config, f"env_config.reward_weights.{key}")
         self.q0, self.v0 = (7, 6) if self.free else (0, 0)
 
-        def ids(kind, wanted):
-            try:
-                return np.array([getattr(self.model, kind)(name).id for name in wanted], int)
-            except KeyError:
-                missing = next(name for name in wanted if not has(self.model, kind, name))
-                raise ValueError(
-                    f"--walker {walker}: has no {kind} {missing!r} of the checkpoint's walker_config"
-                ) from None
-
-        self.joints = ids("joint", names["joint_names"]) - int(self.free)
-        body, ends = ids("body", names["body_names"]), ids("body", names["end_eff_names"])
-        self.base = next(self.model.body(name).id for name in BASES if has(self.model, "body", name))
+        self.joints = self.ids(walker, "joint", names["joint_names"]) - int(self.free)
+        body, ends = (self.ids(walker, "body", names[key]) for key in ("body_names", "end_eff_names"))
+        self.root = self.root_body(names.get("torso_name"))
         known = len(clips.bodies) or clips.xpos.shape[2]
-        short = self.model.nbody - known
-        shift = int(short == 1 and self.free) if body_shift == "auto" else int(body_shift)
-        if shift:
+        extra = self.model.nbody - known
+        self.shift = int(extra == 1 and self.free) if body_shift == "auto" else int(body_shift)
+        if self.shift:
             # both sides one body further: the reference by the model's id, the model by the next one
             self.body, self.end = (np.minimum(i + 1, self.model.nbody - 1) for i in (body, ends))
             of_body, of_end = (np.minimum(i, known - 1) for i in (body, ends))
         else:
             self.body, self.end = body, ends
-            order = clips.bodies or [self.model.body(i).name for i in range(short, self.model.nbody)]
+            order = clips.bodies or [self.model.body(i).name for i in range(extra, self.model.nbody)]
             unknown = [n for n in (*names["body_names"], *names["end_eff_names"]) if n not in order]
             if unknown:
-                raise ValueError(f"--data: the clips have no body {unknown[0]!r}, which the teacher tracks")
+                raise DataError(f"--data: the clips have no body {unknown[0]!r}, which the teacher tracks")
             of_body, of_end = ([order.index(n) for n in names[key]] for key in ("body_names", "end_eff_names"))
-        self.shift, self.appendages = shift, ends
+        self.appendages = ends
         self.reference = dict(
             qpos=clips.qpos, qvel=clips.qvel, body=clips.xpos[:, :, of_body], end=clips.xpos[:, :, of_end],
             length=clips.length.astype(np.int32),
         )  # fmt: skip
         short = [clips.ids[i] for i in np.flatnonzero(clips.length < self.ahead + 2)]
         if short:
-            raise ValueError(f"--data: clip {short[0]} is shorter than the {self.ahead + 2} frames that a step needs")
+            raise DataError(f"--data: clip {short[0]} is shorter than the {self.ahead + 2} frames that a step needs")
+        last = int(clips.length.max()) - self.ahead - 1
+        self.longest = -(-last * self.frames_per_step.denominator // self.frames_per_step.numerator)  # control steps
 
-        ages = -(-(clips.length.max() - self.ahead - 1) * self.per // self.frames)
-        self.longest = int(ages)  # control steps of the longest episode
+    def ids(self, walker, kind, names):
+        count = self.model.njnt if kind == "joint" else self.model.nbody
+        own = [getattr(self.model, kind)(i).name for i in range(count)]
+        if missing := [name for name in names if name not in own]:
+            raise DataError(f"--walker {walker}: has no {kind} {missing[0]!r} of the teacher's walker_config")
+        return np.array([own.index(name) for name in names], int)
+
+    def root_body(self, name=None):
+        """The body in whose frame the end effectors are seen and whose height counts: the one that the configuration or
+        track-mjx names, else the body of the free joint; for a fixed base `ground`, else the world."""
+        names = body_names(self.model)
+        known = [n for n in ((name, *ROOTS) if self.free else (name, "torso", "ground")) if n in names]
+        return names.index(known[0]) if known else int(self.model.jnt_bodyid[0]) if self.free else 0
 
     def check(self, teacher):
         """Refuse a teacher of another walker: sizes of its observation and action."""
@@ -153,7 +155,7 @@ class Imitation:
             ("observation numbers", self.obs_size, len(teacher.mean)),
         ):
             if here != there:
-                raise ValueError(
+                raise DataError(
                     f"--walker has {here} {what}, but {teacher.path} has {there}: another walker's teacher?"
                 )
 
@@ -170,66 +172,68 @@ class Imitation:
 
     # --- what is seen and rewarded
 
-    def frame(self, start, age):
-        """The reference frame after `age` control steps."""
-        return start + age * self.frames // self.per
+    def frame_index(self, state):
+        """The clip's frame that belongs to a state."""
+        return state.start + state.age * self.frames_per_step.numerator // self.frames_per_step.denominator
 
-    def observe(self, reference, view, clip, frame):
-        """(N,) observation: reference frames frame + 1 ... relative to the walker, then proprioception."""
-        ahead = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x[clip], frame + 1, self.ahead),
-            {key: reference[key] for key in ("qpos", "body")},
+    def get_obs(self, reference, state):
+        """(N,) observation: the next T reference frames relative to the walker, then proprioception. NaN physics: 0."""
+        at = self.frame_index(state) + 1
+        qpos, body = (
+            jax.lax.dynamic_slice_in_dim(reference[key][state.clip], at, self.ahead) for key in ("qpos", "body")
         )
-        joints = (ahead["qpos"] - view.qpos)[:, self.q0 :][:, self.joints]
+        joints = (qpos - state.qpos)[:, self.q0 :][:, self.joints]
         seen = [joints]
         if self.free:
             # rotated by the root's quaternion, not its inverse: what the teachers were trained on
-            quat = view.qpos[3:7]
-            root, turn = rotate(ahead["qpos"][:, :3] - view.qpos[:3], quat), relative_quat(ahead["qpos"][:, 3:7], quat)
-            seen = [root, turn, joints, rotate(ahead["body"] - view.xpos[self.body], quat)]
-        place, frame_of_base = view.xpos[self.base], view.xmat[self.base]
-        ends = (view.xpos[self.appendages] - place) @ frame_of_base
-        own = [view.qpos[self.q0 :], view.qvel[self.v0 :], view.force]
+            quat = state.qpos[3:7]
+            position, turn = rotate(qpos[:, :3] - state.qpos[:3], quat), relative_quat(qpos[:, 3:7], quat)
+            seen = [position, turn, joints, rotate(body - state.xpos[self.body], quat)]
+        obs = jnp.concatenate([x.ravel() for x in seen] + [self.proprioception(state)])
+        return jnp.nan_to_num(obs, posinf=0.0, neginf=0.0)
+
+    def proprioception(self, state):
+        """(P,) the walker's own joints, velocities, forces, root and end effectors."""
+        position, axes = state.xpos[self.root], state.xmat[self.root]
+        ends = (state.xpos[self.appendages] - position) @ axes
+        own = [state.qpos[self.q0 :], state.qvel[self.v0 :], state.qfrc_actuator]
         # track-mjx's reaching task ends with nine sensor values, all zero
-        own += [place[2:3], frame_of_base[2], ends] if self.free else [ends, jnp.zeros(9)]
-        return jnp.concatenate([x.ravel() for x in [*seen, *own]])
+        own += [position[2:3], axes[2], ends.ravel()] if self.free else [ends.ravel(), jnp.zeros(9)]
+        return jnp.concatenate(own)
 
-    def reward(self, reference, view, clip, frame, history):
-        """{term: weighted value}, distances and end-of-episode flags; history (window, A) of actions, the last is now.
-
-        Costs are negative; the reward is the `total` of these terms.
-        """
-        w, now = self.weights, {key: reference[key][clip, frame] for key in ("qpos", "qvel", "body", "end")}
-        action, before = history[-1], history[-2] if self.window > 1 else history[-1]
+    def reward(self, reference, state):
+        """{term: weighted value}, distances and end-of-episode flags; costs are negative, `total` sums the reward."""
+        w, frame = self.weights, self.frame_index(state)
+        now = {key: reference[key][state.clip, frame] for key in ("qpos", "qvel", "body", "end")}
+        action, before = state.actions[-1], state.actions[-2] if self.window > 1 else state.actions[-1]
 
         def near(name, distance):
             return w.get(f"{name}_reward_weight", 0.0) * jnp.exp(-w.get(f"{name}_reward_exp_scale", 1.0) * distance)
 
-        joint = jnp.square(view.qpos - now["qpos"])[self.q0 :].sum()
-        body = jnp.square(view.xpos[self.body] - now["body"]).sum()
-        end = jnp.square(view.xpos[self.end] - now["end"]).sum()
-        speed, force = view.qvel[self.v0 :], view.force[self.v0 :]
-        energy = jnp.minimum(jnp.abs(speed * force).sum(), 50.0)
+        joint = jnp.square(state.qpos - now["qpos"])[self.q0 :].sum()
+        body = jnp.square(state.xpos[self.body] - now["body"]).sum()
+        end = jnp.square(state.xpos[self.end] - now["end"]).sum()
+        power = jnp.abs(state.qvel[self.v0 :] * state.qfrc_actuator[self.v0 :]).sum()
         out = dict(
             joint_reward=near("joint", joint),
             bodypos_reward=near("bodypos", body),
             endeff_reward=near("endeff", end),
             ctrl_cost=-w.get("ctrl_cost_weight", 0.0) * jnp.square(action).sum(),
             ctrl_diff_cost=-w.get("ctrl_diff_cost_weight", 0.0) * jnp.square(action - before).sum(),
-            energy_cost=-w.get("energy_cost_weight", 0.0) * energy,
+            energy_cost=-w.get("energy_cost_weight", 0.0) * jnp.minimum(power, 50.0),
             joint_distance=joint,
             bad_pose=(joint > w["bad_pose_dist"]).astype(jnp.float32),
         )
         if self.window > 1:
-            jerk = jnp.square(history[2:] - 2 * history[1:-1] + history[:-2]).sum()
-            out |= dict(var_cost=-w["var_coeff"] * history.var(0).sum(), jerk_cost=-w["jerk_coeff"] * jerk)
+            jerk = jnp.square(state.actions[2:] - 2 * state.actions[1:-1] + state.actions[:-2]).sum()
+            out |= dict(var_cost=-w["var_coeff"] * state.actions.var(0).sum(), jerk_cost=-w["jerk_coeff"] * jerk)
         if self.free:
-            d = view.qpos[:3] - now["qpos"][:3]
+            d = state.qpos[:3] - now["qpos"][:3]
             far = jnp.square(d * jnp.array(w["penalty_pos_distance_scale"])).sum()
-            turn = bounded_angle(view.qpos[3:7], now["qpos"][3:7]) ** 2
-            spin = jnp.square(view.qvel[3:6] - now["qvel"][3:6]).sum()
+            turn = bounded_angle(state.qpos[3:7], now["qpos"][3:7]) ** 2
+            spin = jnp.square(state.qvel[3:6] - now["qvel"][3:6]).sum()
             low, high = w["healthy_z_range"]
-            height = view.xpos[self.base, 2]
+            height = state.xpos[self.root, 2]
             out |= dict(
                 pos_reward=near("pos", jnp.square(d).sum()),
                 quat_reward=near("quat", turn),
@@ -242,74 +246,73 @@ class Imitation:
             )
         return out
 
-    def errors(self, reference, view, clip, frame):
-        """Tracking errors: root mean square over the joints (rad), mean distance over tracked bodies and ends."""
-        now = {key: reference[key][clip, frame] for key in ("qpos", "body", "end")}
-        here = jnp.concatenate([view.xpos[self.body], view.xpos[self.end]])
-        apart = jnp.linalg.norm(here - jnp.concatenate([now["body"], now["end"]]), axis=-1)
-        return jnp.sqrt(jnp.square(view.qpos - now["qpos"])[self.q0 :].mean()), apart.mean()
-
     @staticmethod
     def total(terms):
         """The reward: sum of the terms named ..._reward and ..._cost."""
         return sum(value for name, value in terms.items() if name.endswith(("_reward", "_cost")))
 
+    def errors(self, reference, state):
+        """Tracking errors: root mean square over the joints (rad), mean distance over tracked bodies and ends."""
+        frame = self.frame_index(state)
+        now = {key: reference[key][state.clip, frame] for key in ("qpos", "body", "end")}
+        here = jnp.concatenate([state.xpos[self.body], state.xpos[self.end]])
+        apart = jnp.linalg.norm(here - jnp.concatenate([now["body"], now["end"]]), axis=-1)
+        return jnp.sqrt(jnp.square(state.qpos - now["qpos"])[self.q0 :].mean()), apart.mean()
+
     # --- dynamics
 
     @cached_property
-    def put(self):
+    def mjx(self):
         """The model and blank data as MJX has them."""
         with jax.ensure_compile_time_eval():  # the first to ask may be a function that is being traced
             try:
                 place = dict(impl="jax", device=jax.local_devices()[0])  # its own default may be another process's
                 return mjx.put_model(self.model, **place), mjx.make_data(self.model, **place)
             except NotImplementedError as error:
-                raise ValueError(f"--walker: MJX cannot simulate it ({error})") from None
+                raise DataError(f"--walker: MJX cannot simulate it ({error})") from None
 
-    def begin(self, reference, clip, start, key):
-        """(State, View) at frame `start` of `clip`, as in track-mjx: uniform noise on qpos, and for qvel alone."""
-        model, blank = self.put
-        spread = dict(minval=-self.noise, maxval=self.noise)
-        qpos = reference["qpos"][clip, start] + jax.random.uniform(key, (self.model.nq,), **spread)
-        qvel = jax.random.uniform(key, (self.model.nv,), **spread)
-        data = mjx.kinematics(model, blank.replace(qpos=qpos, qvel=qvel))
-        history = jnp.zeros((self.window, self.model.nu))
-        state = State(qpos, qvel, blank.act, blank.qacc_warmstart, clip, start, jnp.zeros_like(start), history)
-        return state, View.of(data)
-
-    def spot(self, reference, train, key):
+    def sample_start(self, reference, train, key):
         """A random clip of `train` (indices) and a random frame in its first half."""
-        one, two = jax.random.split(key)
-        clip = train[jax.random.randint(one, (), 0, len(train))]
+        keys = jax.random.split(key)
+        clip = train[jax.random.randint(keys[0], (), 0, len(train))]
         last = reference["length"][clip] - self.ahead - 1
-        return clip, jax.random.randint(two, (), 0, jnp.maximum(last // 2, 1))
+        return clip, jax.random.randint(keys[1], (), 0, jnp.maximum(last // 2, 1))
 
-    def reset(self, reference, train, key):
-        """`begin` at a random spot."""
-        return self.begin(reference, *self.spot(reference, train, key), key)
+    def reset(self, reference, clip, start, key):
+        """State at frame `start` of `clip`, as in track-mjx: uniform noise on qpos, and for qvel noise alone."""
+        model, blank = self.mjx
+        bounds = dict(minval=-self.noise, maxval=self.noise)
+        qpos = reference["qpos"][clip, start] + jax.random.uniform(key, (self.model.nq,), **bounds)
+        qvel = jax.random.uniform(key, (self.model.nv,), **bounds)
+        return self.state_at(qpos, qvel, clip, start)
 
-    def act(self, reference, state, action):
-        """One control step: (State, View, terms, failed, over). failed: terminated or NaN (terms["nan"] is 1 then, the
-        others 0); over: the clip has no further frames."""
-        model, blank = self.put
+    def state_at(self, qpos, qvel, clip, start):
+        """State of a given posture, no action taken yet."""
+        model, blank = self.mjx
+        data = mjx.kinematics(model, blank.replace(qpos=qpos, qvel=qvel))
+        fields = dict.fromkeys(("qpos", "qvel", "qfrc_actuator", "xpos", "xmat", "act", "warmstart"))
+        actions = jnp.zeros((self.window, self.model.nu))
+        return State(**fields, clip=clip, start=start, age=jnp.zeros_like(start), actions=actions).with_physics(data)
+
+    def simulate(self, state, action):
+        """The state one control step later; `age` and `actions` follow."""
+        model, blank = self.mjx
         data = blank.replace(
             qpos=state.qpos, qvel=state.qvel, act=state.act, qacc_warmstart=state.warmstart, ctrl=action
         )
         data = jax.lax.fori_loop(0, self.substeps, lambda _, d: mjx.step(model, d), data)
-        history, age = jnp.concatenate([state.history[1:], action[None]]), state.age + 1
-        state = state.replace(
-            qpos=data.qpos, qvel=data.qvel, act=data.act, warmstart=data.qacc_warmstart, age=age, history=history
-        )
-        view, frame = View.of(data), self.frame(state.start, age)
-        terms = self.reward(reference, view, state.clip, frame, history)
-        sound = jnp.all(jnp.array([jnp.isfinite(x).all() for x in view]))
-        terms = {name: jnp.where(sound, value, 0.0) for name, value in terms.items()}
-        terms["nan"] = 1.0 - sound
-        failed = sum(terms.get(name, 0.0) for name in ENDS) > 0
-        over = frame + self.ahead + 1 >= reference["length"][state.clip]
-        return state, view, terms, failed, over
+        actions = jnp.concatenate([state.actions[1:], action[None]])
+        return state.with_physics(data).replace(age=state.age + 1, actions=actions)
 
-    def look(self, reference, state, view):
-        """The observation (N,) of a State; NaN physics gives zeros."""
-        obs = self.observe(reference, view, state.clip, self.frame(state.start, state.age))
-        return jnp.nan_to_num(obs, posinf=0.0, neginf=0.0)
+    def step(self, reference, state, action):
+        """One control step: (State, terms, terminated, truncated). terminated: the pose is lost or physics is NaN
+        (terms["nan"] is 1 then, the others 0); truncated: the clip has no further frames."""
+        state = self.simulate(state, action)
+        terms = self.reward(reference, state)
+        physics = (state.qpos, state.qvel, state.qfrc_actuator, state.xpos, state.xmat)
+        finite = jnp.all(jnp.array([jnp.isfinite(x).all() for x in physics]))
+        terms = {name: jnp.where(finite, value, 0.0) for name, value in terms.items()}
+        terms["nan"] = 1.0 - finite
+        terminated = sum(terms.get(name, 0.0) for name in TERMINATIONS) > 0
+        truncated = self.frame_index(state) + self.ahead + 1 >= reference["length"][state.clip]
+        return state, terms, terminated, truncated

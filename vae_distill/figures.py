@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 TRUE, STUDENT = "0.55", "tab:blue"
 COLORS = dict(zip(
-    ("teacher", "student mean", "student sample", "prior mean", "prior sample", "zero action"),
+    ("teacher", "posterior mean", "posterior sample", "prior mean", "prior sample", "zero action"),
     (TRUE, STUDENT, "tab:cyan", "tab:orange", "tab:red", "black"), strict=True,
 ))  # fmt: skip
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120})

@@ -1,57 +1,125 @@
-"""What the report card measures, from the records of played episodes (see rollout.py)."""
+"""Play whole episodes from given starts with one of six policies, and measure them.
 
+Records of a rollout are arrays (steps E ...); `alive` (steps E) is 1 for the steps that an episode was played.
+"""
+
+import jax
+import jax.numpy as jnp
 import numpy as np
-from env import ENDS
-from model import ACTIVE
-from rollout import summary
+from env import TERMINATIONS
+from model import ACTIVE, intention
+
+POLICIES = ("teacher", "posterior mean", "posterior sample", "prior mean", "prior sample", "zero action")
+ERRORS = ("action_mse", "joint_error", "body_error")
 
 
-def interval(values, clip, rng, count=1000):
-    """95 % bootstrap interval of the mean of `values` (E), resampling clips, as episodes of one clip are alike."""
-    groups = [values[clip == i] for i in np.unique(clip)]
-    sums, sizes = np.array([g.sum() for g in groups]), np.array([len(g) for g in groups])
+def make_rollout(env, student, steps):
+    """A jitted function (params, task, policy, clip, start, key) -> records of `steps` control steps of E episodes.
+
+    One compiled program serves all policies. policy: index into POLICIES; clip, start (E,). The same key gives the same
+    starts and the same noise whatever the policy. An episode is played until it terminates or its clip is over.
+    Records: reward, terms, alive, terminated, action_mse (to the teacher's action in that state), joint_error (rms,
+    rad), body_error (mean distance), latent (mode of q), kl (per dim), qpos, frame.
+    """
+
+    def act(params, task, policy, obs, key):
+        """The policy's action, the teacher's, the latent and the KL per dim, for obs (E N)."""
+        label, _ = intention(task["teacher"], (obs - task["mean"]) / task["std"], env.reference_size)
+        q, p = student.posterior(params, obs), student.prior(params, obs)
+        latents = (q.mode, lambda: q.sample(key), p.mode, lambda: p.sample(key))
+        decoders = [lambda latent=latent: student.decode(params, obs, latent()) for latent in latents]
+        action = jax.lax.switch(policy, [lambda: label, *decoders, lambda: jnp.zeros_like(label)])
+        return action, label, q.mode(), q.kl(p)
+
+    @jax.jit
+    def rollout(params, task, policy, clip, start, key):
+        reference = task["reference"]
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(clip)))
+        envs = jax.vmap(env.reset, (None, 0, 0, 0))(reference, clip, start, keys)
+
+        def control_step(carry, t):
+            envs, alive = carry
+            obs = jax.vmap(env.get_obs, (None, 0))(reference, envs)
+            action, label, latent, kl = act(params, task, policy, obs, jax.random.fold_in(key, t))
+            envs, terms, terminated, truncated = jax.vmap(env.step, (None, 0, 0))(reference, envs, action)
+            joint, body = jax.vmap(env.errors, (None, 0))(reference, envs)
+            out = dict(
+                reward=env.total(terms), terms=terms, alive=alive, terminated=alive * terminated, joint_error=joint,
+                body_error=body, action_mse=jnp.square(action - label).mean(-1), latent=latent, kl=kl, qpos=envs.qpos,
+                frame=env.frame_index(envs),
+            )  # fmt: skip
+            return (envs, alive * (1 - (terminated | truncated))), out
+
+        return jax.lax.scan(control_step, (envs, jnp.ones(len(clip))), jnp.arange(steps))[1]
+
+    return rollout
+
+
+def summary(out, chosen=slice(None)):
+    """Means over the `chosen` episodes: reward per episode, share that never terminated, errors per step played."""
+    alive = np.asarray(out["alive"])[:, chosen]
+    played = max(alive.sum(), 1)
+    means = dict(
+        reward=float((np.asarray(out["reward"])[:, chosen] * alive).sum(0).mean()),
+        survival=float(1 - np.asarray(out["terminated"])[:, chosen].sum(0).mean()),
+    )
+    for name in ERRORS:
+        means[name] = float((np.nan_to_num(np.asarray(out[name])[:, chosen]) * alive).sum() / played)
+    return means
+
+
+# --- the report's
+
+
+def interval(values, clip, rng, over=None, count=1000):
+    """95 % bootstrap interval of sum(values) / sum(over), without `over` of the mean of `values` (E); clips are drawn,
+    as episodes of one clip are alike."""
+    over = np.ones_like(values) if over is None else over
+    groups = [clip == i for i in np.unique(clip)]
     drawn = rng.integers(len(groups), size=(count, len(groups)))
-    return np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), [0.025, 0.975]).tolist()
+    above, below = (np.array([x[group].sum() for group in groups])[drawn].sum(1) for x in (values, over))
+    return np.quantile(above / below, [0.025, 0.975]).tolist()
 
 
-def measure(outs, clip, own, seed):
-    """One row per policy over the episodes `own`: summary, reward per term and step, intervals, what ended episodes."""
-    rows = {}
+def measure(outs, clip, chosen, seed):
+    """One row per policy over the `chosen` episodes: summary, reward per term, intervals, what ended episodes."""
+    rows, rewards = {}, {}
     for name, out in outs.items():
-        alive, rng = out["alive"][:, own], np.random.default_rng(seed)
-        row, played = summary(out, own), alive.sum()
-        reward = (out["reward"][:, own] * alive).sum(0)
-        terms = {key: float((value[:, own] * alive).sum() / played) for key, value in out["terms"].items()}
+        alive, rng = out["alive"][:, chosen], np.random.default_rng(seed)
+        row, played = summary(out, chosen), alive.sum()
+        rewards[name] = (out["reward"][:, chosen] * alive).sum(0)
+        terms = {key: float((value[:, chosen] * alive).sum() / played) for key, value in out["terms"].items()}
         row |= dict(
-            reward_interval=interval(reward, clip[own], rng),
-            reward_per_step=float(reward.sum() / played),
-            survived_interval=interval(1 - out["failed"][:, own].sum(0), clip[own], rng),
+            reward_interval=interval(rewards[name], clip[chosen], rng),
+            reward_per_step=float(rewards[name].sum() / played),
+            survival_interval=interval(1 - out["terminated"][:, chosen].sum(0), clip[chosen], rng),
             terms={key: value for key, value in terms.items() if key.endswith(("_reward", "_cost"))},
-            ended_by={key: int(round(terms[key] * played)) for key in ENDS if key in terms},
+            ended_by={key: int(round(terms[key] * played)) for key in TERMINATIONS if key in terms},
             steps=int(played),
         )
         rows[name] = row
-    teacher = rows["teacher"]["reward"]
-    for row in rows.values():
-        row["reward_share"] = row["reward"] / teacher
+    for name, row in rows.items():
+        row["reward_share"] = row["reward"] / (rows["teacher"]["reward"] or np.nan)
+        rng = np.random.default_rng(seed)
+        row["reward_share_interval"] = interval(rewards[name], clip[chosen], rng, over=rewards["teacher"])
     return rows
 
 
-def latents(out, own):
-    """KL and spread of every latent dim over the played steps, and the two main directions of the means."""
-    alive = out["alive"][:, own] > 0
-    mean, kl = out["latent"][:, own][alive], out["kl"][:, own][alive]
+def latent_metrics(out, chosen):
+    """KL and spread of every latent dim over the played steps, and the two main directions of the latents."""
+    alive = out["alive"][:, chosen] > 0
+    mean, kl = out["latent"][:, chosen][alive], out["kl"][:, chosen][alive]
     centred = mean - mean.mean(0)
     _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
-    share = np.square(sizes) / max(np.square(sizes).sum(), 1e-12)
+    variance = np.square(sizes) / max(np.square(sizes).sum(), 1e-12)
     shown = np.linspace(0, len(mean) - 1, min(len(mean), 3000)).astype(int)
-    where = np.nonzero(alive)
-    points = dict(xy=(centred @ directions[:2].T)[shown], episode=where[1][shown], step=where[0][shown])
-    card = dict(
+    step, episode = np.nonzero(alive)
+    points = dict(xy=(centred @ directions[:2].T)[shown], episode=episode[shown], step=step[shown])
+    metrics = dict(
         kl_per_dim=kl.mean(0).tolist(),
         kl=float(kl.sum(-1).mean()),
         active_dims=int((kl.mean(0) > ACTIVE).sum()),
         std_per_dim=mean.std(0).tolist(),
-        pca_share=share[: min(8, len(share))].tolist(),
+        pca_explained_variance=variance[:8].tolist(),
     )
-    return card, points
+    return metrics, points

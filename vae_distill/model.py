@@ -1,22 +1,44 @@
 """The teacher's intention network and the student: a latent motor skill space with a learned prior (PULSE, Luo 2023).
 
-Student: encoder q(z | reference, proprioception), prior p(z | proprioception), decoder (z, proprioception) -> action in
-[-1, 1]. All layers carry track-mjx's names, so the teacher's arrays fit as they are and the student's go back.
+Student: posterior q(z | reference, proprioception), prior p(z | proprioception), decoder (z, proprioception) -> action
+in [-1, 1]. z is Gaussian, or rounded to a few levels per dim (FSQ, Mentzer 2023, as in SONIC, 2511.07820). Layers carry
+track-mjx's names, so the teacher's arrays fit as they are and the student's go back.
 
-Letters: B batch (any leading dims), N observation (R reference, then P proprioception), Z latent, A actions.
+Letters: B batch (any leading dims), N observation (R reference, then P proprioception), Z latent, K levels, A actions.
 """
 
 import json
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common import DataError
+
 LOGVAR = (-5.0, 2.0)  # PULSE's clamp
 QUIET = -5.0  # scale logit of the exported decoder: a standard deviation of softplus(-5) + 0.001 = 0.008
 ACTIVE = 0.01  # nats of KL above which a latent dim counts as used
+
+
+@dataclass
+class StudentConfig:
+    reference_size: int  # R
+    proprioception_size: int  # P
+    action_size: int  # A
+    latent_dim: int = 32  # Z
+    fsq_levels: int = 0  # K; 0: a Gaussian latent
+    encoder_hidden_sizes: tuple = (512, 512, 256)
+    decoder_hidden_sizes: tuple = (512, 512, 256)
+    prior_hidden_sizes: tuple = (512, 256)
+    prior_stop_gradient: bool = False  # fit the prior to the posterior, not the posterior to the prior
+    teacher: dict = field(default_factory=dict)  # the teacher's own configuration: walker, timing, rewards
+
+
+# --- networks, with track-mjx's names
 
 
 def hidden(x, widths):
@@ -28,26 +50,30 @@ def hidden(x, widths):
 
 
 class Decoder(nn.Module):
-    """B n -> B last, the last layer bare."""
+    """B n -> B out, the last layer bare."""
 
     widths: tuple
-    last: int
+    out: int
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(self.last, name=f"hidden_{len(self.widths)}")(hidden(x, self.widths))
+        return nn.Dense(self.out, name=f"hidden_{len(self.widths)}")(hidden(x, self.widths))
 
 
-class Gaussian(nn.Module):
-    """B n -> mean and log-variance (B Z each) of a diagonal Gaussian."""
+class Encoder(nn.Module):
+    """B n -> one array per head, (name, width) each; a Gaussian has fc2_mean and fc2_logvar."""
 
     widths: tuple
-    latent: int
+    heads: tuple
 
     @nn.compact
     def __call__(self, x):
         x = hidden(x, self.widths)
-        return nn.Dense(self.latent, name="fc2_mean")(x), nn.Dense(self.latent, name="fc2_logvar")(x)
+        return tuple(nn.Dense(width, name=name)(x) for name, width in self.heads)
+
+
+def gaussian_heads(latent_dim):
+    return (("fc2_mean", latent_dim), ("fc2_logvar", latent_dim))
 
 
 def widths(part):
@@ -61,169 +87,221 @@ def intention(params, x, reference_size):
     Its encoder sees the reference alone, its decoder [z, proprioception]; half of the output is a scale, unused here.
     """
     encoder, decoder = params["encoder"], params["decoder"]
-    latent = encoder["fc2_mean"]["bias"].shape[0]
-    z, _ = Gaussian(tuple(widths(encoder)), latent).apply({"params": encoder}, x[..., :reference_size])
+    heads = gaussian_heads(encoder["fc2_mean"]["bias"].shape[0])
+    z, _ = Encoder(tuple(widths(encoder)), heads).apply({"params": encoder}, x[..., :reference_size])
     *inner, last = widths(decoder)
     inputs = jnp.concatenate([z, x[..., reference_size:]], -1)
     out = Decoder(tuple(inner), last).apply({"params": decoder}, inputs)
     return jnp.tanh(out[..., : last // 2]), z
 
 
-def kl(mean, logvar, prior_mean, prior_logvar):
-    """KL(q || p) of diagonal Gaussians per dim, in nats: (B Z)."""
-    ratio = jnp.exp(logvar - prior_logvar) + jnp.square(mean - prior_mean) * jnp.exp(-prior_logvar)
-    return 0.5 * (ratio - 1 + prior_logvar - logvar)
+# --- latents
+
+
+class Normal(NamedTuple):
+    """Diagonal Gaussian, posterior or prior: mean and logvar (B Z)."""
+
+    mean: Any
+    logvar: Any
+
+    def mode(self):
+        return self.mean
+
+    def sample(self, key):
+        return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape)
+
+    def kl(self, prior):
+        """KL(self || prior) per dim, in nats: (B Z)."""
+        ratio = jnp.exp(self.logvar - prior.logvar) + jnp.square(self.mean - prior.mean) * jnp.exp(-prior.logvar)
+        return 0.5 * (ratio - 1 + prior.logvar - self.logvar)
+
+
+class Codes(NamedTuple):
+    """FSQ posterior: one level per dim. value (B Z) in [-1, 1], with a straight-through gradient."""
+
+    value: Any
+
+    def mode(self):
+        return self.value
+
+    def sample(self, key):
+        return self.value
+
+    def kl(self, prior):
+        """-log p of the chosen level per dim, in nats: (B Z). A point's divergence; its gradient reaches the prior."""
+        levels = prior.logits.shape[-1]
+        index = jnp.round((self.value + 1) * (levels // 2)).astype(int)
+        return -jnp.take_along_axis(jax.nn.log_softmax(prior.logits), index[..., None], -1)[..., 0]
+
+
+class Levels(NamedTuple):
+    """FSQ prior: a categorical over the K levels of every dim. logits (B Z K)."""
+
+    logits: Any
+
+    def mode(self):
+        return self.logits.argmax(-1) / (self.logits.shape[-1] // 2) - 1.0
+
+    def sample(self, key):
+        return jax.random.categorical(key, self.logits) / (self.logits.shape[-1] // 2) - 1.0
+
+
+def fsq(x, levels):
+    """x (B Z), unbounded -> one of `levels` values in [-1, 1], rounded with a straight-through gradient."""
+    half_l, offset = (levels - 1) * (1 + 1e-3) / 2, 0.5 * (levels % 2 == 0)
+    bounded = jnp.tanh(x + jnp.arctanh(offset / half_l)) * half_l - offset
+    return (bounded + jax.lax.stop_gradient(jnp.round(bounded) - bounded)) / (levels // 2)
+
+
+# --- the student
 
 
 class Student:
-    """The student's sizes, the frozen observation normaliser, and pure functions of its parameters.
+    """The networks, the frozen observation normaliser, and pure functions of the parameters.
 
-    config: reference_size, action_size, latent, encoder, decoder, prior (widths), teacher (the teacher's
-    configuration). mean, std: (N,) the teacher's. Parameters: {"encoder", "prior", "decoder"}, nested dicts of
-    arrays.
+    mean, std: (N,) the teacher's. Parameters: {"encoder", "prior", "decoder"}, nested dicts of arrays.
     """
 
     def __init__(self, config, mean, std):
         self.config, self.mean, self.std = config, np.asarray(mean, np.float32), np.asarray(std, np.float32)
-        self.encoder = Gaussian(tuple(config["encoder"]), config["latent"])
-        self.prior = Gaussian(tuple(config["prior"]), config["latent"])
-        self.decoder = Decoder(tuple(config["decoder"]), config["action_size"])
+        z, levels = config.latent_dim, config.fsq_levels
+        encoder, prior = (("fc2_mean", z),), (("logits", z * levels),)
+        encoder, prior = (encoder, prior) if levels else (gaussian_heads(z), gaussian_heads(z))
+        self.encoder = Encoder(tuple(config.encoder_hidden_sizes), encoder)
+        self.prior_net = Encoder(tuple(config.prior_hidden_sizes), prior)
+        self.decoder = Decoder(tuple(config.decoder_hidden_sizes), config.action_size)
 
     def init(self, key):
-        """Fresh parameters, the prior as wide as a standard normal."""
-        keys, n = jax.random.split(key, 3), len(self.mean)
-        p, z = n - self.config["reference_size"], self.config["latent"]
-        inputs = dict(encoder=jnp.zeros(n), prior=jnp.zeros(p), decoder=jnp.zeros(z + p))
-        return {
-            name: getattr(self, name).init(k, x)["params"] for k, (name, x) in zip(keys, inputs.items(), strict=True)
-        }
+        """Fresh parameters."""
+        c, keys = self.config, jax.random.split(key, 3)
+        p = c.proprioception_size
+        return dict(
+            encoder=self.encoder.init(keys[0], jnp.zeros(c.reference_size + p))["params"],
+            prior=self.prior_net.init(keys[1], jnp.zeros(p))["params"],
+            decoder=self.decoder.init(keys[2], jnp.zeros(c.latent_dim + p))["params"],
+        )
+
+    def normalize(self, obs):
+        return (obs - self.mean) / self.std
 
     def proprioception(self, obs):
         """The last P of obs (B N), normalised."""
-        return self.normalise(obs)[..., self.config["reference_size"] :]
+        return self.normalize(obs)[..., self.config.reference_size :]
 
-    def normalise(self, obs):
-        return (obs - self.mean) / self.std
+    def posterior(self, params, obs):
+        """q: obs (B N) -> Normal or Codes."""
+        out = self.encoder.apply({"params": params["encoder"]}, self.normalize(obs))
+        if self.config.fsq_levels:
+            return Codes(fsq(out[0], self.config.fsq_levels))
+        return Normal(out[0], jnp.clip(out[1], *LOGVAR))
 
-    def encode(self, params, obs):
-        """obs (B N) -> mean, logvar (B Z) of q."""
-        mean, logvar = self.encoder.apply({"params": params["encoder"]}, self.normalise(obs))
-        return mean, jnp.clip(logvar, *LOGVAR)
-
-    def predict(self, params, obs):
-        """The prior: obs (B N), of which it sees the proprioception -> mean, logvar (B Z) of p."""
-        mean, logvar = self.prior.apply({"params": params["prior"]}, self.proprioception(obs))
-        return mean, jnp.clip(logvar, *LOGVAR)
+    def prior(self, params, obs):
+        """p: obs (B N), of which it sees the proprioception -> Normal or Levels."""
+        out = self.prior_net.apply({"params": params["prior"]}, self.proprioception(obs))
+        if self.config.fsq_levels:
+            return Levels(out[0].reshape(*out[0].shape[:-1], self.config.latent_dim, self.config.fsq_levels))
+        return Normal(out[0], jnp.clip(out[1], *LOGVAR))
 
     def decode(self, params, obs, z):
         """obs (B N), of which it sees the proprioception, and z (B Z) -> actions (B A) in [-1, 1]."""
         inputs = jnp.concatenate([z, self.proprioception(obs)], -1)
         return jnp.tanh(self.decoder.apply({"params": params["decoder"]}, inputs))
 
-    def loss(self, params, batch, key, weights, action_loss="mse", detach=False):
+    def loss(self, params, batch, key, weights):
         """(loss, metrics) of a batch: obs (B N), action (B A) the teacher's; with the AR term also before (B N), the
         observation one control step earlier, and follows (B), 0 where there is none in this episode.
 
-        weights: kl, unit_kl, ar. action_loss "mse", or "norm": PULSE's mean Euclidean distance. detach: the prior is
-        fitted to a frozen encoder (track-mjx 2026), which is then held by unit_kl * KL(q || N(0, I)) alone. The AR term
-        is PULSE's mean distance of consecutive latent means, |mu_t - 0.99 mu_(t-1)|.
+        action MSE + kl * KL(q || p) + unit_kl * KL(q || N(0, I)) + ar * |mu_t - 0.99 mu_(t-1)|, weighted by `weights`.
+        KL is summed over dims. With FSQ the KL is -log p of the codes, and unit_kl does not count.
         """
-        mean, logvar = self.encode(params, batch["obs"])
-        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        error = self.decode(params, batch["obs"], z) - batch["action"]
-        prior_mean, prior_logvar = self.predict(params, batch["obs"])
-        fixed = jax.lax.stop_gradient if detach else lambda x: x
-        each = kl(fixed(mean), fixed(logvar), prior_mean, prior_logvar)  # B Z
-        dims = each.mean(tuple(range(each.ndim - 1)))
-        unit = kl(mean, logvar, 0.0, 0.0).sum(-1).mean()
+        q, p = self.posterior(params, batch["obs"]), self.prior(params, batch["obs"])
+        error = self.decode(params, batch["obs"], q.sample(key)) - batch["action"]
+        target = jax.lax.stop_gradient(q) if self.config.prior_stop_gradient else q
+        dims = target.kl(p).mean(tuple(range(batch["obs"].ndim - 1)))  # Z
         mse = jnp.square(error).mean()
-        distance = jnp.sqrt(jnp.square(error).sum(-1) + 1e-12).mean()
-        loss = (mse if action_loss == "mse" else distance) + weights["kl"] * dims.sum() + weights["unit_kl"] * unit
+        loss = mse + weights["kl"] * dims.sum()
         metrics = dict(
             action_mse=mse,
             kl=dims.sum(),
             active_dims=(dims > ACTIVE).sum().astype(jnp.float32),
-            latent_rms=jnp.sqrt(jnp.square(mean).mean()),
-            posterior_std=jnp.exp(0.5 * logvar).mean(),
-            prior_std=jnp.exp(0.5 * prior_logvar).mean(),
-            unit_kl=unit,
+            latent_rms=jnp.sqrt(jnp.square(q.mode()).mean()),
         )
+        if not self.config.fsq_levels:
+            metrics["unit_kl"] = q.kl(Normal(0.0, 0.0)).sum(-1).mean()
+            metrics["posterior_std"] = jnp.exp(0.5 * q.logvar).mean()
+            loss = loss + weights["unit_kl"] * metrics["unit_kl"]
         if "before" in batch:
-            jump = mean - 0.99 * self.encode(params, batch["before"])[0]
+            jump = q.mode() - 0.99 * self.posterior(params, batch["before"]).mode()
             metrics["ar"] = (jnp.sqrt(jnp.square(jump).sum(-1) + 1e-12) * batch["follows"]).mean()
             loss = loss + weights["ar"] * metrics["ar"]
         return loss, dict(loss=loss, **metrics)
 
     # --- files
 
-    def as_intention(self, params):
-        """(params, mean, std, network_config) of a track-mjx intention policy that acts as this student's mean does.
-
-        It is fed [reference, proprioception, proprioception]: track-mjx's encoder sees the first part, its decoder the
-        second, so that the student's encoder, which sees both, fits.
-        """
-        decoder, last = dict(params["decoder"]), f"hidden_{len(self.config['decoder'])}"
-        kernel, bias = (np.asarray(decoder[last][name], np.float32) for name in ("kernel", "bias"))
-        wide = dict(kernel=np.concatenate([kernel, 0 * kernel], 1), bias=np.r_[bias, np.full_like(bias, QUIET)])
-        own = slice(self.config["reference_size"], None)
-        sizes = dict(
-            arch_name="intention",
-            encoder_layer_sizes=list(self.config["encoder"]),
-            decoder_layer_sizes=list(self.config["decoder"]),
-            intention_size=self.config["latent"],
-            observation_size=len(self.mean) + len(self.mean[own]),
-            reference_obs_size=len(self.mean),
-            proprioceptive_obs_size=len(self.mean[own]),
-            action_size=self.config["action_size"],
-            normalize_observations=True,
-        )
-        params = dict(encoder=params["encoder"], decoder={**decoder, last: wide})
-        return params, np.r_[self.mean, self.mean[own]], np.r_[self.std, self.std[own]], sizes
-
     def save_pretrained(self, folder, params):
         """config.json and weights.npz (`encoder.hidden_0.kernel`, ..., `mean`, `std`)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=1))
-        np.savez(folder / "weights.npz", mean=self.mean, std=self.std, **flat(params))
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
+        np.savez(folder / "weights.npz", mean=self.mean, std=self.std, **flatten(params))
 
     @classmethod
     def from_pretrained(cls, folder):
         """(student, params) of a checkpoint folder. Never runs code from the files."""
-        folder = Path(folder)
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            arrays = read_npz(folder / "weights.npz")
-            student = cls(config, arrays.pop("mean"), arrays.pop("std"))
-            jax.eval_shape(student.init, jax.random.key(0))
-        except OSError:
-            raise
-        except Exception as error:  # for sizes that are none flax raises a dozen kinds
-            raise ValueError(f"{folder}: config.json and weights.npz are not a student's ({error})") from None
+        config = read_config(folder)
+        arrays = read_npz(Path(folder) / "weights.npz")
+        student = cls(config, arrays.get("mean", 0), arrays.get("std", 0))
         return student, student.load_pretrained(folder)
 
     def load_pretrained(self, folder):
-        """The parameters of a checkpoint folder, if their names and shapes are this student's."""
-        where = Path(folder) / "weights.npz"
+        """The parameters of a checkpoint of a student with these sizes and this walker; takes over its normaliser."""
+        config, where = read_config(folder), Path(folder) / "weights.npz"
+        here, there = comparable(self.config), comparable(config)
+        for name, value in here.items():
+            if value != there[name]:
+                raise DataError(f"{folder}: its {name} is {there[name]}, but this run has {value}")
         arrays = read_npz(where)
-        arrays = {name: value for name, value in arrays.items() if name not in ("mean", "std")}
-        wanted = flat(jax.eval_shape(self.init, jax.random.key(0)))
+        wanted = flatten(jax.eval_shape(self.init, jax.random.key(0)))
+        wanted |= dict.fromkeys(("mean", "std"), np.zeros(config.reference_size + config.proprioception_size))
         for name in sorted({*wanted, *arrays}):
             here, there = (x[name].shape if name in x else None for x in (wanted, arrays))
             if here != there:
-                raise ValueError(f"{where}: {name} has shape {there}, but this student needs {here}")
-        return unflat(arrays)
+                raise DataError(f"{where}: {name} has shape {there}, but config.json asks for {here}")
+        self.mean, self.std = arrays.pop("mean"), arrays.pop("std")
+        return unflatten(arrays)
 
 
-def flat(tree, prefix=""):
+def comparable(config):
+    """What two students must share for one's weights to serve the other: sizes, and what the numbers mean."""
+    out = {name: value for name, value in asdict(config).items() if name not in ("teacher", "prior_stop_gradient")}
+    walker = config.teacher.get("walker_config", {})
+    names = {key: walker.get(key) for key in ("joint_names", "body_names", "end_eff_names")}
+    return json.loads(json.dumps({**out, **names}))
+
+
+def read_config(folder):
+    """The StudentConfig of a checkpoint folder."""
+    file = Path(folder) / "config.json"
+    try:
+        config = StudentConfig(**json.loads(file.read_text()))
+        sizes = [getattr(config, f.name) for f in fields(config) if f.name.endswith(("size", "dim", "levels"))]
+        hidden = [*config.encoder_hidden_sizes, *config.decoder_hidden_sizes, *config.prior_hidden_sizes]
+        if any(type(size) is not int or not 0 <= size < 10**6 for size in [*sizes, *hidden]):
+            raise ValueError("a size is no size")
+        return config
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{file}: not the configuration of a student ({error})") from None
+
+
+def flatten(tree, prefix=""):
     """Nested dicts -> {"encoder.hidden_0.kernel": array}."""
     out = {}
     for name, value in tree.items():
-        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        out |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return out
 
 
-def unflat(arrays):
+def unflatten(arrays):
     out = {}
     for name, value in arrays.items():
         *path, last = name.split(".")
@@ -235,13 +313,12 @@ def unflat(arrays):
 
 
 def read_npz(path):
-    """All arrays of an npz file; a pickle or a damaged file is a ValueError."""
+    """All arrays of an npz file; DataError for a pickle, a broken or a missing file."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = dict(arrays)
-        assert all(isinstance(array, np.ndarray) for array in found.values()), "a member is no array"
+        if not all(isinstance(array, np.ndarray) for array in found.values()):
+            raise ValueError("a member is no array")
         return found
-    except OSError:
-        raise
-    except Exception as error:  # for a damaged file numpy raises tokenize, zip, zlib and syntax errors
-        raise ValueError(f"{path}: not readable as arrays ({error})") from None
+    except Exception as error:  # for a broken file numpy raises tokenize, zip, zlib and syntax errors
+        raise DataError(f"{path}: not readable as arrays ({error})") from None

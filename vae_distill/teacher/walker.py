@@ -1,8 +1,11 @@
-"""The walker: an MJCF file with the edits that a teacher's configuration asks for."""
+"""The walker: an MJCF file with the edits that a teacher's configuration asks for, and its kinematics."""
 
 from pathlib import Path
 
 import mujoco
+import numpy as np
+
+from common import DataError
 
 SOLVERS = dict(cg=mujoco.mjtSolver.mjSOL_CG, newton=mujoco.mjtSolver.mjSOL_NEWTON)
 
@@ -15,13 +18,13 @@ NEEDED = (
 
 
 def entry(config, path):
-    """config["a"]["b"] for "a.b"; a ValueError names what a checkpoint's configuration lacks."""
+    """config["a"]["b"] for "a.b"; a DataError names what a checkpoint's configuration lacks."""
     node = config
     for key in path.split("."):
         if not isinstance(node, dict) or key not in node:
             vnl = "reward_terms" in str(config.get("env_config"))
             hint = ": its task is one of vnl-playground's, which are not rebuilt here" if vnl else ""
-            raise ValueError(f"the teacher's configuration has no `{path}`{hint}")
+            raise DataError(f"the teacher's configuration has no `{path}`{hint}")
         node = node[key]
     return node
 
@@ -32,7 +35,7 @@ def build_model(walker, config):
         entry(config, path)
     edit, timing = config["walker_config"], config["env_config"]["env_args"]
     if not Path(walker).is_file():
-        raise ValueError(f"--walker {walker}: no such file")
+        raise DataError(f"--walker {walker}: no such file")
     try:
         spec = mujoco.MjSpec.from_file(str(walker))
         if edit.get("torque_actuators"):
@@ -46,11 +49,11 @@ def build_model(walker, config):
             rescale(spec, scale)
         model = spec.compile()
     except (ValueError, TypeError) as error:
-        raise ValueError(f"--walker {walker}: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"--walker {walker}: {' '.join(str(error).split())[:200]}") from None
     model.opt.timestep = float(timing["mj_model_timestep"])
     solver = str(timing.get("solver", "cg")).lower()
     if solver not in SOLVERS:
-        raise ValueError(f"the teacher's configuration has solver {solver!r}; known are {', '.join(SOLVERS)}")
+        raise DataError(f"the teacher's configuration has solver {solver!r}; known are {', '.join(SOLVERS)}")
     model.opt.solver = SOLVERS[solver]
     model.opt.iterations, model.opt.ls_iterations = int(timing["iterations"]), int(timing["ls_iterations"])
     model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
@@ -63,7 +66,7 @@ def rescale(spec, scale):
         actuator.gear = actuator.gear * scale**2
     top = spec.body("walker")
     if top is None:
-        raise ValueError("rescale_factor needs a body called `walker`")
+        raise DataError("rescale_factor needs a body called `walker`")
     bodies = [body for body in top.find_all("body")]
     for body in bodies:
         body.pos = body.pos * scale
@@ -71,9 +74,32 @@ def rescale(spec, scale):
             geom.fromto, geom.size, geom.pos = geom.fromto * scale, geom.size * scale, geom.pos * scale
 
 
-def has(model, kind, name):
-    try:
-        getattr(model, kind)(name)
-        return True
-    except KeyError:
-        return False
+# --- kinematics
+
+
+def name_of_qpos(model, index):
+    joint = np.searchsorted(model.jnt_qposadr, index, side="right") - 1
+    return model.joint(joint).name
+
+
+def body_names(model):
+    return [model.body(i).name for i in range(model.nbody)]
+
+
+def positions(model, qpos):
+    """World positions of all bodies for qpos (T nq): (T nb 3)."""
+    data, out = mujoco.MjData(model), np.zeros((len(qpos), model.nbody, 3), np.float32)
+    for t, row in enumerate(qpos):
+        data.qpos[:] = row
+        mujoco.mj_kinematics(model, data)
+        out[t] = data.xpos
+    return out
+
+
+def velocities(model, qpos, rate):
+    """Forward differences of qpos (T nq) at `rate` Hz in MuJoCo's qvel convention, (T nv); the last repeats."""
+    qvel, rows = np.zeros((len(qpos), model.nv)), qpos.astype(np.float64)
+    for t in range(len(qpos) - 1):
+        mujoco.mj_differentiatePos(model, qvel[t], 1 / rate, rows[t], rows[t + 1])
+    qvel[-1] = qvel[-2] if len(qpos) > 1 else 0
+    return qvel

@@ -18,6 +18,8 @@ import numpy as np
 import tensorstore
 from model import widths
 
+from common import DataError
+
 REFERENCE_KEYS = ("imitation_target", "task_obs")  # what the layouts call the reference part
 
 
@@ -57,7 +59,7 @@ def newest(path):
         return path
     steps = [p for p in path.glob("PPONetwork_*") if p.name.rpartition("_")[2].isdigit()]
     if not steps:
-        raise ValueError(f"--teacher {path}: no PPONetwork_<step> folder in it (a track-mjx run has them)")
+        raise DataError(f"--teacher {path}: no PPONetwork_<step> folder in it (a track-mjx run has them)")
     return max(steps, key=lambda p: int(p.name.rpartition("_")[2]))
 
 
@@ -69,18 +71,19 @@ def read_arrays(folder):
             ".".join(str(key["key"]) for key in entry["key_metadata"]) for entry in about["tree_metadata"].values()
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}/_METADATA: not the table of a checkpoint's arrays ({error})") from None
+        raise DataError(f"{folder}/_METADATA: not the table of a checkpoint's arrays ({error})") from None
     ocdbt = (folder / "manifest.ocdbt").exists()
     arrays = {}
     for name in names:
-        store = dict(driver="ocdbt", base=f"file://{folder.resolve()}/", path=f"{name}/")
-        plain = dict(driver="file", path=f"{folder.resolve()}/{name}/")
+        files = dict(driver="file", path=f"{folder.resolve()}/")  # a path, not a URL: it may hold %, # and ?
+        store = dict(driver="ocdbt", base=files, path=f"{name}/")
+        plain = dict(files, path=f"{folder.resolve()}/{name}/")
         spec = dict(driver="zarr3" if about.get("use_zarr3") else "zarr", kvstore=store if ocdbt else plain)
         try:  # without `fill`, a chunk that is gone would read as zeros
             fill = {} if about.get("use_zarr3") else dict(fill_missing_data_reads=False)
             arrays[name] = tensorstore.open({**spec, **fill}, read=True).result().read().result()
         except (ValueError, OSError, RuntimeError) as error:
-            raise ValueError(
+            raise DataError(
                 f"{folder}: array {name} is missing or damaged ({' '.join(str(error).split())[:120]})"
             ) from None
     return arrays
@@ -112,7 +115,7 @@ def read_normaliser(arrays, where):
                 mean, std = (np.concatenate([arrays[name] for name in row]) for row in names)
                 return layout, mean, std, len(arrays[names[0][0]])
     found = sorted(name for name in arrays if name.startswith("0."))[:4]
-    raise ValueError(f"{where}/policy: an observation normaliser of an unknown layout ({', '.join(found) or 'none'})")
+    raise DataError(f"{where}/policy: an observation normaliser of an unknown layout ({', '.join(found) or 'none'})")
 
 
 def read_teacher(path):
@@ -122,21 +125,21 @@ def read_teacher(path):
         config = json.loads((path / "config" / "metadata").read_text())
         network = dict(config["network_config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}/config/metadata: no `network_config` of a track-mjx run ({error})") from None
+        raise DataError(f"{path}/config/metadata: no `network_config` of a track-mjx run ({error})") from None
     kind = network.get("arch_name", "intention")
     if kind not in ("intention", "amp_intention"):
-        raise ValueError(
+        raise DataError(
             f"{path}: its network_config.arch_name is {kind!r}; only 'intention' and 'amp_intention' are known"
         )
     if not (path / "policy").is_dir():
-        raise ValueError(f"{path}: the item `policy` is missing")
+        raise DataError(f"{path}: the item `policy` is missing")
     arrays = read_arrays(path / "policy")
     params = {part: tree(arrays, f"1.params.{part}.") for part in ("encoder", "decoder")}
     for part, needed in (("encoder", ("hidden_0", "fc2_mean", "fc2_logvar")), ("decoder", ("hidden_0",))):
         missing = [name for name in needed if name not in params[part]]
         if missing:
             have = ", ".join(sorted(params[part])) or "nothing"
-            raise ValueError(f"{path}/policy: {part}/{missing[0]} is missing (it has {have}): not an intention network")
+            raise DataError(f"{path}/policy: {part}/{missing[0]} is missing (it has {have}): not an intention network")
     layout, mean, std, size = read_normaliser(arrays, path)
     size = size or network.get("reference_obs_size") or params["encoder"]["hidden_0"]["kernel"].shape[0]
     if not network.get("normalize_observations", True):
@@ -145,7 +148,7 @@ def read_teacher(path):
     wants = params["encoder"]["hidden_0"]["kernel"].shape[0], params["decoder"]["hidden_0"]["kernel"].shape[0]
     gives = teacher.reference_size, teacher.latent_size + len(mean) - teacher.reference_size
     if wants != gives:
-        raise ValueError(f"{path}/policy: encoder and decoder take {wants} numbers, but the observation gives {gives}")
+        raise DataError(f"{path}/policy: encoder and decoder take {wants} numbers, but the observation gives {gives}")
     return teacher
 
 

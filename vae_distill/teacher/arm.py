@@ -1,7 +1,7 @@
 """Make a teacher for an arm whose every joint has a motor: a control law, cloned into a track-mjx checkpoint.
 
 Run:
-  python vae_distill/arm_teacher.py --walker arm.xml --data CLIPS.h5 --mocap-hz 200 --out runs/arm
+  python vae_distill/teacher/arm.py --walker arm.xml --data CLIPS.h5 --mocap-hz 200 --out runs/arm
 
 Writes OUT/walker.xml (motors scaled to [-1, 1]; Euler steps, no contacts and joint limits, for MJX's sake) and
 OUT/teacher, a run in track-mjx's flat layout. The law is computed torque: the acceleration of a quadratic through the
@@ -17,31 +17,37 @@ import mujoco
 import numpy as np
 import optax
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+if __name__ == "__main__":  # vae_distill/ and its parent take the place of vae_distill/teacher/
+    sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 from data import read_clips
-from env import Imitation, View
-from model import QUIET, Decoder, Gaussian, intention
-from teacher import write_teacher
-from walker import build_model
+from env import Imitation
+from model import QUIET, Decoder, Encoder, gaussian_heads, intention
 
 import common
+from common import DataError
+from teacher.checkpoint import write_teacher
+from teacher.walker import build_model
 
 AHEAD = 5  # reference frames that the teacher sees
 LATENT, WIDTHS = 16, (128, 128)
 
 
 def parse(argv=None):
-    parser = common.Parser(__doc__)
+    parser = common.ArgumentParser(__doc__)
     add, whole = parser.add_argument, dict(type=int, metavar="N")
     add("--walker", required=True, metavar="FILE", help="MJCF of an arm: fixed base, one motor per joint")
     add("--data", required=True, nargs="+", metavar="PATH", help="reference clips, as for train.py")
     add("--out", required=True, metavar="DIR", help="folder to write walker.xml and teacher/ into")
     add("--mocap-hz", type=float, required=True, metavar="X", help="frames per second of the clips")
     add("--substeps", default=5, help="physics steps per control step; one control step per frame", **whole)
-    add("--clip-frames", default=0, help="frames per clip, where the file does not tell", **whole)
+    add("--clip-frames", default=0, help="frames per clip, if the file does not tell", **whole)
     add("--steps", default=4000, help="optimizer steps of the cloning", **whole)
     add("--seed", default=0, help="of the weights and the visited states", **whole)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("mocap_hz", "substeps", "steps"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    return args
 
 
 # --- the walker and its task
@@ -53,14 +59,12 @@ def unit_motors(source):
         spec = mujoco.MjSpec.from_file(str(source))
         model = spec.compile()
     except ValueError as error:
-        raise ValueError(f"--walker {source}: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"--walker {source}: {' '.join(str(error).split())[:200]}") from None
     joints = model.actuator_trnid[:, 0] if model.nu else np.zeros(0)
     if model.nu != model.nv or model.nq != model.nv or sorted(joints) != list(range(model.nv)):
-        raise ValueError(
-            f"--walker {source}: {model.nv} joints and {model.nu} motors; every joint needs one of its own"
-        )
+        raise DataError(f"--walker {source}: {model.nv} joints and {model.nu} motors; every joint needs one of its own")
     if (model.actuator_gaintype != mujoco.mjtGain.mjGAIN_FIXED).any() or model.actuator_biastype.any():
-        raise ValueError(f"--walker {source}: actuators other than motors")
+        raise DataError(f"--walker {source}: actuators other than motors")
     for motor, limited, (_, high) in zip(
         spec.actuators, model.actuator_ctrllimited, model.actuator_ctrlrange, strict=True
     ):
@@ -140,7 +144,7 @@ def computed_torque(model, error, qvel, qpos, frame_time):
 
 def visit(env, clips, count, rng):
     """Observations (count N) of states around the reference, near and far, and the law's commands (count A) there."""
-    model, data, joint = env.model, mujoco.MjData(env.model), env.model.actuator_trnid[:, 0]
+    model, joint = env.model, env.model.actuator_trnid[:, 0]
     clip = rng.integers(len(clips.ids), size=count)
     frame = (rng.uniform(size=count) * (clips.length[clip] - AHEAD)).astype(int)
     far = 10 ** rng.uniform(-2.5, 0, (2, count, 1)) * 0.5
@@ -150,13 +154,13 @@ def visit(env, clips, count, rng):
     action = computed_torque(model, clips.qpos[clip[:, None], window] - qpos[:, None], qvel, qpos, 1 / env.rate)
     force = np.zeros_like(qvel)  # of another state: the clone must not copy the last command
     force[:, joint] = action[rng.permutation(count)] * model.actuator_gear[:, 0] * model.actuator_gainprm[:, 0]
-    xpos, xmat = np.zeros((count, model.nbody, 3)), np.zeros((count, model.nbody, 3, 3))
-    for i in range(count):
-        data.qpos[:] = qpos[i]
-        mujoco.mj_kinematics(model, data)
-        xpos[i], xmat[i] = data.xpos, data.xmat.reshape(-1, 3, 3)
-    view = View(*(np.asarray(x, np.float32) for x in (qpos, qvel, force, xpos, xmat)))
-    obs = jax.jit(jax.vmap(env.observe, (None, 0, 0, 0)))(env.reference, view, clip, frame)
+
+    @jax.jit
+    def observe(reference, qpos, qvel, force, clip, frame):
+        state = jax.vmap(env.state_at)(qpos, qvel, clip, frame).replace(qfrc_actuator=force)
+        return jax.vmap(env.get_obs, (None, 0))(reference, state)
+
+    obs = observe(env.reference, *(x.astype(np.float32) for x in (qpos, qvel, force)), clip, frame)
     return np.asarray(obs), action.astype(np.float32)
 
 
@@ -167,7 +171,8 @@ def clone(obs, action, size, steps, seed, batch_size=512):
     """Fit an intention network to (obs, action); size: numbers of the reference. Returns params, mean, std, its MSE."""
     mean, std = obs.mean(0), obs.std(0)
     std = np.where(std < 1e-6, 1, std).astype(np.float32)
-    encoder, decoder = Gaussian(WIDTHS, LATENT), Decoder(WIDTHS, 2 * action.shape[1])
+    encoder = Encoder(WIDTHS, gaussian_heads(LATENT))
+    decoder = Decoder(WIDTHS, 2 * action.shape[1])
     keys = jax.random.split(jax.random.key(seed), 3)
     params = dict(
         encoder=encoder.init(keys[0], jnp.zeros(size))["params"],
@@ -234,4 +239,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        sys.exit(main())
+    except DataError as error:
+        common.fail(error)
