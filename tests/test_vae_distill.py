@@ -261,7 +261,9 @@ def test_two_files_of_one_name_are_two(this, arm, tmp_path):
 
     assert held_out("a/clips.h5/3", "b/clips.h5/0-1") == ["a/clips.h5/3", "b/clips.h5/0", "b/clips.h5/1"]
     assert held_out("b/clips.h5") == [f"b/clips.h5/{i}" for i in range(8)]
-    with pytest.raises(DataError, match="--val-episodes nobody: there is no such clip"):
+    assert held_out("y=01-02,7") == [f"b/clips.h5/{i}" for i in (1, 2, 7)]
+    assert held_out("5") == ["a/clips.h5/5", "b/clips.h5/5"]
+    with pytest.raises(DataError, match="--val-episodes nobody: there is no clip nobody"):
         held_out("nobody")
 
 

@@ -243,18 +243,22 @@ def by_hash(names, share):
     return held
 
 
-def by_name(ids, wanted):
-    """Which clips --val-episodes names: FILE (all its clips), FILE/3, FILE/2-4."""
+def by_name(ids, source, wanted):
+    """Which clips --val-episodes names: 56-69,80 by number, FILE/3 or FILE (all) by file; NAME=... of one source."""
     held = np.zeros(len(ids), bool)
     for word in wanted:
-        file, _, number = word.rpartition("/")
-        low, _, high = number.partition("-")
-        span = range(int(low), int(high or low) + 1) if low.isdigit() and (high or low).isdigit() else ()
-        names = {word, *(f"{file}/{i}" for i in span)}
-        found = np.array([name in names or name.rpartition("/")[0] == word for name in ids])
-        if not found.any():
-            raise DataError(f"--val-episodes {word}: there is no such clip; the first is {ids[0]}")
-        held |= found
+        name, _, parts = word.rpartition("=")
+        for part in parts.split(","):
+            file, _, numbers = part.rpartition("/")
+            low, _, high = numbers.partition("-")
+            span = range(int(low), int(high or low) + 1) if (low + (high or low)).isdigit() else ()
+            found = np.zeros(len(ids), bool)
+            for i, (clip, own) in enumerate(zip(ids, source, strict=True)):
+                stem, _, number = clip.rpartition("/")
+                found[i] = name in ("", own) and (stem == part or (file in ("", stem) and int(number) in span))
+            if not found.any():
+                raise DataError(f"--val-episodes {word}: there is no clip {part}; the first is {ids[0]} of {source[0]}")
+            held |= found
     return held
 
 
@@ -271,7 +275,7 @@ def read_clips(words, model, mocap_hz, val_share=0.1, val_episodes=(), clip_fram
         own += [f"{file.stem}/{i}" for i in range(len(some))]
         source += [name] * len(some)
     source, length = np.array(source), np.array([len(clip["qpos"]) for clip in clips])
-    held = by_name(ids, val_episodes)
+    held = by_name(ids, source, val_episodes)
     for name in () if val_episodes else dict.fromkeys(source):
         chosen = np.flatnonzero(source == name)
         held[chosen] = by_hash([own[i] for i in chosen], val_share)

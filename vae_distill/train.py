@@ -49,7 +49,7 @@ def parse(argv=None):
     add("--teacher", metavar="DIR", help="a track-mjx run, or one PPONetwork_<step> folder of it")
     add("--walker", metavar="FILE", help="MJCF of the walker that the teacher was trained on")
     add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
-    add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: FILE, FILE/3, FILE/2-4")
+    add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
     add("--clip-frames", default=0, help="frames per clip, if the file does not tell", **whole)
     shift = "1: track the next body, as teachers of 2025 learnt to; see Imitation in env.py"
     add("--body-shift", choices=["auto", "0", "1"], default="auto", help=shift)
@@ -64,7 +64,7 @@ def parse(argv=None):
 
     optimisation = parser.add_argument_group("optimisation")
     add = optimisation.add_argument
-    add("--batch-size", default=512, help="samples per optimizer step, over all devices", **whole)
+    add("--batch-size", default=512, help="samples per optimizer step, over all processes and micro-steps", **whole)
     add("--num-envs", default=1024, help="parallel environments, over all devices", **whole)
     add("--unroll", default=16, help="control steps of every environment between two rounds of learning", **whole)
     add("--lr", default=3e-4, help="peak learning rate", **real)

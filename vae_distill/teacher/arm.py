@@ -241,5 +241,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except DataError as error:
+    except common.DataError as error:
         common.fail(error)
