@@ -348,9 +348,10 @@ SlurmdParameters=config_overrides
 KillWait=60
 MinJobAge=3600
 SchedulerParameters=sched_interval=2,bf_interval=5
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000 Gres=gpu:2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000 Gres=gpu:2
 PartitionName=cpu Nodes=n1,n2 Default=YES MaxTime=60 State=UP
+GresTypes=gpu
 """
 
 
@@ -366,6 +367,7 @@ class Cluster:
         ports = [free_port() for _ in range(3)]
         first = os.getpid() % 9000 + 1  # a job's number chooses its port: other numbers than another cluster's here
         (home / "slurm.conf").write_text(CONF.format(host=socket.gethostname(), home=home, ports=ports, first=first))
+        (home / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # two stand-ins
         (home / "cluster.env").write_text("MASTER_ADDR=127.0.0.1\n")
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         own = dict(SLURM_CONF=str(home / "slurm.conf"), CLUSTER_ENV=str(home / "cluster.env"), PATH=path)
@@ -450,6 +452,20 @@ def test_requeued_jobs_end_as_the_undisturbed_one(cluster, tmp_path, folder):
         assert_same(out, here / "alone", stops=finished(job, way, restarts=1))
     finished(cluster.submit(here, "--nodes", 2, "--ntasks-per-node", 1, *train, "--out", "two nodes"), "two nodes")
     assert curve(here / "two nodes") == curve(here / "alone")
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("options", ["--gpus-per-node=2", "--gpus-per-task=1", "--gpus-per-node=2 --gpu-bind=single:1"])
+@pytest.mark.parametrize("folder", ["fsq_vqvae", "vae_distill"])
+def test_each_process_sees_all_gpus_of_its_node(cluster, tmp_path, folder, options):
+    """However the job asks for them: a process takes the one of its local rank."""
+    here = checkout(tmp_path)
+    show = 'import os\nprint("sees {CUDA_VISIBLE_DEVICES} {LOCAL_RANK}\\n".format(**os.environ), end="")\n'
+    (here / folder / "train.py").write_text(f'"--resume"\n{show}')
+    options = options.split() + ["--ntasks-per-node=2"] * ("task" in options)
+    job = cluster.submit(here, *options, "slurm/train.sbatch", folder, "--out", "o")
+    state, text = cluster.finish(job), (here / f"o/slurm-{job}.log").read_text()
+    assert state["JobState"] == "COMPLETED" and "sees 0,1 0" in text and "sees 0,1 1" in text, text
 
 
 SMALL = "--batch-size 16 --warmup 2 --log-every 4 --eval-every 12 --save-every 12 --device cpu"
