@@ -71,7 +71,7 @@ def launch(*words, ranks=1, cwd=None, env=None, timeout=300):
 def log_of(out):
     """The lines of OUT/log.jsonl without their speeds, which no two runs share."""
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [{name: x for name, x in line.items() if name not in ("steps_per_s", "data_fraction")} for line in lines]
+    return [{name: x for name, x in line.items() if not name.endswith(("_per_s", "data_fraction"))} for line in lines]
 
 
 def weights_of(out, link="last"):
