@@ -1,4 +1,4 @@
-"""Figures of a run and of a report. One look for all: grey is true (or nothing moves), blue is predicted."""
+"""Figures of a run and of a report. One look for all: grey is true (or the copy baseline), blue is predicted."""
 
 import json
 
@@ -16,9 +16,8 @@ def colours(latents):
     pixels = latents.movedim(-3, -1).flatten(0, -2).float().cpu()
     mean = pixels.mean(0)
     directions = torch.linalg.eigh((pixels - mean).T @ (pixels - mean))[1][:, -3:].flip(1)
-    low, high = torch.quantile(
-        ((pixels - mean) @ directions)[:: len(pixels) // 100_000 + 1], torch.tensor([0.01, 0.99]), 0
-    )
+    shown = ((pixels - mean) @ directions)[:: len(pixels) // 100_000 + 1]
+    low, high = torch.quantile(shown, torch.tensor([0.01, 0.99]), 0)
 
     def pictures(frames):
         shown = (frames.movedim(-3, -1).float().cpu() - mean) @ directions
@@ -48,7 +47,7 @@ def picture_grid(rows, columns, title, size=1.25):
 
 
 @torch.no_grad()
-def prediction(model, clip, vae=None):
+def prediction(model, clip):
     """A clip (T, C, H, W): the true frames, the one-step predictions and a rollout from the first frame."""
     codes = model.encode(clip)
     rows = dict(true=clip[1:], predicted=model.predict(clip, codes), rollout=model.rollout(clip[0], codes))
@@ -59,47 +58,45 @@ def prediction(model, clip, vae=None):
     for name, values in dict(change=change, error=error).items():
         grey = 1 - (values / change.max().clamp(min=1e-6)).clamp(0, 1)
         shown[name] = grey[:, 0, :, :, None].expand(-1, -1, -1, 3).cpu().numpy()
-    if vae is not None:
-        for name in ("true", "predicted", "rollout"):
-            video = vae.decode(torch.cat([clip[:1], rows[name]]))
-            shown[f"{name}, decoded"] = video[np.linspace(0, len(video) - 1, len(clip)).round().astype(int)][1:]
     columns = [f"frame {t}\n{' '.join(map(str, code.tolist()))}" for t, code in enumerate(codes, 1)]
     return picture_grid(shown, columns, "a held-out clip and its codes (error paler than change is good)")
 
 
 def codes(counts):
-    """Use of the codes in every slot. counts: {source: (S, K)}."""
+    """Use of the codes at every code position. counts: {source: (S, K)}."""
     figure = Figure(figsize=(9, 0.5 + 1.9 * len(counts)), layout="constrained")
-    slots = len(next(iter(counts.values())))
-    grid = figure.subplots(len(counts), slots, squeeze=False, sharey="row")
+    positions = len(next(iter(counts.values())))
+    grid = figure.subplots(len(counts), positions, squeeze=False, sharey="row")
     for axes, (name, table) in zip(grid, counts.items(), strict=True):
         share = 100 * table / table.sum(1, keepdims=True).clip(min=1)
-        for slot, (axis, values) in enumerate(zip(axes, share, strict=True), 1):
+        for position, (axis, values) in enumerate(zip(axes, share, strict=True), 1):
             axis.bar(range(len(values)), values, color=PREDICTED)
             axis.axhline(100 / len(values), color=TRUE, lw=1, ls="--")
-            axis.set(title=f"{name}, slot {slot}", xlabel="code")
+            axis.set(title=f"{name}, position {position}", xlabel="code")
         axes[0].set_ylabel("share (%)")
     figure.suptitle("codes on held-out transitions (many in use is good; dashed: all alike)")
     return figure
 
 
 @torch.no_grad()
-def code_scene_grid(model, clips, scenes=4, words=8):
-    """The most frequent words of clips (B, T, C, H, W), each applied to the first frame of several scenes."""
+def code_scene_grid(model, clips, scenes=4, actions=8):
+    """The most frequent latent actions of clips (B, T, C, H, W), each applied to the first frame of several scenes."""
     found, counts = torch.unique(model.encode(clips).flatten(0, 1), dim=0, return_counts=True)
-    words = found[counts.argsort(descending=True)[:words]]
+    actions = found[counts.argsort(descending=True)[:actions]]
     first = clips[:: max(1, len(clips) // scenes), 0][:scenes]
-    everything = words.repeat(len(first), 1)[:, None]
-    after = model.rollout(first.repeat_interleave(len(words), 0), everything).unflatten(0, (len(first), -1))[:, :, 0]
+    everything = actions.repeat(len(first), 1)[:, None]
+    after = model.rollout(first.repeat_interleave(len(actions), 0), everything).unflatten(0, (len(first), -1))[:, :, 0]
     pictures = colours(first)
     shown = np.concatenate([pictures(first)[:, None], pictures(after)], 1)
     rows = {f"scene {i}": row for i, row in enumerate(shown, 1)}
-    columns = ["before", *(" ".join(map(str, word.tolist())) for word in words)]
-    return picture_grid(rows, columns, "one word on many scenes (a column that does the same everywhere is good)")
+    columns = ["before", *(" ".join(map(str, action.tolist())) for action in actions)]
+    return picture_grid(
+        rows, columns, "one latent action on many scenes (a column that does the same everywhere is good)"
+    )
 
 
 def curves(log_file):
-    """Loss against step and training FLOPs, errors with true and wrong codes, and perplexity, from log.jsonl."""
+    """Loss, errors with true and shuffled codes, and perplexity against the step, from log.jsonl."""
     lines = [json.loads(line) for line in log_file.read_text().splitlines()]
 
     def draw(axis, x, name, **style):
@@ -107,30 +104,29 @@ def curves(log_file):
         if points:
             axis.plot(*zip(*points, strict=True), **style)
 
-    figure = Figure(figsize=(13, 3.2), layout="constrained")
-    loss, cost, use, book = figure.subplots(1, 4)
-    for axis, x, label in ((loss, "step", "step"), (cost, "train/tflops", "training TFLOPs")):
-        draw(axis, x, "train/mse_loss", color=TRUE, lw=1, label="train")
-        draw(axis, x, "val/mse_loss", color=PREDICTED, marker="o", ms=3, label="held out")
-        axis.set(xlabel=label, ylabel="MSE (normalised)", yscale="log", title="prediction (lower is better)")
-    draw(use, "step", "val/relative", color=PREDICTED, marker="o", ms=3, label="true codes")
-    draw(use, "step", "val/shuffled", color=WRONG, marker="o", ms=3, label="shuffled codes")
-    use.axhline(1, color=TRUE, ls="--", lw=1, label="nothing moves")
-    use.set(xlabel="step", ylabel="MSE / MSE of no motion", title="use of the codes (a wide gap is good)")
-    for name in sorted({name for line in lines for name in line if name.startswith("val/codebook_perplexity_slot")}):
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    loss, use, book = figure.subplots(1, 3)
+    draw(loss, "step", "train/mse_loss", color=TRUE, lw=1, label="train")
+    draw(loss, "step", "val/mse_loss", color=PREDICTED, marker="o", ms=3, label="held out")
+    loss.set(xlabel="step", ylabel="MSE (normalised)", yscale="log", title="prediction (lower is better)")
+    draw(use, "step", "val/relative_mse", color=PREDICTED, marker="o", ms=3, label="true codes")
+    draw(use, "step", "val/relative_mse_shuffled", color=WRONG, marker="o", ms=3, label="shuffled codes")
+    use.axhline(1, color=TRUE, ls="--", lw=1, label="copy baseline")
+    use.set(xlabel="step", ylabel="MSE / MSE of the copy", title="use of the codes (a wide gap is good)")
+    for name in sorted({name for line in lines for name in line if name.startswith("val/codebook_perplexity_pos")}):
         draw(book, "step", name, marker="o", ms=3, label=name.rpartition("_")[2])
     book.set(xlabel="step", ylabel="perplexity (codes)", title="codebook (higher is better)")
-    for axis in (loss, cost, use, book):
+    for axis in (loss, use, book):
         axis.legend(frameon=False) if axis.lines else None
     return figure
 
 
 def rollouts(errors):
-    """Rollout error against its length. errors: {name: list of MSE per step}; names true, shuffled, random, still."""
+    """Rollout error against its length. errors: {name: list of MSE per step}; names true, shuffled, random, copy."""
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axis = figure.subplots()
-    style = dict(true=PREDICTED, shuffled=WRONG, random="tab:orange", still=TRUE)
-    labels = dict(true="true codes", shuffled="shuffled codes", random="random codes", still="nothing moves")
+    style = dict(true=PREDICTED, shuffled=WRONG, random="tab:orange", copy=TRUE)
+    labels = dict(true="true codes", shuffled="shuffled codes", random="random codes", copy="copy baseline")
     for name, values in errors.items():
         axis.plot(range(1, len(values) + 1), values, color=style[name], label=labels[name])
     axis.set(xlabel="latent frames from the start", ylabel="MSE (normalised)", title="rollouts (blue lowest is good)")
@@ -138,10 +134,10 @@ def rollouts(errors):
     return figure
 
 
-def of_run(model, example, counts, log_file, vae=None):
+def of_run(model, example, counts, log_file):
     """(name, figure) of everything that train.py draws at a validation."""
     yield "curves", curves(log_file)
     yield "codes", codes({name: table.numpy() for name, table in counts.items()})
-    if model.quantizer.started:
-        yield "prediction", prediction(model, example[0], vae)
+    if model.quantizer.quantizing:
+        yield "prediction", prediction(model, example[0])
         yield "code_scene_grid", code_scene_grid(model, example)

@@ -1,18 +1,24 @@
-"""Write the latent actions of recordings: for every file of latents one H5 file of codes.
+"""Label recordings with a trained model: the latent action of every transition, as shards that vla/ reads.
 
 Run:
   python vvae_lam/label.py --checkpoint runs/x/checkpoints/best --data DIR --out LABELS
 
-OUT/NAME.h5: `codes` (T', S) int16 and `vectors` (T', S, D) float16 before quantisation; row t is the transition from
-latent frame t to t + gap, T' = T - gap (frame numbers after --causal-only, if the model was trained so; both are
-attributes). Files that are there already are passed over; recordings that cannot be read are named, and the exit code
-is then 1.
+LABELS/NAME.tar holds KEY.latents.npz: codes (T', S) int64, vectors (T', S, D) float32 before quantization, gap, valid
+(T',) bool. Row t is the latent action from frame t to frame t + gap of the video. Where latents come from the shards of
+videos that encode_videos.py read, NAME and KEY are the video's; valid is then True where frame t is the last one that a
+latent holds, so that no label has seen anything later than t + gap. Other recordings are keyed by their names; their
+frames are latent frames. labels.json tells what all labels share. Shards that are there already are left as they are.
 """
 
+import io
+import json
+import os
+import re
 import sys
+import tarfile
+import zlib
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 
@@ -23,71 +29,156 @@ from tqdm import tqdm
 
 import common
 
+SHARD = 256  # recordings in a shard, where they come from no shards
+
 
 def parse(argv=None):
-    parser = common.Parser(__doc__)
+    parser = common.ArgumentParser(__doc__)
     add, whole = parser.add_argument, dict(type=int, metavar="N")
     add("--checkpoint", required=True, metavar="DIR", help="folder with config.json, such as RUN/checkpoints/best")
     add("--data", nargs="+", required=True, metavar="PATH", help="folders of H5 latents, NAME=DIR or DIR")
-    add("--out", required=True, metavar="DIR", help="folder of the labels; with several sources one below it for each")
+    add("--out", required=True, metavar="DIR", help="folder of the label shards")
     add("--batch-size", default=64, help="transitions at a time", **whole)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
     args = parser.parse_args(argv)
-    args.seed = 0  # common.setup wants one; nothing here is random
     if args.batch_size < 1:
         parser.error("--batch-size must be above 0")
     return args
 
 
-def label(model, recording, batch_size):
-    """codes (T', S) and vectors (T', S, D) of all transitions of a recording, arrays."""
-    codes, vectors = [], []
-    transitions = len(recording) - model.gap
-    for first in range(0, transitions, batch_size):
-        some = np.arange(first, min(first + batch_size, transitions))
-        frames = recording.read(np.arange(some[0], some[-1] + model.gap + 1))
-        pairs = torch.from_numpy(np.stack([frames[some - first], frames[some - first + model.gap]], 1))
-        found = model.encode(pairs.to(model.mean.device), vectors=True)
-        codes.append(found[0][:, 0].cpu().numpy())
-        vectors.append(found[1][:, 0].cpu().numpy())
+def open_device(name):
+    """The torch device of --device; leaves a core to others."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    if name == "auto":
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise common.DataError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def label(model, recording, batch_size=64):
+    """codes (T - gap, S) and vectors (T - gap, S, D) of all transitions of a recording, arrays."""
+    codes, vectors, gap = [], [], model.config.gap
+    for first in range(0, len(recording) - gap, batch_size):
+        last = min(first + batch_size + gap, len(recording))
+        frames = torch.from_numpy(recording.read(np.arange(first, last)))
+        found = model.encode(frames.to(model.mean.device), gap, vectors=True)
+        codes.append(found[0].cpu().numpy())
+        vectors.append(found[1].float().cpu().numpy())
     return np.concatenate(codes), np.concatenate(vectors)
+
+
+def frame_gap(recording, gap):
+    """The gap in frames of the video: that between the ends of two latents. 0 if the recording is too short."""
+    ends = recording.frame_index()
+    if ends is None or len(ends) <= gap:
+        return gap if ends is None else 0
+    steps = np.unique(ends[gap:] - ends[:-gap])
+    if len(steps) > 1:
+        raise common.DataError(f"{recording.path}: latents are {steps.min()} to {steps.max()} video frames apart")
+    return int(steps[0])
+
+
+def sample(recording, codes, vectors, gap):
+    """KEY.latents.npz of a recording: rows of the video's frames, of which those that end a latent are valid."""
+    ends, length = recording.frame_index(), int(recording.attributes.get("frames", len(recording)))
+    if ends is not None:
+        rows = max(0, length - gap)
+        keep = ends[: len(codes)]
+        valid, all_codes = np.zeros(rows, bool), np.zeros((rows, *codes.shape[1:]), codes.dtype)
+        all_vectors = np.zeros((rows, *vectors.shape[1:]), vectors.dtype)
+        valid[keep], all_codes[keep], all_vectors[keep] = True, codes, vectors
+        codes, vectors = all_codes, all_vectors
+    else:
+        valid = np.ones(len(codes), bool)
+    file = io.BytesIO()
+    np.savez(file, codes=codes.astype(np.int64), vectors=vectors.astype(np.float32), gap=gap, valid=valid)
+    return file.getvalue()
+
+
+def shards_of(recordings):
+    """{shard name: [(key, recording)]}: the video's shard and key, or the recording's own name."""
+    shards, plain = {}, [r for r in recordings if "shard" not in r.attributes]
+    for recording in recordings:
+        if "shard" in recording.attributes:
+            shards.setdefault(str(recording.attributes["shard"]), []).append(
+                (str(recording.attributes["key"]), recording)
+            )
+    several = len({recording.source for recording in plain}) > 1
+    for number, recording in enumerate(plain):
+        name = f"{recording.source}-{recording.id}" if several else recording.id
+        key = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:80]  # WebDataset ends a key at its first dot
+        key = key if key == name else f"{key}-{zlib.crc32(name.encode()):08x}"
+        shards.setdefault(f"shard-{number // SHARD:06d}.tar", []).append((key, recording))
+    return shards
+
+
+def write_labels_json(model, args, gap, out):
+    """labels.json: what a reader of the labels needs to know; refuses a folder with the labels of another model."""
+    c, weights = model.config, zlib.crc32((Path(args.checkpoint) / "pytorch_model.bin").read_bytes())
+    about = dict(model="vvae_lam", code_seq_len=c.num_codes, codebook_size=c.num_embeddings, code_dim=c.codebook_dim)
+    about |= dict(gap=gap, weights=weights, codebook=model.quantizer.codebook.tolist())
+    path = out / "labels.json"
+    if path.exists():
+        before = common.read_json(path)
+        other = [name for name in about if before.get(name) != about[name]]
+        if other:
+            raise common.DataError(f"{out} holds labels of another model ({other[0]} differs): choose another --out")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with common.atomic(path) as temporary:
+        temporary.write_text(json.dumps(about))
 
 
 def main(argv=None):
     args = parse(argv)
-    model = VVAELatentActionVQVAE.from_pretrained(args.checkpoint).to(common.setup(args).device)
-    recordings = read_sources(args.data, val_share=0.0, causal_only=model.causal_only)
-    several = len({recording.source for recording in recordings}) > 1
-    about = dict(checkpoint=str(args.checkpoint), gap=model.gap, causal_only=model.causal_only)
-    about |= dict(num_embeddings=len(model.quantizer.codebook))
-    failed, done = 0, 0
-    for recording in tqdm(recordings, unit="recording", disable=not sys.stderr.isatty()):
-        target = Path(args.out, recording.source if several else "", f"{recording.id}.h5")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            with h5py.File(target, "r", locking=False) as file:
-                was = {name: file.attrs.get(name) for name in about}
-            if was != about:
-                raise ValueError(f"{target} holds labels of {was['checkpoint']}: give another --out, or remove it")
+    model = VVAELatentActionVQVAE.from_pretrained(args.checkpoint).to(open_device(args.device))
+    if not model.quantizer.quantizing:
+        raise common.DataError(f"{args.checkpoint} is from before quantization began: train longer")
+    recordings, out = read_sources(args.data, val_share=0.0, all_latents=model.config.all_latents), Path(args.out)
+    gaps = {}
+    for recording in recordings:
+        gaps.setdefault(frame_gap(recording, model.config.gap), recording)
+    usual = [gap for gap in gaps if gap]
+    if len(usual) > 1:
+        one, two = (gaps[gap].path for gap in usual[:2])
+        raise common.DataError(
+            f"the gap is {usual[0]} video frames in {one}, but {usual[1]} in {two}: label them apart"
+        )
+    if not usual:
+        raise common.DataError(f"every recording is shorter than the gap of {model.config.gap} latent frames")
+    write_labels_json(model, args, usual[0], out)
+    shards, count, left_out, present = shards_of(recordings), 0, 0, 0
+    for name, members in tqdm(shards.items(), unit="shard", disable=not sys.stderr.isatty()):
+        if (out / name).exists():
+            present += len(members)
             continue
-        try:
-            if len(recording) <= model.gap:
-                raise ValueError(
-                    f"{recording.path}: {len(recording)} latent frames, but --gap {model.gap} of the checkpoint"
-                )
-            codes, vectors = label(model, recording, args.batch_size)
-        except ValueError as error:
-            print(f"left out: {error}", flush=True)
-            failed += 1
-            continue
-        with common.atomic(target) as path, h5py.File(path, "w") as file:
-            file["codes"], file["vectors"] = codes.astype(np.int16), vectors.astype(np.float16)
-            file.attrs.update(about | dict(latents=recording.path.name, frames=len(recording)))
-        done += 1
-    before = len(recordings) - done - failed
-    print(f"{args.out}: {done} recordings labelled, {failed} left out, {before} were there already")
-    return 1 if failed else 0
+        with common.atomic(out / name) as path, tarfile.open(path, "w") as tar:
+            for key, recording in members:
+                try:
+                    if len(recording) <= model.config.gap:
+                        raise common.DataError(
+                            f"{recording.path}: {len(recording)} latent frames are too few for the gap"
+                        )
+                    data = sample(recording, *label(model, recording, args.batch_size), usual[0])
+                except common.DataError as error:
+                    print(f"left out: {error}", flush=True)
+                    left_out += 1
+                    continue
+                member = tarfile.TarInfo(f"{key}.latents.npz")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+                count += 1
+    print(f"{out}: {count} recordings labelled, {left_out} left out, {present} were there already")
+    return 1 if left_out else 0
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

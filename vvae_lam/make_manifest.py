@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
-from recordings import find_files, inspect
+from recordings import find_files, inspect, kind_of
 from tqdm import tqdm
 
 import common
@@ -24,7 +24,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def parse(argv=None):
-    parser = common.Parser(__doc__)
+    parser = common.ArgumentParser(__doc__)
     add, real = parser.add_argument, dict(type=float, metavar="X")
     add("folder", metavar="DIR", help="folder of the H5 files, searched with its sub-folders")
     add("--train-ratio", default=0.8, help="share of the recordings to train on", **real)
@@ -32,7 +32,7 @@ def parse(argv=None):
     add("--test-ratio", default=0.1, help="share for evaluate.py", **real)
     add("--seed", default=42, type=int, metavar="N", help="of the split")
     add("--sequence-length", default=8, type=int, metavar="N", help="latent frames per sequence, for the counts")
-    add("--every-chunk", action="store_true", help="look for NaN in every chunk, not in 8 of each file")
+    add("--every-chunk", action="store_true", help="look for NaN and zeros in every chunk, not in 8 of each file")
     add("--out", metavar="FILE", help="the manifest; without it DIR/manifest.json")
     args = parser.parse_args(argv)
     ratios = args.train_ratio, args.val_ratio, args.test_ratio
@@ -44,7 +44,7 @@ def parse(argv=None):
 
 
 def check(files, every_chunk):
-    """([recording], {file: reason}): files that can be read, of the shape that most of them have."""
+    """([recording], {file: reason}): files that can be read, of the sizes and the VAE that most of them have."""
     good, bad = [], {}
     for file in tqdm(files, unit="file", disable=not sys.stderr.isatty()):
         try:
@@ -53,25 +53,27 @@ def check(files, every_chunk):
             for frame in range(len(recording)) if every_chunk else some:
                 recording.read([frame])
             good.append(recording)
-        except ValueError as error:
+        except common.DataError as error:
             bad[file] = str(error).removeprefix(f"{file}: ")
-    shapes = Counter(recording.shape for recording in good)
-    usual = max(shapes, key=shapes.get, default=None)
+    kinds = Counter(repr(kind_of(recording)) for recording in good)
+    usual = next((r for r in good if kinds[repr(kind_of(r))] == max(kinds.values())), None)
     for recording in good:
-        if recording.shape != usual:
-            bad[recording.path] = f"C, H, W are {recording.shape}, but {usual} in most files"
-    return [recording for recording in good if recording.shape == usual], bad
+        for name, value in kind_of(recording).items():
+            if value != kind_of(usual)[name]:
+                bad[recording.path] = f"{name} is {value}, but {kind_of(usual)[name]} in most files"
+    return [recording for recording in good if recording.path not in bad], bad
 
 
 def split(recordings, ratios, seed):
-    """{split: recordings}: seeded shuffle; every split with a ratio above 0 has at least one while they last."""
-    order = sorted(recordings, key=lambda recording: recording.id)
+    """{split: recordings}: seeded shuffle of episodes; a split with a ratio above 0 has one, while they last."""
+    order = sorted({recording.episode for recording in recordings})
     random.Random(seed).shuffle(order)
     n, held = len(order), []
     for ratio in ratios[1:]:
         held.append(min(max(round(n * ratio), ratio > 0), max(0, n - 1 - sum(held))))
     cuts = n - sum(held), n - held[1]
-    return dict(zip(SPLITS, (order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :]), strict=True))
+    parts = order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :]
+    return {name: [r for r in recordings if r.episode in set(part)] for name, part in zip(SPLITS, parts, strict=True)}
 
 
 def main(argv=None):
@@ -79,12 +81,12 @@ def main(argv=None):
     folder = Path(args.folder)
     files = find_files(folder)
     if not files:
-        raise ValueError(f"{folder}: no .h5 files (encode_videos.py writes them)")
+        raise common.DataError(f"{folder}: no .h5 files (video_vae/encode_videos.py writes them)")
     good, bad = check(files, args.every_chunk)
     for file, reason in bad.items():
         print(f"left out: {file}: {reason}", flush=True)
     if not good:
-        raise ValueError(f"{folder}: none of its {len(files)} files can be used")
+        raise common.DataError(f"{folder}: none of its {len(files)} files can be used")
     splits = split(good, (args.train_ratio, args.val_ratio, args.test_ratio), args.seed)
     counts = {
         name: dict(
@@ -112,4 +114,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

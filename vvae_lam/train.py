@@ -8,6 +8,11 @@ Run:
 --overfit is the sanity check: one batch, over and over; the exit code says whether the model could learn it by heart.
 """
 
+import argparse
+import datetime
+import json
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,32 +24,35 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one f
 import demo
 import figures
 from data import Sequences, TrainBatches, train_loader, validation_loaders
-from metrics import assess, codebook_use, summary
-from model import VVAELatentActionVQVAE
-from quantise import gather
-from recordings import describe, leak_report, read_sources
-from vae import open_vae
+from metrics import assess, code_sensitivity, codebook_metrics, count_codes, reconstruction_metrics
+from model import Config, VVAELatentActionVQVAE, read_config
+from recordings import describe_recordings, normalisation, read_sources, restore_split, split_of
 
 import common
 
 HERE = Path(__file__).resolve().parent
-GATE = dict(mse_loss=0.01, mae_loss=0.05)  # of --overfit, in normalised units
+BETAS = (0.9, 0.95)  # AdamW, as for most transformers of this size
+CHECK_EVERY = 20  # steps between two measurements of the code sensitivity, until quantization begins
+CODEBOOK_FROM = 2048  # transitions whose vectors make the first codes
+OVERFIT = dict(mse_loss=0.01, mae_loss=0.05)  # what --overfit has to reach, in normalised units
 
 
 def parse(argv=None):
-    parser = common.flags(__doc__)
-    parser.set_defaults(steps=20000, batch_size=32, lr=1e-4, warmup=1000)
-    group = parser.add_argument_group("vvae_lam")
-    add, whole, real = group.add_argument, dict(type=int, metavar="N"), dict(type=float, metavar="X")
+    parser = common.ArgumentParser(__doc__)
+    whole, real = dict(type=int, metavar="N"), dict(type=float, metavar="X")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", nargs="+", metavar="PATH", help="PATH or NAME=PATH; without it the demo runs on data of its own")
     add("--manifest", metavar="FILE", help="split of the recordings; without it DIR/manifest.json, if there is one")
-    add("--val-share", default=0.1, help="without a manifest: share of recordings held out, by hash of name", **real)
-    add("--val-episodes", nargs="+", default=[], metavar="ID", help="hold out just these recordings: ID or NAME=ID")
-    add("--causal-only", action="store_true", help="keep only the last latent frame of each jointly encoded chunk")
+    add("--all-latents", action="store_true", help="use every latent of a chunk, also those that saw later frames")
     add("--sequence-length", default=8, help="latent frames per sequence", **whole)
-    add("--stride", default=1, help="latent frames between the starts of two training sequences", **whole)
     add("--gap", default=1, help="latent frames between two frames of a sequence", **whole)
-    add("--flip", action="store_true", help="mirror half of the training sequences left-right")
-    add("--normalise", choices=["channel", "none"], default="channel", help="to zero mean, unit std per channel")
+    add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
+    add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
+    add("--workers", default=0, help="loader processes per rank; 0 loads in the training process", **whole)
+
+    model = parser.add_argument_group("model")
+    add = model.add_argument
     add("--patch", default=4, help="latent pixels per side of a patch", **whole)
     add("--patch-dim", default=256, help="width of a patch in the adapters", **whole)
     add("--embed-dim", default=512, help="width of the transformers", **whole)
@@ -52,169 +60,199 @@ def parse(argv=None):
     add("--decoder-depth", default=3, help="decoder blocks", **whole)
     add("--num-heads", default=8, help="attention heads", **whole)
     add("--num-codes", default=3, help="codes per transition", **whole)
-    add("--num-embeddings", default=12, help="codes in the codebook", **whole)
+    add("--num-embeddings", default=12, help="codes in the codebook of each code position", **whole)
     add("--codebook-dim", default=128, help="width of a code", **whole)
+
+    optimisation = parser.add_argument_group("optimisation")
+    add = optimisation.add_argument
+    add("--batch-size", default=32, help="samples per optimizer step, over all processes and micro-steps", **whole)
+    add("--lr", default=1e-4, help="peak learning rate", **real)
+    add("--lr-end", default=0.0, help="learning rate after the last step (cosine)", **real)
+    add("--warmup", default=1000, help="steps of linear warm-up", **whole)
+    add("--weight-decay", default=0.1, help="AdamW weight decay of matrices", **real)
+    add("--clip", default=1.0, help="largest norm of the gradient", **real)
     add("--commitment-weight", default=0.25, help="pulls vectors to their codes", **real)
-    add("--rollout-horizon", default=2, help="steps of the rollout in the loss; 1: none", **whole)
-    add("--context", default=8, help="latent frames that the decoder looks back on", **whole)
-    add("--margin", default=0.1, help="quantise once shuffled codes cost this share of the error of no motion", **real)
-    add("--check-every", default=25, help="steps between two looks at that", **whole)
-    add("--restart-every", default=20, help="steps without use after which a code moves", **whole)
+    add("--quantize-after", default=0.1, help="quantize once the code sensitivity is above this", **real)
     add("--overfit", action="store_true", help="learn one batch by heart; exit code 1 if MSE < 0.01, MAE < 0.05 fail")
-    add("--vae", metavar="DIR", help="decode the figures' latents with this VAE (see encode_videos.py)")
-    args = common.parse(parser, argv, demo=HERE / "demo.args")
-    for name in ("stride", "gap", "check_every", "restart_every", "rollout_horizon", "context"):
-        if getattr(args, name) < 1:
-            parser.error(f"{common.flag(name)} must be above 0")
-    if args.sequence_length <= args.rollout_horizon:
-        parser.error(f"--sequence-length must be above --rollout-horizon {args.rollout_horizon}")
+    add("--seed", default=0, help="of weights, batches, augmentation and noise", **whole)
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="DIR", help=f"folder of this run; without it the next free runs/{HERE.name}/NNN")
+    add("--resume", action="store_true", help="go on from OUT's newest checkpoint, or start if there is none")
+    add("--init", metavar="CKPT", help="checkpoint whose weights to start from")
+    add("--steps", default=20000, help="optimizer steps in all", **whole)
+    add("--accum", default=1, help="micro-steps per optimizer step: less memory, same batch", **whole)
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
+    add("--log-every", default=50, help="steps between two log lines", **whole)
+    add("--eval-every", default=500, help="steps between two validations", **whole)
+    add("--save-every", default=500, help="steps between two checkpoints", **whole)
+    add("--keep", default=2, help="newest checkpoints kept beside the best", **whole)
+    add("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
+
+    args = parser.parse_args(argv)
+    args.demo = args.data is None
+    if args.demo:  # its preset first, so that the flags given here win
+        given = sys.argv[1:] if argv is None else argv
+        args = parser.parse_args([f"@{HERE / 'demo.args'}", *given], argparse.Namespace(demo=True))
+    args.fixed = [action.dest for group in (model, optimisation) for action in group._group_actions]
+    sizes = [action.dest for action in model._group_actions]
+    for name in [*sizes, *"gap batch_size lr clip steps accum log_every eval_every save_every keep".split()]:
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    for name in "val_share workers lr_end warmup weight_decay commitment_weight seed".split():
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must not be negative")
+    micro_steps = args.accum * int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % micro_steps:
+        parser.error(f"--batch-size {args.batch_size} is no multiple of {micro_steps} (micro-steps x processes)")
+    if args.resume and not args.out:
+        parser.error("--resume needs --out, the folder of the run to go on with")
+    if args.sequence_length <= Config.rollout_horizon:
+        parser.error(f"--sequence-length must be above {Config.rollout_horizon}, the horizon of the rollout")
+    if args.embed_dim % (2 * args.num_heads):
+        parser.error(f"--embed-dim {args.embed_dim} must be a multiple of twice the {args.num_heads} heads")
+    args.folder = HERE.name
     return args
 
 
+def setup(args):
+    """Join torchrun's process group, if there is one, and pick the device. Returns rank, world, device."""
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if "OMP_NUM_THREADS" not in os.environ:  # a core for others: threads that wait for a lost core stall all the rest
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    name = args.device
+    if name == "auto":
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    try:
+        if name not in ("cpu", "mps") and ":" not in name:
+            name = f"{name}:{local % max(1, torch.accelerator.device_count())}"  # Slurm may show each task one GPU
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise common.DataError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        timeout = datetime.timedelta(seconds=float(os.environ.get("DIST_TIMEOUT", 600)))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    return rank, max(world, 1), device
+
+
+def learning_rate(step, args):
+    """Linear warm-up to --lr, then half a cosine down to --lr-end at --steps."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup))
+    return args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
 @torch.no_grad()
-def uses_codes(model, batch, dist, amp):
-    """How much worse the prediction is with the codes of another transition, in errors of "nothing moves"."""
+def validate(model, loaders, device, amp):
+    """Per source and over all of them: losses, errors with other codes, use of the codebook; a clip for the figures."""
     model.eval()
-    with amp:
-        found, _ = assess(model, gather(batch["latents"])[:32])  # foreign codes come from the same clips on any ranks
-    model.train()
-    means = common.mean(dist, found, dict.fromkeys(found, 1))
-    return (means["shuffled_l2"] - means["true_l2"]) / max(means["still_l2"], 1e-12)
-
-
-@torch.no_grad()
-def start_codes(model, batches, done, args, dist, amp, wanted=2048):
-    """Make the codes of the vectors of the coming steps' global batches, about `wanted` transitions."""
-    steps = -(-wanted // (args.batch_size * (args.sequence_length - 1)))
-    items = range(args.accum) if args.overfit else range(done * args.accum, (done + steps) * args.accum)
-    vectors = []
-    for item in items:
-        latents = batches[item]["latents"].to(dist.device)
-        with amp:
-            z = model.infer(model.patches((latents - model.mean) / model.std))
-        vectors.append(gather(z.float().flatten(0, 1)))  # item by item: the same order on any number of ranks
-    model.quantizer.start(torch.cat(vectors), args.seed)
-
-
-@torch.no_grad()
-def validate(model, loaders, dist, amp):
-    """Per source and over all of them: losses, errors with wrong codes, use of the codebook; a clip for the figures."""
-    model.eval()
-    metrics, counts_of, example = {}, {}, None
-    K, S = len(model.quantizer.codebook), model.num_codes
+    metrics, histograms, example = {}, {}, None
     for name, loader in loaders.items():
-        totals, counts = {}, {}
-        histogram = torch.zeros(S, K, dtype=torch.int64)
+        totals, counts, histogram = {}, {}, torch.zeros_like(model.quantizer.idle)
         for batch in loader:
-            latents = batch["latents"].to(dist.device)
+            latents = batch["latents"].to(device)
             with amp:
                 losses = model(dict(latents=latents))[1]
                 found, codes = assess(model, latents, torch.Generator().manual_seed(0))  # the same on any rank
             for key, value in {**losses, **found}.items():
                 totals[key] = totals.get(key, 0.0) + float(value) * len(latents)
                 counts[key] = counts.get(key, 0) + len(latents)
-            histogram += torch.stack([torch.bincount(slot.flatten().cpu(), minlength=K) for slot in codes.unbind(2)])
+            histogram += count_codes(codes, histogram.shape[1]).to(device) if codes is not None else 0
             example = latents if example is None else example
-        means = common.mean(dist, totals, counts)
-        if dist.world > 1:
-            histogram = histogram.to(dist.device)
+        if torch.distributed.is_initialized():
             torch.distributed.all_reduce(histogram)
-        used = {**codebook_use(histogram), **summary(means)}
+        means, histograms[name] = common.mean(totals, counts), histogram.cpu()
         kept = {key: value for key, value in means.items() if key.endswith("loss")}
-        metrics |= {f"val/{name}/{key}": value for key, value in {**kept, **used}.items()}
-        counts_of[name] = histogram.cpu()
+        kept |= {**codebook_metrics(histograms[name]), **reconstruction_metrics(means)}
+        metrics |= {f"val/{name}/{key}": value for key, value in kept.items()}
     for key in dict.fromkeys(name.rpartition("/")[2] for name in metrics):
-        metrics[f"val/{key}"] = sum(metrics[f"val/{name}/{key}"] for name in loaders) / len(loaders)
+        values = [metrics[f"val/{name}/{key}"] for name in loaders if f"val/{name}/{key}" in metrics]
+        metrics[f"val/{key}"] = sum(values) / len(values)
     model.train()
-    return metrics, counts_of, example
+    return metrics, histograms, example
 
 
 def main(argv=None):
     # --- setup
     args = parse(argv)
-    dist = common.setup(args)
-    if args.demo and dist.main:
+    rank, world, device = setup(args)
+    if args.demo and rank == 0:
         demo.write(args.data[0].partition("=")[2])
-    common.share(dist, None)  # the other ranks wait for the demo's data
-    recordings = read_sources(args.data, args.manifest, args.val_share, args.val_episodes, args.causal_only)
-    training = [recording for recording in recordings if recording.split == "train"]
-    sequences = Sequences(training, args.sequence_length, args.gap, args.stride)
-    batches = TrainBatches(
-        sequences, args.batch_size, args.seed, args.accum, dist.rank, dist.world, args.rollout_horizon, args.flip
-    )
-    vae = open_vae(args.vae, dist.device) if args.vae else None
-    common.open_run(args, dist)
-    stop = common.Interrupt(args, dist)
+    common.broadcast()  # the other ranks wait for the demo's data
+    common.seed_all(args.seed)
+    recordings = read_sources(args.data, args.manifest, args.val_share, args.val_episodes, args.all_latents)
+    common.open_run(args)
+    stop = common.Interrupt(args.out)
 
     # --- model
-    channels, height, width = training[0].shape
-    mean, std = describe(training) if args.normalise == "channel" else ([0.0] * channels, [1.0] * channels)
-    model = VVAELatentActionVQVAE(
-        channels=channels,
-        height=height,
-        width=width,
-        patch=args.patch,
-        patch_dim=args.patch_dim,
-        embed_dim=args.embed_dim,
-        encoder_depth=args.encoder_depth,
-        decoder_depth=args.decoder_depth,
-        num_heads=args.num_heads,
-        num_codes=args.num_codes,
-        num_embeddings=args.num_embeddings,
-        codebook_dim=args.codebook_dim,
-        commitment_weight=args.commitment_weight,
-        rollout_horizon=args.rollout_horizon,
-        context=args.context,
-        restart_every=args.restart_every,
-        mean=mean,
-        std=std,
-        gap=args.gap,
-        causal_only=args.causal_only,
-    ).to(dist.device)
-    codebook = model.quantizer.codebook  # decay would pull its codes away from their vectors
-    matrices = [p for p in model.parameters() if p.ndim >= 2 and p is not codebook]
-    others = [p for p in model.parameters() if p.ndim < 2 or p is codebook]
-    opt = torch.optim.AdamW(
-        [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)],
-        lr=args.lr,
-        betas=args.betas,
-        fused=dist.device.type == "cuda",
-    )
-    amp, scaler = common.autocast(args, dist.device)
+    checkpoint = common.newest(args.out) if args.resume else None
+    split = common.read_json(checkpoint / "data.json") if checkpoint else split_of(recordings)
+    changes = list(restore_split(recordings, split)) if checkpoint else []
+    training = [recording for recording in recordings if recording.split == "train"]
+    if checkpoint:  # with its normalisation, whatever the data have become
+        model = VVAELatentActionVQVAE.from_pretrained(checkpoint).train()
+    else:
+        shape, (mean, std) = training[0].shape, normalisation(training)
+        if args.init:  # its weights expect its normalisation
+            mean, std = read_config(args.init).mean, read_config(args.init).std
+        flags = {name: value for name, value in vars(args).items() if name in vars(Config())}
+        model = VVAELatentActionVQVAE(Config(*shape, mean=mean, std=std, **flags))
+        if args.init:
+            model.load_pretrained(args.init)
+    model.to(device)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
+    opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=device.type == "cuda")
+    dtype = dict(off=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.amp]
+    amp = torch.autocast(device.type, dtype, enabled=args.amp != "off")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # --- resume
-    first, best = common.resume(args, dist, model, opt, scaler)
-    log = common.Logger(args, dist, first)
-    size = sum(p.numel() for p in model.parameters())
-    log.say(f"{args.out}: {size:,} parameters, {dist.device}, {dist.world} process(es)")
+    first, best = 0, None
+    if checkpoint:
+        state = common.load(checkpoint / "resume.pt")
+        opt.load_state_dict(state["opt"])
+        scaler.load_state_dict(state["scaler"])
+        first, best = state["step"], state["best"]
+    log = common.Logger(args, first)
+    log.say(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {world} process(es)")
     net = torch.compile(model) if args.compile else model
-    if dist.world > 1:
+    if world > 1:
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # --- data
-    train = train_loader(batches, first, args.steps, args.workers, repeat=args.overfit)
+    sequences = Sequences(training, args.sequence_length, args.gap)
+    batches = TrainBatches(sequences, args.batch_size, args.seed, args.accum, rank, world, Config.rollout_horizon)
+    train = train_loader(batches, first, args.steps, args.workers, args.overfit, device.type == "cuda")
     if args.overfit:
         validation = {"overfit": [batches[micro] for micro in range(args.accum)]}
     else:
-        share = dist.rank, dist.world
-        validation = validation_loaders(recordings, args.sequence_length, args.gap, args.batch_size, *share)
+        validation = validation_loaders(recordings, args.sequence_length, args.gap, args.batch_size, rank, world)
+    for line in [*describe_recordings(recordings), *changes]:
+        log.say(line)
     log.say(f"{len(sequences):,} training sequences of {args.sequence_length} from {len(training)} recordings")
     if not validation:
-        log.say("nothing to validate on: hold out recordings with a manifest, --val-share or --val-episodes")
-    if leak_report(training):
-        log.say(leak_report(training))
-    flops = args.batch_size * model.training_flops(args.sequence_length)
+        log.say("nothing to validate on: hold out episodes with a manifest, --val-share or --val-episodes")
+    clips = args.batch_size if args.overfit else -(-CODEBOOK_FROM // (args.sequence_length - 1))
 
     # --- loop
-    passed = False
+    stopped, passed = False, False
     for step in range(first, args.steps):
-        waited, lr = 0.0, common.cosine(step, args)
+        began, waited, lr = time.perf_counter(), 0.0, learning_rate(step, args)
         for group in opt.param_groups:
             group["lr"] = lr
-        common.seed(args.seed, step, dist.rank)
+        common.seed_all(args.seed, step, rank)
         for micro in range(args.accum):
             start = time.perf_counter()
-            batch = {key: value.to(dist.device, non_blocking=True) for key, value in next(train).items()}
+            batch = {key: value.to(device, non_blocking=True) for key, value in next(train).items()}
             waited += time.perf_counter() - start
             net.require_backward_grad_sync = micro == args.accum - 1  # DDP: one all-reduce per optimizer step
             with amp:
@@ -223,59 +261,70 @@ def main(argv=None):
             log.add(metrics, 1 / args.accum)
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-        scaler.step(opt)
+        if scaler.is_enabled() or norm.isfinite():  # a gradient that is not finite changes nothing
+            scaler.step(opt)
         scaler.update()
         opt.zero_grad(set_to_none=True)
-        log.add(dict(grad_norm=norm, restarts=model.quantizer.update(opt, args.seed)))
-        log.tick(waited)
+        log.add(dict(grad_norm=norm, **model.quantizer.ema_update(args.seed)))
+        log.tick(time.perf_counter() - began, waited)
 
         done, line, is_best = step + 1, {}, False
-        ended, stopped = done == args.steps, stop()
-        if not model.quantizer.started and done % args.check_every == 0:
-            gain = uses_codes(model, batch, dist, amp)
-            line["code_gain"] = gain
-            if gain > args.margin:
-                start_codes(model, batches, done, args, dist, amp)
-                log.say(f"step {done}: the decoder uses the code (gain {gain:.2f}): quantised from here on")
+        ended = done == args.steps
+        at = 0 if args.overfit else done
+        if not model.quantizer.quantizing and done % CHECK_EVERY == 0:
+            with amp:
+                line["code_sensitivity"] = code_sensitivity(
+                    model, batches.head(at, min(args.batch_size, 32)).to(device)
+                )
+            if line["code_sensitivity"] > args.quantize_after:
+                model.init_codebook(batches.head(at, clips), args.seed)
+                log.say(f"step {done}: code sensitivity {line['code_sensitivity']:.2f}: quantization begins")
         if done % args.log_every == 0 or ended:
-            line.update(log.flush(lr=lr, tflops=flops * done / 1e12))
+            line.update(log.flush(lr=lr))
         if validation and (done % args.eval_every == 0 or ended):
-            metrics, counts, example = validate(model, validation, dist, amp)
+            metrics, histograms, example = validate(model, validation, device, amp)
             line.update(metrics)
-            # errors from before the codes began are not comparable: nothing was rounded
-            is_best = model.quantizer.started and (best is None or metrics["val/mse_loss"] < best)
+            # errors from before quantization are not comparable: nothing was rounded
+            is_best = model.quantizer.quantizing and (best is None or metrics["val/mse_loss"] < best)
             best = metrics["val/mse_loss"] if is_best else best
-            passed = args.overfit and all(metrics[f"val/{name}"] < limit for name, limit in GATE.items())
-            if passed and not model.quantizer.started:  # learned without codes: once more with them
-                start_codes(model, batches, done, args, dist, amp)
-                passed = False
+            learned = all(metrics[f"val/{name}"] < limit for name, limit in OVERFIT.items())
+            passed = args.overfit and learned and model.quantizer.quantizing
             ended = ended or passed
+        stopped = stop() and not ended
         if line:
             log.write(done, line)
-        if done % args.save_every == 0 or is_best or ended or stopped:
-            common.save(args, dist, done, model, opt, scaler, best, is_best)
-        if "val/mse_loss" in line and dist.main and (ended or not args.overfit):
-            for name, figure in figures.of_run(model, example, counts, log.out / "log.jsonl", vae):
+        if (done % args.save_every == 0 or is_best or ended or stopped) and rank == 0:
+            with common.checkpoint(args.out, done, is_best, args.keep) as folder:
+                model.save_pretrained(folder)
+                (folder / "data.json").write_text(json.dumps(split, indent=1))
+                state = dict(step=done, best=best, opt=opt.state_dict(), scaler=scaler.state_dict())
+                torch.save(state, folder / "resume.pt")
+        if "val/mse_loss" in line and rank == 0 and (ended or not args.overfit):
+            for name, figure in figures.of_run(model, example, histograms, log.out / "log.jsonl"):
                 log.figure(done, name, figure)
-        if line or stopped:
-            log.pause()
-        if ended:
+        if stopped or ended:
             break
-        if stopped:
-            log.say(f"stopped after step {done}; go on with --resume --out {args.out}")
-            common.cleanup(dist, log)
-            return stop.code
 
     # --- end
-    log.say(f"checkpoint: {log.out / 'checkpoints' / ('best' if best is not None else 'last')}")
-    log.say(f"figure:     {log.out / 'figures' / 'prediction.png'}")
-    if not model.quantizer.started:
-        log.say(f"the codes never began: shuffled ones cost less than --margin {args.margin}; train longer")
+    if stopped:
+        log.say(f"stopped after step {done}; go on with --resume --out {args.out}")
+    else:
+        log.say(f"checkpoint: {log.out / 'checkpoints' / ('best' if best is not None else 'last')}")
+        log.say(f"figure:     {log.out / 'figures' / 'prediction.png'}")
+        if not model.quantizer.quantizing:
+            log.say(f"quantization never began: no code sensitivity above --quantize-after {args.quantize_after}")
     if args.overfit:
-        log.say(f"overfit test {'passed' if passed else 'FAILED'} at step {done}")
-    common.cleanup(dist, log)
-    return 1 if args.overfit and not passed else 0
+        log.say(f"overfit test {'passed' if passed else 'FAILED'}")
+    log.close()
+    if world > 1:
+        torch.distributed.barrier()  # torchrun kills rank 0 in its last save if another rank ended 30 s before
+        time.sleep(0.5)  # gloo's thread lets go of the barrier; joined before that, it waits for the GIL for ever
+        torch.distributed.destroy_process_group()
+    return stop.code if stopped else int(args.overfit and not passed)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

@@ -105,8 +105,9 @@ def worker(kind, B, T):
     """Prints a JSON line: CPU seconds of a step (forward, backward, AdamW), peak MB and MB before it, parameters."""
     torch.manual_seed(0)
     if kind == "ours":
-        model = load("vvae_lam").model.VVAELatentActionVQVAE()
-        model.quantizer.started = True
+        this = load("vvae_lam").model
+        model = this.VVAELatentActionVQVAE(this.Config())
+        model.quantizer.quantizing = True
     else:
         model = DenseReference(weights=kind == "dense")
     opt = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -120,7 +121,7 @@ def worker(kind, B, T):
         opt.step()
         opt.zero_grad(set_to_none=True)
         if kind == "ours":
-            model.quantizer.update(opt, 0)
+            model.quantizer.ema_update()
         times.append(time.process_time() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     size = sum(p.numel() for p in model.parameters())

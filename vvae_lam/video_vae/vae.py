@@ -1,10 +1,10 @@
-"""Video VAEs behind one face: uint8 frames -> latents -> uint8 frames. From a local path; nothing is downloaded.
+"""Video VAEs behind one interface: uint8 frames -> latents -> uint8 frames. From a local path; nothing is downloaded.
 
 | kind | frames per latent | takes |
 | AutoencoderKLCogVideoX | 4 | multiples of 8: 8 frames are 2 latents |
-| AutoencoderKLWan | 4, but the first latent holds one frame | 4 k + 1; a shorter tail it would drop without a word |
+| AutoencoderKLWan | 4, but the first latent holds one frame | 4 k + 1; it would drop a shorter tail silently |
 | AutoencoderKL, AutoencoderKLTemporalDecoder | 1 | any number |
-| VideoVAE+ (arXiv 2412.17805, a checkout of its repository), the VAE of the seed | 4 | multiples of 4 |
+| VideoVAE+ (arXiv 2412.17805, a checkout of its repository) | 4 | multiples of 4 |
 """
 
 import importlib
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from common import DataError
 
 # frames per latent, frames of the first latent where it differs, frames that must be encoded together
 RULES = {
@@ -40,7 +42,7 @@ class VideoVAE:
         All T frames are encoded together. A Wan-type VAE's first latent, which holds one frame, is left out.
         """
         if (len(frames) - self.lead) % self.unit or len(frames) <= self.lead:
-            raise ValueError(f"{self.name} takes {self.unit} k + {self.lead} frames at a time, not {len(frames)}")
+            raise DataError(f"{self.name} takes {self.unit} k + {self.lead} frames at a time, not {len(frames)}")
         x = torch.as_tensor(np.asarray(frames), device=self.device).permute(3, 0, 1, 2)[None] / 127.5 - 1  # B C T H W
         if self.name == "VideoVAE+":
             z = self.module.encode(x, sample_posterior=False)[0]
@@ -52,12 +54,15 @@ class VideoVAE:
 
     @torch.no_grad()
     def decode(self, latents):
-        """Latents (T', C, h, w), array or tensor -> (T, H, W, 3) uint8, T = ratio * T'.
+        """Latents (T', C, h, w), array or tensor -> (ratio * T', H, W, 3) uint8.
 
-        A Wan-type VAE wants a first latent of one frame, which is not kept: the first of `latents` stands in for it.
+        A VAE that takes frames in larger units gets its last latent repeated, and what that adds is left out. A
+        Wan-type VAE wants a first latent of one frame, which is not kept: the first of `latents` stands in for it.
         """
         z = torch.as_tensor(latents, dtype=torch.float32, device=self.device) * self.std + self.mean
+        wanted, each = self.ratio * len(z), self.unit // self.ratio
         z = torch.cat([z[:1], z]) if self.lead else z
+        z = torch.cat([z, z[-1:].expand(-(len(z) - (self.lead > 0)) % each, -1, -1, -1)])
         if self.name == "AutoencoderKLTemporalDecoder":
             x = self.module.decode(z, num_frames=len(z)).sample
         elif self.ratio == 1:
@@ -65,7 +70,7 @@ class VideoVAE:
         else:
             x = self.module.decode(z.transpose(0, 1)[None])
             x = (x if torch.is_tensor(x) else x.sample)[0].transpose(0, 1)  # T C H W
-        x = ((x[self.lead :].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        x = ((x[self.lead :][:wanted].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return x.permute(0, 2, 3, 1).cpu().numpy()
 
     def is_causal(self, frames):
@@ -84,15 +89,17 @@ def open_vae(path, device="cpu", checkout=None):
         config = json.loads((path / "config.json").read_text())
         name = config["_class_name"]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--vae {path}: not the folder of a diffusers VAE (config.json: {error})") from None
+        raise DataError(f"--vae {path}: not the folder of a diffusers VAE (config.json: {error})") from None
     if name not in RULES:
-        raise ValueError(f"--vae {path}: {name} is not supported, only {', '.join(RULES)}")
-    import diffusers
-
+        raise DataError(f"--vae {path}: {name} is not supported, only {', '.join(RULES)}")
+    try:
+        import diffusers
+    except ImportError as error:
+        raise DataError(f"--vae {path}: needs diffusers (pip install diffusers): {error}") from None
     try:
         module = getattr(diffusers, name).from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"--vae {path}: cannot be loaded ({str(error).splitlines()[0][:150]})") from None
+        raise DataError(f"--vae {path}: cannot be loaded ({str(error).splitlines()[0][:150]})") from None
     if name == "AutoencoderKLWan":
         return VideoVAE(name, module, device, config["latents_mean"], config["latents_std"])
     scale, shift = module.config.scaling_factor, getattr(module.config, "shift_factor", None) or 0.0
@@ -109,14 +116,14 @@ def open_videovae_plus(weights, checkout):
         params = {key: value for key, value in config["params"].items() if not key.startswith("ckpt_path")}
         module_name, _, class_name = config["target"].rpartition(".")
     except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"--checkout {checkout}: no readable {config_file.name} of VideoVAE+ ({error})") from None
+        raise DataError(f"--checkout {checkout}: no readable {config_file.name} of VideoVAE+ ({error})") from None
     site.addsitedir(str(checkout))
     try:
         module = getattr(importlib.import_module(module_name), class_name)(**params)
         state = torch.load(weights, map_location="cpu", weights_only=True)
-        module.load_state_dict(state.get("state_dict", state), strict=False)
-    except OSError:
-        raise
-    except Exception as error:  # another project's code, and torch's dozen errors for a damaged file
-        raise ValueError(f"--vae {weights}: VideoVAE+ cannot be opened ({str(error).splitlines()[0][:150]})") from None
+        state = state.get("state_dict", state)
+        own = {name: value for name, value in state.items() if not name.startswith("loss.")}  # of its discriminator
+        module.load_state_dict(own)
+    except Exception as error:  # another project's code, and torch's dozen errors for a corrupt file
+        raise DataError(f"--vae {weights}: VideoVAE+ cannot be opened ({str(error).splitlines()[0][:150]})") from None
     return module
