@@ -1,4 +1,4 @@
-"""Action codecs without a network, to hold a tokenizer against. All work on chunks (B, T, A) in normalised units.
+"""Other action tokenizers to hold ours against. All work on chunks (B, T, A) in normalised units.
 
 Each is fitted on training chunks and gives, for held-out chunks, a Coded. None clips what it was not told to clip.
 """
@@ -7,24 +7,34 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from model import dct_matrix
+import torch
+from fsq import FSQ
+from torch import nn
 
 FAST_VOCABULARY, FAST_CHUNKS = 1024, 4000
 
 
 class Coded(NamedTuple):
-    """Held-out chunks through a codec: decoded (B, T, A), tokens (B,), bits of one token (None: not discrete)."""
+    """Held-out chunks through a codec: decoded (B, T, A), tokens (B,), bits of one token."""
 
     method: str
     decoded: np.ndarray
     tokens: np.ndarray
-    token_bits: float | None
+    token_bits: float
     undecodable: int = 0
 
 
-def constant(method, decoded):
-    """A codec that sends nothing."""
-    return Coded(method, decoded, np.zeros(len(decoded)), 0.0)
+def dct_matrix(steps):
+    """Orthonormal DCT-II, (steps, steps)."""
+    t = np.arange(steps)
+    matrix = np.cos(math.pi / steps * (t + 0.5) * t[:, None]) * math.sqrt(2 / steps)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+def first_action(chunks):
+    """Sends nothing: the first action, which it is given, is held."""
+    return Coded("first action held (given it)", np.broadcast_to(chunks[:, :1], chunks.shape), np.zeros(len(chunks)), 0)
 
 
 def bins256(chunks):
@@ -35,25 +45,40 @@ def bins256(chunks):
     return Coded("256 bins", centres[digits], np.full(len(chunks), chunks[0].size), 8.0)
 
 
-def pca(train):
-    """Mean (TA,) and principal directions (TA, TA), the strongest first, of the flattened training chunks."""
-    flat = train.reshape(len(train), -1).astype(np.float64)
+def uniform(fitted, values, levels):
+    """Each column of `values` to one of `levels` even steps over the q0.5 to q99.5 of `fitted`."""
+    low, high = np.quantile(fitted, [0.005, 0.995], axis=0)
+    width = np.maximum((high - low) / (levels - 1), 1e-12)
+    return low + width * np.clip(np.round((values - low) / width), 0, levels - 1)
+
+
+def pca(train, chunks, tokens, codebook_size):
+    """Two principal coordinates a token, all with the same levels."""
+    flat, levels = train.reshape(len(train), -1), math.isqrt(codebook_size)
     mean = flat.mean(0)
-    return mean, np.linalg.eigh((flat - mean).T @ (flat - mean))[1][:, ::-1]
-
-
-def pca_codec(train, chunks, mean, directions, k, levels=None):
-    """k principal coordinates, each rounded to one of `levels` even steps over its q0.5 to q99.5 (None: exact)."""
-    directions = directions[:, :k]
-    k = directions.shape[1]
+    directions = np.linalg.eigh((flat - mean).T @ (flat - mean))[1][:, ::-1][:, : 2 * tokens]
     z, fitted = ((x.reshape(len(x), -1) - mean) @ directions for x in (chunks, train))
-    if levels:
-        low, high = np.quantile(fitted, [0.005, 0.995], axis=0)
-        width = np.maximum((high - low) / (levels - 1), 1e-12)
-        z = low + width * np.clip(np.round((z - low) / width), 0, levels - 1)
-    method = f"PCA {k}, {levels} levels" if levels else f"PCA {k}, continuous (ceiling of a linear coder)"
-    decoded = (mean + z @ directions.T).reshape(chunks.shape)
-    return Coded(method, decoded, np.full(len(chunks), k), math.log2(levels) if levels else None)
+    decoded = (mean + uniform(fitted, z, levels) @ directions.T).reshape(chunks.shape)
+    return Coded("PCA, equal levels", decoded, np.full(len(chunks), tokens), 2 * math.log2(levels))
+
+
+def beast(train, chunks, points, levels, degree=4, ridge=1e-4):
+    """BEAST (arXiv 2506.06072): clamped B-splines by ridge regression, control points to even levels; not trained."""
+    T, A = chunks.shape[1:]
+    degree = min(degree, points - 1)
+    knots = np.concatenate([np.zeros(degree), np.linspace(0, 1, points - degree + 1), np.ones(degree)])
+    time = np.linspace(0, 1, T)
+    basis = ((knots[:-1] <= time[:, None]) & (time[:, None] < knots[1:])).astype(float)  # T, number of knots - 1
+    basis[-1, np.flatnonzero(knots < 1)[-1]] = 1.0  # the last step belongs to the last span
+    for d in range(1, degree + 1):  # Cox and de Boor
+        left, right = knots[d:-1] - knots[: -d - 1], knots[d + 1 :] - knots[1:-d]
+        rise = (time[:, None] - knots[: -d - 1]) / np.where(left > 0, left, 1)
+        fall = (knots[d + 1 :] - time[:, None]) / np.where(right > 0, right, 1)
+        basis = rise * basis[:, :-1] + fall * basis[:, 1:]
+    solve = np.linalg.solve(basis.T @ basis + ridge * np.eye(points), basis.T)
+    fitted, values = ((solve @ x).reshape(len(x), -1) for x in (train, chunks))
+    decoded = basis @ uniform(fitted, values, levels).reshape(len(chunks), points, A)
+    return Coded(f"BEAST, {levels} levels", decoded, np.full(len(chunks), points * A), math.log2(levels))
 
 
 def fast(train, chunks, scale):
@@ -66,7 +91,7 @@ def fast(train, chunks, scale):
     from tokenizers import ByteLevelBPETokenizer, pre_tokenizers, trainers
 
     T, A = chunks.shape[1:]
-    dct = dct_matrix(T).numpy()
+    dct, train = dct_matrix(T), train[:: math.ceil(len(train) / FAST_CHUNKS)]
     train, numbers = (np.around(dct @ x * scale).astype(np.int64).reshape(len(x), -1) for x in (train, chunks))
     low = train.min()
 
@@ -74,15 +99,9 @@ def fast(train, chunks, scale):
         return "".join(map(chr, np.clip(row - low, 0, 0xD7FF)))  # beyond lie surrogates, which are no characters
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a set: its order would change from run to run
-    trainer = trainers.BpeTrainer(
-        vocab_size=FAST_VOCABULARY,
-        min_frequency=2,
-        show_progress=False,
-        initial_alphabet=alphabet,
-        max_token_length=10000,
-    )
+    settings = dict(vocab_size=FAST_VOCABULARY, min_frequency=2, max_token_length=10000, show_progress=False)
     bpe = ByteLevelBPETokenizer()
-    bpe._tokenizer.train_from_iterator(map(text, train), trainer)
+    bpe._tokenizer.train_from_iterator(map(text, train), trainers.BpeTrainer(initial_alphabet=alphabet, **settings))
     decoded, tokens, undecodable = np.zeros(chunks.shape), [], 0
     for i, row in enumerate(numbers):
         ids = bpe.encode(text(row)).ids
@@ -92,23 +111,70 @@ def fast(train, chunks, scale):
             decoded[i] = dct.T @ ((np.array([ord(c) for c in back]) + low) / scale).reshape(T, A)
         else:
             undecodable += 1
-    method = f"FAST, scale {scale}, full alphabet"
-    return Coded(method, decoded, np.array(tokens), math.log2(FAST_VOCABULARY), undecodable)
+    return Coded("FAST", decoded, np.array(tokens), math.log2(FAST_VOCABULARY), undecodable)
 
 
-def compare(train, chunks, tokens, vocabulary, numbers):
-    """All baselines. tokens, vocabulary: of the tokenizer; numbers: how many values its tokens hold together."""
-    mean, directions = pca(train)
-    yield constant("mean chunk", np.broadcast_to(mean.reshape(chunks[0].shape), chunks.shape))
-    yield constant("hold first (given it)", np.broadcast_to(chunks[:, :1], chunks.shape))
+class RegisterTokenizer(nn.Module):
+    """The plain learned tokenizer: a transformer encoder over steps and N registers, FSQ of the registers, a
+    transformer decoder over steps; as in QueST (2407.15840) and OAT (2602.04215). Mean squared error."""
+
+    def __init__(self, steps, dims, tokens, levels=(8, 5, 5, 5), width=128, depth=2, heads=4):
+        super().__init__()
+        self.fsq, self.tokens = FSQ(levels), tokens
+        layer = dict(nhead=heads, dim_feedforward=4 * width, activation="gelu", batch_first=True, norm_first=True)
+
+        def transformer():
+            layers = nn.TransformerEncoderLayer(width, dropout=0.1, **layer)
+            return nn.TransformerEncoder(layers, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+
+        self.encoder, self.decoder = transformer(), transformer()
+        self.enter, self.leave = nn.Linear(dims, width), nn.Linear(width, dims)
+        self.to_latent, self.from_latent = nn.Linear(width, len(levels)), nn.Linear(len(levels), width)
+        self.step = nn.Parameter(torch.randn(2, steps, width) * 0.02)
+        self.register = nn.Parameter(torch.randn(2, tokens, width) * 0.02)
+
+    def forward(self, x):
+        """x (B, T, A) -> its reconstruction (B, T, A)."""
+        h = torch.cat([self.enter(x) + self.step[0], self.register[0].expand(len(x), -1, -1)], 1)
+        codes, _ = self.fsq(self.to_latent(self.encoder(h)[:, -self.tokens :]))
+        h = torch.cat([self.step[1].expand(len(x), -1, -1), self.from_latent(codes) + self.register[1]], 1)
+        return self.leave(self.decoder(h)[:, : -self.tokens])
+
+
+def register_transformer(train, chunks, tokens, steps, batch_size=128, lr=1e-3, mix=0.5, seed=0):
+    """RegisterTokenizer trained for `steps` steps with the augmentation, optimizer and schedule of train.py."""
+    torch.manual_seed(seed)
+    draw, train = np.random.default_rng(seed), train.astype(np.float32)
+    model = RegisterTokenizer(*chunks.shape[1:], tokens)
+    opt = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=min(0.3, 100 / steps))
+    for _ in range(steps):
+        one, two = train[draw.integers(0, len(train), (2, batch_size))]
+        weight = np.where(draw.random(batch_size) < 0.5, draw.uniform(-mix, 1 + mix, batch_size), 1.0)[:, None, None]
+        x = torch.from_numpy((two + weight * (one - two)).astype(np.float32))
+        (model(x) - x).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        schedule.step()
+        opt.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        decoded = torch.cat([model.eval()(x) for x in torch.from_numpy(chunks.astype(np.float32)).split(256)]).numpy()
+    name = f"register transformer + FSQ, {steps} steps"
+    return Coded(name, decoded, np.full(len(chunks), tokens), math.log2(model.fsq.size))
+
+
+def compare(train, chunks, tokens, codebook_size, register_steps=0, seed=0):
+    """All of them. tokens: the numbers of tokens that those of fixed length are measured at, ours first."""
+    yield first_action(chunks)
     yield bins256(chunks)
-    some = train[:: math.ceil(len(train) / FAST_CHUNKS)]
-    for scale in (2, 10):
-        try:
-            yield fast(some, chunks, scale)
-        except ImportError:
-            print("the FAST baseline is left out: pip install tokenizers", flush=True)
-            break
-    for k, levels in ((tokens, vocabulary), (2 * tokens, math.isqrt(vocabulary)), (2 * tokens, vocabulary)):
-        yield pca_codec(train, chunks, mean, directions, k, levels)
-    yield pca_codec(train, chunks, mean, directions, numbers)
+    for n in tokens:
+        yield pca(train, chunks, n, codebook_size)
+    for points, levels in ((2, 16), (3, 16), (5, 32), (5, 256)):
+        yield beast(train, chunks, min(points, chunks.shape[1]), levels)
+    try:
+        for scale in (1, 2, 5, 10):
+            yield fast(train, chunks, scale)
+    except ImportError:
+        print("FAST is left out: pip install tokenizers", flush=True)
+    if register_steps:
+        yield register_transformer(train, chunks, tokens[0], register_steps, seed=seed)

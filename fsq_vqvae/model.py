@@ -1,221 +1,162 @@
 """FSQVQVAE: a chunk of robot actions <-> a few discrete tokens.
 
-Every token is finite scalar quantised (FSQ, Mentzer et al. 2023, arXiv 2309.15505). Tokens are residual: token i codes
-what tokens < i left over. A linear residual coder, fitted in closed form, is the skeleton of encoder and decoder; a
-transformer on each side learns what a linear map cannot say. It starts at zero, so training starts from the skeleton.
+A transform coder (coder.py) is fitted in closed form: it says what a token means, so `encode` needs no training. A
+network then learns to decode the same tokens better, and is used where validation shows that it does.
 
-Letters: B batch, T steps, A action dims, P patches, N tokens, L levels per token, D width, S sources (data sets).
+Letters: B batch, T steps, A action dims, X = T A, R rows of the context, C = (R - 1) A, K coefficients, N tokens,
+L levels of a coefficient, D width of the network.
 """
 
 import json
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import coder
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-GAIN_SLACK = 1.03  # see fit_skeleton
+from common import DataError
+
+# what a policy knows when its chunk begins, and encode and decode are given: (what, at which step)
+CONTEXT = dict(none=(), action=(("action", 0),), state=(("state", 0), ("action", -1), ("state", -1), ("action", -2)))
 
 
-class FSQ(nn.Module):
-    """Rounds each of L bounded numbers to one of `levels[i]` values; their product is the vocabulary.
+@dataclass
+class Config:
+    """sources: one dict per data set: `name`, `action_dim`, `chunk` (steps), `fps` (Hz or None), `center` and `scale`
+    (per dim; normalised = (action - center) / scale), `low` and `high` (of the training actions), and `levels`: for
+    each token the levels of its coefficients. They live in config.json, so a checkpoint is complete.
 
-    bound "atanh" maps 0 to 0 exactly (vector-quantize-pytorch); "paper" is equation 1 of the paper's reference code,
-    with tan and 1 - eps. About 1 % of the codes differ between the two, so the choice belongs to the checkpoint.
-    Always float32: in bfloat16 2 % of the codes would change.
+    condition: a key of CONTEXT. Chunks are coded relative to the context's first row, and predicted from the
+    differences of the other rows to it: a robot whose joints have drifted since the training keeps its tokens.
     """
 
-    def __init__(self, levels, bound="atanh", eps=1e-3):
+    sources: list
+    codebook_size: int = 1024
+    condition: str = "action"
+    hidden_dim: int = 512
+    num_layers: int = 1  # of the network, between its first and last, and shared by all sources
+    dropout: float = 0.1
+
+    def __post_init__(self):
+        if self.condition not in CONTEXT:
+            raise ValueError(f"condition {self.condition!r}: expected one of {', '.join(CONTEXT)}")
+        if not 1 <= self.num_layers <= 100:
+            raise ValueError(f"num_layers {self.num_layers}: expected 1 to 100")
+        if not 2 <= self.codebook_size < 2**63:
+            raise ValueError(f"codebook_size {self.codebook_size}: expected 2 to 2^63 - 1 (an int64 index)")
+
+
+class Coder(nn.Module):
+    """The transform coder of one source, and the layers of the network that are its own."""
+
+    def __init__(self, source, config):
         super().__init__()
-        if bound not in ("atanh", "paper"):
-            raise ValueError(f"fsq_bound is {bound!r}; expected 'atanh' or 'paper'")
-        if min(levels) < 3:
-            raise ValueError(f"levels {list(levels)}: each must be at least 3")
-        levels = torch.tensor(levels, dtype=torch.int64)
-        half = (levels - 1).double() * (1 + eps if bound == "atanh" else 1 - eps) / 2
-        offset = torch.where(levels % 2 == 0, 0.5, 0.0).double()
-        shift = torch.atanh(offset / half) if bound == "atanh" else torch.tan(offset / half)
-        basis = torch.cumprod(torch.cat([torch.ones(1, dtype=torch.int64), levels[:-1]]), 0)
-        for name, value in dict(reach=half, offset=offset, shift=shift, width=(levels // 2).double()).items():
-            self.register_buffer(name, value.float(), persistent=False)
-        self.register_buffer("levels", levels, persistent=False)
-        self.register_buffer("basis", basis, persistent=False)
-        # index = sum((digit + width) * basis)
-        self.register_buffer("weight", basis.float(), persistent=False)
-        self.register_buffer("zero", (basis * (levels // 2)).sum().float(), persistent=False)
-        self.size = int(levels.prod())
+        self.source, self.steps, self.dims = source, source["chunk"], source["action_dim"]
+        self.rows = len(CONTEXT[config.condition])
+        X, C = self.steps * self.dims, max(0, self.rows - 1) * self.dims
+        levels = [n for token in source["levels"] for n in token]
+        K, L = len(levels), max(levels, default=1)
+        token = [n for n, of_token in enumerate(source["levels"]) for _ in of_token]
+        basis = [math.prod(of_token[:i]) for of_token in source["levels"] for i in range(len(of_token))]
+        for name, value in dict(levels=levels, token=token, radix=basis).items():
+            self.register_buffer(name, torch.tensor(value, dtype=torch.int64))  # index = sum of digit * radix
+        self.register_buffer("center", torch.tensor(source["center"]))  # A
+        self.register_buffer("scale", torch.tensor(source["scale"]))  # A
+        M = min(X, coder.COEFFICIENTS_PER_TOKEN * len(source["levels"]))
+        shapes = dict(weight=(C, X), mean=(X,), basis=(K, X), span=(M, X), points=(K, L), edges=(K, L - 1))
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("deviation", torch.ones(K))  # of the coefficients
+        self.register_buffer("use_network", torch.tensor(False))  # set by train.py's validation
+        self.enter = nn.Linear(K + C, config.hidden_dim)
+        self.leave = nn.Linear(config.hidden_dim, M)
+        nn.init.zeros_(self.leave.weight)  # training starts from the closed form
+        nn.init.zeros_(self.leave.bias)
 
-    def bound(self, z):
-        """(..., L) any real -> within half a level of the outermost levels; unit steps."""
-        return torch.tanh(z.float() + self.shift) * self.reach - self.offset
+    def set(self, found):
+        """Take over a coder.Fit."""
+        L = self.points.shape[1]
+        points = torch.tensor(np.array([np.pad(p, (0, L - len(p)), "edge") for p in found.points]).reshape(-1, L))
+        edges = (points[:, 1:] + points[:, :-1]) / 2
+        edges[torch.arange(1, L) >= self.levels[:, None]] = torch.inf
+        values = dict(points=points, edges=edges)
+        values |= {
+            name: torch.from_numpy(getattr(found, name)) for name in ("weight", "mean", "basis", "span", "deviation")
+        }
+        for name, value in values.items():
+            getattr(self, name).copy_(value)
 
-    def forward(self, z):
-        """z (..., L) -> codes (..., L) in [-1, 1] with a straight-through gradient, indices (...) int64."""
-        bounded = self.bound(z)
-        digits = bounded.detach().round()
-        codes = (bounded + (digits - bounded.detach())) / self.width
-        return codes, ((digits * self.weight).sum(-1) + self.zero).long()  # a matmul would run in bfloat16
+    def context(self, context):
+        """context (B, R, A) in robot units -> where the chunk is coded from, (B, A), and the features (B, C)."""
+        if not self.rows:
+            return context.new_zeros(len(context), self.dims), context.new_zeros(len(context), 0)
+        rows = (context.float() - self.center) / self.scale
+        return rows[:, 0], (rows[:, 1:] - rows[:, :1]).flatten(1)
 
-    def codes(self, indices):
-        """indices (...) int64 in [0, size) -> codes (..., L) float32."""
-        digits = indices[..., None] // self.basis % self.levels
-        return digits / self.width - 1
+    def normalise(self, actions, mask, base):
+        """actions (B, T, A), mask (B, T) -> (B, X); steps past the last valid one repeat it."""
+        last = (mask * torch.arange(self.steps, device=mask.device)).amax(1)
+        step = torch.arange(self.steps, device=mask.device).clamp(max=last[:, None])  # B T
+        actions = actions.gather(1, step[..., None].expand(-1, -1, self.dims))
+        return ((actions - self.center) / self.scale - base[:, None]).flatten(1)
 
+    def quantize(self, x, features):
+        """x (B, X), features (B, C) -> digits (B, K): the number of the nearest point of each coefficient."""
+        z = (x - features @ self.weight - self.mean) @ self.basis.T
+        return (z[..., None] > self.edges).sum(-1)
 
-class Block(nn.Module):
-    """Pre-norm transformer block, full attention; `mask` (B, 1, 1, N) is True where a token may be looked at."""
+    def pack(self, digits):
+        """digits (B, K) -> indices (B, N) int64, each below its token's product of levels."""
+        indices = digits.new_zeros(len(digits), len(self.source["levels"]))
+        return indices.index_add_(1, self.token, digits * self.radix)
 
-    def __init__(self, dim, heads, dropout):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+    def unpack(self, indices):
+        """indices (B, N), any whole numbers -> digits (B, K). Beyond a token's product of levels they begin anew."""
+        return indices[:, self.token] // self.radix % self.levels
 
-    def forward(self, x, mask=None):
-        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        x = x + F.dropout(self.out(rearrange(y, "b h n d -> b n (h d)")), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+    def values(self, digits):
+        """digits (B, K) -> the coefficients' points (B, K)."""
+        return self.points.T.gather(0, digits)
+
+    def reconstruct(self, values, features):
+        """The closed form's decoding: coefficients (B, K), features (B, C) -> (B, X)."""
+        return values @ self.basis + self.mean + features @ self.weight
 
 
 class FSQVQVAE(nn.Module):
-    """Action tokenizer. A chunk of up to T steps of one of its sources becomes `num_tokens` indices below prod(levels).
+    """Action tokenizer: up to T steps of one of its sources become N indices below `codebook_size`, and back."""
 
-    sources: one dict per data set with `name`, `action_dim`, `chunk` (steps), `fps` (Hz or None), and `center` and
-    `scale` (per dim; normalised = (action - center) / scale). They live in config.json, so a checkpoint is complete.
-    ordered: nested dropout (Rippel et al. 2014) trains every prefix of the tokens to decode by itself.
-    relative: code the chunk minus its first action, which decode then needs as `start` (a policy knows where its robot
-    is): side information that halves the error and more, and lets the joints drift.
-    """
-
-    def __init__(
-        self,
-        sources,
-        num_tokens=8,
-        levels=(8, 5, 5, 5),
-        hidden_dim=128,
-        latent_dim=64,
-        num_heads=4,
-        num_encoder_layers=2,
-        num_decoder_layers=2,
-        patch=5,
-        dropout=0.0,
-        commitment_weight=0.0,
-        spectral_weight=0.0,
-        ordered=0.0,
-        relative=False,
-        fsq_bound="atanh",
-    ):
+    def __init__(self, config):
         super().__init__()
-        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self.config = json.loads(json.dumps(config))
-        if hidden_dim % num_heads:
-            raise ValueError(f"hidden_dim {hidden_dim} is not divisible by {num_heads} heads")
-        self.sources, self.names = sources, [source["name"] for source in sources]
-        self.num_tokens, self.patch, self.ordered, self.relative = num_tokens, patch, ordered, relative
-        self.commitment_weight, self.spectral_weight = commitment_weight, spectral_weight
-        self.fsq = FSQ(levels, fsq_bound)
-        S, N, L, D = len(sources), num_tokens, len(levels), hidden_dim
-        self.dim = A = max(source["action_dim"] for source in sources)
-        self.patches = P = math.ceil(max(source["chunk"] for source in sources) / patch)
-        self.steps = T = P * patch
+        self.config, self.sources = config, config.sources
+        self.names = [source["name"] for source in config.sources]
+        self.num_tokens = len(config.sources[0]["levels"])
+        self.coders = nn.ModuleList(Coder(source, config) for source in config.sources)
+        D = config.hidden_dim
+        layers = [[nn.GELU(), nn.Dropout(config.dropout), nn.Linear(D, D)] for _ in range(config.num_layers)]
+        self.trunk = nn.Sequential(*sum(layers, []), nn.GELU(), nn.Dropout(config.dropout))
 
-        def table(key):
-            rows = [source[key] + [float(key == "scale")] * (A - source["action_dim"]) for source in sources]
-            return torch.tensor(rows, dtype=torch.float32)
-
-        dims = torch.tensor([source["action_dim"] for source in sources])
-        self.register_buffer("center", table("center"), persistent=False)  # S A
-        self.register_buffer("scale", table("scale"), persistent=False)  # S A
-        self.register_buffer("has_dim", torch.arange(A) < dims[:, None], persistent=False)  # S A
-        self.register_buffer("chunk", torch.tensor([source["chunk"] for source in sources]), persistent=False)
-        self.register_buffer("dct", dct_matrix(T), persistent=False)
-
-        # the linear skeleton, one per source (fit_skeleton)
-        self.mean = nn.Parameter(torch.zeros(S, T * A))
-        self.analysis = nn.Parameter(torch.randn(S, T * A, N * L) / math.sqrt(T * A))
-        self.feedback = nn.Parameter(torch.zeros(S, N * L, N * L))  # token j -> token i > j
-        self.threshold = nn.Parameter(torch.zeros(S, N * L))
-        self.synthesis = nn.Parameter(torch.randn(S, N, L + 1, T * A) / math.sqrt(N * L))
-
-        # the transformers, shared by all sources but for their first and last layer
-        self.patch_in = nn.Parameter(torch.randn(S, patch * A, D) / math.sqrt(patch * A))
-        self.patch_out = nn.Parameter(torch.zeros(S, D, patch * A))
-        self.time = nn.Parameter(torch.randn(2, P, D) * 0.02)  # encoder, decoder
-        self.slots = nn.Parameter(torch.randn(2, N, D) * 0.02)
-        self.source = nn.Parameter(torch.randn(2, S, 1, D) * 0.02)
-        self.absent = nn.Parameter(torch.randn(D) * 0.02)  # a token that a prefix leaves out
-        self.encoder = nn.ModuleList(Block(D, num_heads, dropout) for _ in range(num_encoder_layers))
-        self.decoder = nn.ModuleList(Block(D, num_heads, dropout) for _ in range(num_decoder_layers))
-        self.to_latent = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, latent_dim), nn.GELU(), nn.Linear(latent_dim, L))
-        self.from_latent = nn.Sequential(nn.Linear(L, latent_dim), nn.GELU(), nn.Linear(latent_dim, D))
-        self.norm_out = nn.LayerNorm(D)
-        nn.init.zeros_(self.to_latent[-1].weight)
-        nn.init.zeros_(self.to_latent[-1].bias)
-
-    # --- from actions to tokens and back, normalised, padded to (B, steps, dim)
-
-    def normalise(self, actions, mask, source):
-        """Padded steps hold the last valid action; absent dims and steps beyond the source's chunk are 0."""
-        last = (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
-        step = torch.arange(self.steps, device=mask.device).clamp(max=last[:, None])  # B T
-        actions = actions.gather(1, step[..., None].expand(-1, -1, actions.shape[2]))
-        x = (actions - self.center[source, None]) / self.scale[source, None]
-        x = x - x[:, :1] if self.relative else x
-        inside = torch.arange(self.steps, device=x.device) < self.chunk[source, None]  # B T
-        return torch.where(inside[..., None] & self.has_dim[source, None], x, 0.0)
-
-    def look(self, source, tokens):
-        """Attention mask over [patches, tokens]: patches beyond a source's chunk are not looked at."""
-        if len(self.sources) == 1:
-            return None
-        start = torch.arange(self.patches, device=source.device) * self.patch
-        inside = start < self.chunk[source, None]
-        return torch.cat([inside, inside.new_ones(len(source), tokens)], 1)[:, None, None]
-
-    def quantise(self, x, source):
-        """x (B, T, A) normalised -> codes (B, N, L), indices (B, N), and what was rounded, (B, N, L)."""
-        N, L = self.num_tokens, len(self.fsq.levels)
-        patches = rearrange(x, "b (p t) a -> b p (t a)", t=self.patch)
-        h = per_source(patches, self.patch_in, source) + self.time[0] + self.source[0, source]
-        h = torch.cat([h, self.slots[0].expand(len(x), -1, -1)], 1)  # B P+N D
-        mask = self.look(source, N)
-        for block in self.encoder:
-            h = block(h, mask)
-        h = self.to_latent(h[:, self.patches :])  # B N L
-
-        with torch.autocast(x.device.type, enabled=False):
-            flat = x.float().flatten(1) - self.mean[source]
-            h = h.float().flatten(1) - self.threshold[source] + per_source(flat[:, None], self.analysis, source)[:, 0]
-            codes, indices, bounded = [], [], []
-            for i in range(N):
-                slot = slice(i * L, (i + 1) * L)
-                z = h[:, slot]
-                q, index = self.fsq(z)
-                h = h - per_source(q[:, None], self.feedback[:, slot], source)[:, 0]  # only later slots are read again
-                codes.append(q)
-                indices.append(index)
-                bounded.append(self.fsq.bound(z))
-        return torch.stack(codes, 1), torch.stack(indices, 1), torch.stack(bounded, 1)
-
-    def reconstruct(self, codes, source, keep):
-        """codes (B, N, L), keep (B, N) True for the tokens that are there -> (B, T, A) normalised."""
-        h = torch.where(keep[..., None], self.from_latent(codes), self.absent) + self.slots[1]
-        queries = (self.time[1] + self.source[1, source]).expand(len(codes), -1, -1)
-        mask = self.look(source, self.num_tokens)
-        h = torch.cat([queries, h.to(queries.dtype)], 1)
-        for block in self.decoder:
-            h = block(h, mask)
-        learned = per_source(self.norm_out(h[:, : self.patches]), self.patch_out, source)
-        learned = rearrange(learned, "b p (t a) -> b (p t) a", t=self.patch)
-        with torch.autocast(codes.device.type, enabled=False):
-            codes = F.pad(codes, (0, 1), value=1.0) * keep[..., None]  # B N L+1
-            linear = per_source(codes.flatten(1)[:, None], self.synthesis.flatten(1, 2), source)[:, 0]
-            return (self.mean[source] + linear).view_as(learned) + learned.float()
+    @classmethod
+    def fit(cls, sources, samples, tokens=8, **config):
+        """The closed form alone, for sources described without `levels` and a sample of chunks of each: dicts with
+        actions (B, T, A) in robot units, mask (B, T), context (B, R, A). Some thousands of chunks are enough."""
+        fits, described = [], []
+        for source, sample in zip(sources, samples, strict=True):
+            empty = Coder({**source, "levels": [[2]]}, Config([], **config))  # for its normalisation
+            base, features = empty.context(sample["context"])
+            x = empty.normalise(sample["actions"], sample["mask"], base)
+            size = config.get("codebook_size", Config.codebook_size)
+            fits.append(coder.fit(x.double().numpy(), features.double().numpy(), tokens, size))
+            described.append({**source, "levels": fits[-1].levels})
+        model = cls(Config(described, **config))
+        for own, found in zip(model.coders, fits, strict=True):
+            own.set(found)
+        return model
 
     # --- training
 
@@ -224,160 +165,120 @@ class FSQVQVAE(nn.Module):
         return self.compute_loss(batch) if isinstance(batch, dict) else self.encode(batch).tolist()
 
     def compute_loss(self, batch):
-        """All loss terms. Each chunk counts the same however many valid entries it has, so ranks and micro-steps can
-        average: mean squared error in time, the same on the DCT's magnitude (L1) and the commitment term."""
-        mask, source = batch["mask"], batch["source"]
-        x = self.normalise(batch["actions"], mask, source)
-        codes, indices, bounded = self.quantise(x, source)
-        keep = torch.ones_like(indices, dtype=torch.bool)
-        if self.ordered and self.training:
-            kept = torch.randint(1, self.num_tokens + 1, (len(x), 1), device=x.device)
-            kept = torch.where(torch.rand(len(x), 1, device=x.device) < self.ordered, kept, self.num_tokens)
-            keep = torch.arange(self.num_tokens, device=x.device) < kept
-        x_hat = self.reconstruct(codes, source, keep)
-        mask = F.pad(mask, (0, self.steps - mask.shape[1]))
-        valid = mask[..., None] & self.has_dim[source, None]
-        share = valid / valid.sum((1, 2), keepdim=True) / len(x)
-        error = x_hat - x
-        mse = (error.square() * share).sum()
-        loss, metrics = mse, {"mse": mse, "mae": (error.abs() * share).sum()}
-        if self.spectral_weight:
-            spectrum = torch.einsum("f t, b t a -> b f a", self.dct, error * valid)
-            metrics["spectral"] = (spectrum.abs().sum((1, 2)) / valid.sum((1, 2))).mean()
-            loss = loss + self.spectral_weight * metrics["spectral"]
-        if self.commitment_weight:
-            metrics["commitment"] = (bounded / self.fsq.width - codes.detach()).square().mean()
-            loss = loss + self.commitment_weight * metrics["commitment"]
-        return loss, {"loss": loss, **metrics}
-
-    @torch.no_grad()
-    def fit_skeleton(self, name, actions, mask):
-        """Fit one source's linear residual coder to chunks (B, T, A), in robot units, B of some thousands.
-
-        Token by token: the residual's leading principal directions, scaled into the quantiser's range by a gain, then
-        the least-squares decoder of the codes. The gain is the largest whose error is within GAIN_SLACK of the
-        smallest: a larger one puts more of the vocabulary to use. Deterministic; seconds.
-        """
-        s, L = self.names.index(name), len(self.fsq.levels)
-        actions = F.pad(actions, (0, self.dim - actions.shape[2]))
-        source = torch.full((len(actions),), s)
-        x = self.normalise(actions, mask, source).flatten(1).double()
-        mean, rows = x.mean(0), len(x)
-        residual = x - mean
-        analysis, decoders = [], []
-        ridge = 1e-3 * torch.eye(L + 1, dtype=x.dtype)
-        for _ in range(self.num_tokens):
-            generator_state = torch.get_rng_state()
-            torch.manual_seed(0)  # svd_lowrank draws its test matrix
-            _, strength, directions = torch.svd_lowrank(residual, q=min(L + 8, *residual.shape), niter=6)
-            torch.set_rng_state(generator_state)
-            directions = F.pad(directions, (0, max(0, L - directions.shape[1])))[:, :L]
-            deviation = F.pad(strength, (0, max(0, L - len(strength))))[:L] / math.sqrt(rows) + 1e-6
-            tried = []
-            for gain in (0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7):
-                encode = directions * gain / deviation
-                codes = F.pad(self.fsq((residual @ encode).float())[0].double(), (0, 1), value=1.0)
-                decode = torch.linalg.solve(codes.T @ codes + ridge, codes.T @ residual)
-                tried.append(((residual - codes @ decode).square().mean(), encode, decode, codes))
-            limit = GAIN_SLACK * min(error for error, *_ in tried)
-            _, encode, decode, codes = [trial for trial in tried if trial[0] <= limit][-1]
-            analysis.append(encode)
-            decoders.append(decode)
-            residual = residual - codes @ decode
-        E, Y = torch.stack(analysis), torch.stack(decoders)  # N TA L, N L+1 TA
-        back = torch.einsum("j c x, i x l -> j c i l", Y, E)
-        for i in range(self.num_tokens):
-            back[i:, :, i] = 0  # only earlier tokens feed back
-        self.mean[s] = mean
-        self.analysis[s] = rearrange(E, "n x l -> x (n l)")
-        self.feedback[s] = rearrange(back[:, :L], "j c i l -> (j c) (i l)")
-        self.threshold[s] = rearrange(back[:, L].sum(0), "i l -> (i l)")
-        self.synthesis[s] = Y.float()
+        """Mean squared error of the network's decoding, normalised. Each chunk counts the same however many valid
+        entries it has, so ranks and micro-steps can average. `mse_closed_form`: without the network."""
+        decoded, entered = [], []
+        for s, own in enumerate(self.coders):  # sources that this batch lacks too: DDP needs all their gradients
+            rows = batch["source"] == s
+            actions, mask = batch["actions"][rows, : own.steps, : own.dims], batch["mask"][rows, : own.steps]
+            with torch.autocast(actions.device.type, enabled=False), torch.no_grad():
+                base, features = own.context(batch["context"][rows, :, : own.dims])
+                x = own.normalise(actions, mask, base)
+                values = own.values(own.quantize(x, features))
+                decoded.append((x, own.reconstruct(values, features), mask))
+            entered.append(own.enter(torch.cat([values / own.deviation, features], 1)))
+        hidden = self.trunk(torch.cat(entered)).split([len(h) for h in entered])
+        totals = 0.0
+        for own, h, (x, closed, mask) in zip(self.coders, hidden, decoded, strict=True):
+            weight = mask.repeat_interleave(own.dims, 1) / (mask.sum(1, keepdim=True) * own.dims)  # B X
+            error = closed + own.leave(h).float() @ own.span - x
+            sums = [(e * weight).sum() for e in (error.square(), error.abs(), (closed - x).square())]
+            totals = totals + torch.stack(sums)
+        mse, mae, closed = totals / len(batch["source"])
+        return mse, dict(loss=mse, mse=mse, mae=mae, mse_closed_form=closed)
 
     # --- the tokenizer, in robot units
 
-    def source_index(self, name):
-        if name is None and len(self.names) > 1:
+    def coder_of(self, source):
+        if source is None and len(self.names) > 1:
             raise ValueError(f"this tokenizer knows {', '.join(self.names)}: say which with source=")
-        if name is not None and name not in self.names:
-            raise ValueError(f"source {name!r} is unknown; this tokenizer knows {', '.join(self.names)}")
-        return 0 if name is None else self.names.index(name)
+        if source is not None and source not in self.names:
+            raise ValueError(f"source {source!r} is unknown; this tokenizer knows {', '.join(self.names)}")
+        return self.coders[0 if source is None else self.names.index(source)]
+
+    def context_of(self, own, context, batch):
+        """The context as (B, R, A); ValueError says what it must hold."""
+        device, wanted = own.mean.device, CONTEXT[self.config.condition]
+        if context is None and wanted:
+            rows = ", ".join(f"{what} at step {at}" for what, at in wanted)
+            raise ValueError(f"this tokenizer (condition {self.config.condition}) needs context=: {rows}")
+        if not wanted:
+            return torch.zeros(batch, 0, own.dims, device=device)
+        context = torch.as_tensor(np.asarray(context) if not torch.is_tensor(context) else context, device=device)
+        if context.numel() % (own.rows * own.dims) or context.shape[-1] != own.dims:
+            raise ValueError(f"context has shape {tuple(context.shape)}, expected ({batch}, {own.rows}, {own.dims})")
+        if not context.isfinite().all():
+            raise ValueError("context holds NaN or infinity")
+        return context.float().reshape(-1, own.rows, own.dims).expand(batch, -1, -1)
 
     @torch.no_grad()
-    def encode(self, actions, mask=None, source=None):
-        """Actions in robot units -> indices, int64, on the CPU in float32 unless the model was moved.
+    def encode(self, actions, mask=None, source=None, context=None):
+        """Actions in robot units -> indices int64, in float32 on the model's device.
 
         actions: (T, A) or (B, T, A), array or tensor, T up to the source's chunk. mask: (T,) or (B, T), False for
-        padded steps at the end, whose content never matters. Returns (N,) or (B, N) of the same kind, each below
-        prod(levels).
+        padded steps at the end, whose content never matters. context: (B, R, A), the rows of CONTEXT; with condition
+        `action` it is the chunk's own first action. Returns (N,) or (B, N) of the same kind.
         """
-        s = self.source_index(source)
-        about, array, device = self.sources[s], not torch.is_tensor(actions), self.mean.device
+        own, array = self.coder_of(source), not torch.is_tensor(actions)
+        name, device = own.source["name"], own.mean.device
         x = torch.as_tensor(np.asarray(actions, dtype=np.float32) if array else actions, device=device).float()
         single = x.ndim == 2
         x = x[None] if single else x
-        if x.ndim != 3 or x.shape[2] != about["action_dim"] or not 1 <= x.shape[1] <= about["chunk"]:
-            expected = f"(B, T <= {about['chunk']}, {about['action_dim']})"
-            raise ValueError(f"actions of {about['name']} have shape {tuple(x.shape)}, expected {expected}")
+        if x.ndim != 3 or x.shape[2] != own.dims or not 1 <= x.shape[1] <= own.steps:
+            expected = f"(B, T <= {own.steps}, {own.dims})"
+            raise ValueError(f"actions of {name} have shape {tuple(x.shape)}, expected {expected}")
         mask = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool()
         mask = (mask[None] if single and mask.ndim == 1 else mask).to(device)
         if mask.shape != x.shape[:2] or not mask[:, 0].all() or (mask[:, 1:] > mask[:, :-1]).any():
             raise ValueError("mask must be (B, T), True for the first valid steps and False for the padding after them")
-        index = torch.full((len(x),), s, device=device)
-        x = F.pad(torch.where(mask[..., None], x, 0.0), (0, self.dim - x.shape[2]))
+        x = torch.where(mask[..., None], x, 0.0)
         if not x.isfinite().all():
-            raise ValueError(f"actions of {about['name']} hold NaN or infinity")
-        if len(x) and self.normalise(x, mask, index).abs().max() > 1e6:
-            raise ValueError(f"actions of {about['name']} lie a million times outside the range of its training data")
-        training = self.training
-        self.eval()
+            raise ValueError(f"actions of {name} hold NaN or infinity")
+        if context is None and self.config.condition == "action":
+            context = x[:, :1]
+        base, features = own.context(self.context_of(own, context, len(x)))
+        missing = own.steps - x.shape[1]
+        x = own.normalise(F.pad(x, (0, 0, 0, missing)), F.pad(mask, (0, missing)), base)
+        if len(x) and x.abs().max() > 1e6:
+            raise ValueError(f"actions of {name} lie a million times outside the range of its training data")
         with torch.autocast(device.type, enabled=False):
-            indices = self.quantise(self.normalise(x, mask, index), index)[1]
-        self.train(training)
+            indices = own.pack(own.quantize(x, features))
         indices = indices[0] if single else indices
         return indices.cpu().numpy() if array else indices
 
     @torch.no_grad()
-    def decode(self, indices, source=None, prefix=None, start=None, time_horizon=None, action_dim=None):
-        """Indices (N,) or (B, N), list, array or tensor -> actions (T, A) or (B, T, A) in robot units.
+    def decode(self, indices, source=None, context=None, prefix=None, closed_form=False):
+        """Indices (N,) or (B, N), list, array or tensor of any integer type -> actions (T, A) or (B, T, A).
 
-        prefix: decode from the first so many tokens alone (a model trained with `ordered`).
-        start: (A,) or (B, A), where the chunk starts (a `relative` model needs it).
-        time_horizon, action_dim: FAST's arguments; the chunk is cut to the first, the second must be the source's own.
+        Every tuple of whole numbers from 0 decodes. context: as for `encode`; condition `action`: the action that the
+        chunk starts from, (A,) or (B, A). prefix: decode from the first so many tokens alone. closed_form: leave the
+        network out.
         """
-        s = self.source_index(source)
-        about, array, device = self.sources[s], not torch.is_tensor(indices), self.mean.device
-        indices = torch.as_tensor(np.asarray(indices) if array else indices, device=device)
+        own, array = self.coder_of(source), not torch.is_tensor(indices)
+        indices = np.asarray(indices) if array else indices
+        kind = indices.dtype if array else torch.empty(0, dtype=indices.dtype).numpy().dtype
         single = indices.ndim == 1
-        indices = indices[None] if single else indices
-        N = self.num_tokens
-        if indices.ndim != 2 or indices.shape[1] != N or indices.is_floating_point():
-            raise ValueError(f"indices have shape {tuple(indices.shape)}, expected whole numbers (B, {N})")
-        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.fsq.size:
-            raise ValueError(f"indices must lie in [0, {self.fsq.size})")
-        if prefix is not None and (not 1 <= prefix <= N or (prefix < N and not self.ordered)):
-            raise ValueError(
-                f"prefix {prefix}: must be 1 to {N}, and shorter than {N} only for a model trained --ordered"
-            )
-        if action_dim not in (None, about["action_dim"]):
-            raise ValueError(f"action_dim {action_dim}: {about['name']} has {about['action_dim']}")
-        if (start is None) == self.relative:
-            raise ValueError("decode needs start= for a model trained --relative, and takes none otherwise")
-        horizon = about["chunk"] if time_horizon is None else time_horizon
-        if not 1 <= horizon <= about["chunk"]:
-            raise ValueError(f"time_horizon {horizon}: {about['name']} has chunks of {about['chunk']} steps")
-        index = torch.full((len(indices),), s, device=device)
-        keep = torch.arange(N, device=device).expand(len(indices), -1) < (prefix or N)
-        training = self.training
-        self.eval()
-        with torch.autocast(device.type, enabled=False):
-            x = self.reconstruct(self.fsq.codes(indices), index, keep)
-        self.train(training)
-        x = x[:, :horizon] * self.scale[s] + (0.0 if self.relative else self.center[s])
-        actions = x[..., : about["action_dim"]]
-        if self.relative:
-            start = torch.as_tensor(np.asarray(start) if array else start, dtype=torch.float32, device=device)
-            actions = actions + start.reshape(-1, 1, about["action_dim"])
+        shape = (1, *indices.shape) if single else tuple(indices.shape)
+        if len(shape) != 2 or shape[1] != self.num_tokens or kind.kind not in "iu":
+            raise ValueError(f"indices are {kind} {shape}, expected whole numbers (B, {self.num_tokens})")
+        indices = torch.as_tensor(indices.astype(np.int64) if array else indices).to(own.mean.device, torch.int64)
+        indices = indices.reshape(shape)
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.config.codebook_size:
+            raise ValueError(f"indices must lie in [0, {self.config.codebook_size})")
+        if prefix is not None and not 1 <= prefix <= self.num_tokens:
+            raise ValueError(f"prefix {prefix}: must be 1 to {self.num_tokens}")
+        base, features = own.context(self.context_of(own, context, len(indices)))
+        with torch.autocast(indices.device.type, enabled=False):
+            values = own.values(own.unpack(indices))
+            whole = prefix in (None, self.num_tokens)
+            values = values if whole else values * (own.token < prefix)  # a coefficient's mean is 0
+            x = own.reconstruct(values, features)
+            if own.use_network and whole and not closed_form:
+                training = self.training
+                self.eval()
+                x = x + own.leave(self.trunk(own.enter(torch.cat([values / own.deviation, features], 1)))) @ own.span
+                self.train(training)
+        actions = (rearrange(x, "b (t a) -> b t a", a=own.dims) + base[:, None]) * own.scale + own.center
         actions = actions[0] if single else actions
         return actions.cpu().numpy() if array else actions
 
@@ -388,49 +289,51 @@ class FSQVQVAE(nn.Module):
         torch.save(self.state_dict(), path)
 
     def save_pretrained(self, folder):
-        """config.json (with the normalisation) and pytorch_model.bin."""
+        """config.json (with the normalisation and the levels) and pytorch_model.bin."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=1))
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
         self.save_state(folder / "pytorch_model.bin")
-
-    def load_pretrained(self, folder):
-        """Weights of a checkpoint folder whose configuration is this model's."""
-        path = Path(folder) / "pytorch_model.bin"
-        try:
-            self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except OSError:
-            raise
-        except Exception as error:  # for a damaged file torch raises struct.error, IndexError and a dozen more
-            reason = (str(error) or type(error).__name__).splitlines()[0][:150]
-            raise ValueError(f"{path}: cannot be loaded into this model ({reason})") from None
-        return self
 
     @classmethod
     def from_pretrained(cls, folder):
         """The model of a checkpoint folder, in eval mode. Never runs code from the files."""
-        path = Path(folder) / "config.json"
+        path, weights = Path(folder) / "config.json", Path(folder) / "pytorch_model.bin"
         try:
-            config = json.loads(path.read_text())
-            big = [k for k, v in config.items() if isinstance(v, (int, float)) and not abs(v) < 1e6]
-            if big:
-                raise ValueError(f"{big[0]} is {config[big[0]]}")  # a depth of 1e30 is built for ever
-            model = cls(**config)
-        except OSError:
-            raise
+            config = Config(**json.loads(path.read_text(encoding="utf-8")))
+            with torch.device("meta"):  # sizes of a broken config take no memory
+                model = cls(config)
         except Exception as error:  # for sizes that are none torch raises a dozen kinds
-            raise ValueError(f"{path}: not a configuration of FSQVQVAE ({error})") from None
-        return model.load_pretrained(folder).eval()
+            raise DataError(f"{path}: not a configuration of FSQVQVAE ({type(error).__name__}: {error})") from None
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            model.load_state_dict(state, assign=True)
+        except Exception as error:  # for a damaged file torch raises struct.error, IndexError and a dozen more
+            reason = (str(error) or type(error).__name__).splitlines()[-1].strip()[:150]
+            raise DataError(f"{weights}: cannot be loaded into the model of config.json ({reason})") from None
+        return model.eval()
 
+    def load_pretrained(self, folder):
+        """Start from a trained tokenizer: the shared layers, and all of the sources that both know by name.
 
-def per_source(x, weight, source):
-    """x (B, P, I) times each sample's own weight (S, I, O)[source] -> (B, P, O)."""
-    return x @ (weight[0] if len(weight) == 1 else weight[source])
-
-
-def dct_matrix(steps):
-    """Orthonormal DCT-II, (steps, steps)."""
-    t = torch.arange(steps, dtype=torch.float64)
-    matrix = torch.cos(math.pi / steps * (t + 0.5) * t[:, None]) * math.sqrt(2 / steps)
-    matrix[0] /= math.sqrt(2)
-    return matrix.float()
+        A source that only this model has keeps the coder that was fitted to it: so a new robot joins. DataError if
+        the two differ in what must be equal: condition, codebook, width, depth, and a shared source's shape.
+        """
+        other = type(self).from_pretrained(folder)
+        for name in ("codebook_size", "condition", "hidden_dim", "num_layers"):
+            mine, theirs = getattr(self.config, name), getattr(other.config, name)
+            if mine != theirs:
+                raise DataError(f"{folder}: its {name} is {theirs}, this model's {mine}")
+        if self.num_tokens != other.num_tokens:
+            raise DataError(f"{folder}: its chunks are {other.num_tokens} tokens, this model's {self.num_tokens}")
+        self.trunk.load_state_dict(other.trunk.state_dict())
+        for s, name in enumerate(self.names):
+            if name in other.names:
+                theirs = other.coders[other.names.index(name)]
+                for key in ("action_dim", "chunk"):
+                    here, there = self.sources[s][key], theirs.source[key]
+                    if here != there:
+                        raise DataError(f"{folder}: {key} of {name} is {there}, here {here}")
+                self.coders[s] = theirs
+                self.sources[s] = theirs.source
+        return self

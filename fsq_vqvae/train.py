@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import demo
 import figures
-from data import TrainBatches, describe, prepare_dataloaders, read_sources, restore_split, split_of
-from model import FSQVQVAE
+from data import describe, prepare_dataloaders, read_sources, restore_split, split_of
+from model import CONTEXT, FSQVQVAE
 
 import common
 
@@ -38,10 +38,10 @@ def parse(argv=None):
     add(
         "--data", nargs="+", metavar="PATH", help="PATH or NAME=PATH; without it the demo runs on data it writes itself"
     )
+    add("--action-key", metavar="KEY", help="LeRobot feature that holds the actions; without it action or actions")
     add("--chunk", nargs="+", default=["1s"], metavar="T", help="chunk length: 1s, 30 (steps), or g1=30 droid=15")
     add("--normalise", choices=["quantile", "std"], default="quantile", help="q01/q99 to -1/1, or unit deviation")
     add("--mix", default=0.5, help="mix half of the chunks with another, weights -X to 1+X; 0: off", **real)
-    add("--offset", default=0.2, help="shift half of the chunks by constants of about X scales; 0: off", **real)
     add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
     add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
     add("--val-stride", default=5, help="steps between two validation chunks", **whole)
@@ -50,15 +50,11 @@ def parse(argv=None):
     model = parser.add_argument_group("model")
     add = model.add_argument
     add("--tokens", default=8, help="tokens per chunk", **whole)
-    add("--levels", type=int, nargs="+", default=[8, 5, 5, 5], metavar="L", help="FSQ levels; vocabulary = product")
-    add("--hidden-dim", default=128, help="width of the transformers", **whole)
-    add("--latent-dim", default=64, help="width of the layer on each side of the quantizer", **whole)
-    add("--num-heads", default=4, help="attention heads", **whole)
-    add("--num-encoder-layers", default=2, help="encoder blocks", **whole)
-    add("--num-decoder-layers", default=2, help="decoder blocks", **whole)
-    add("--patch", default=5, help="steps per transformer input", **whole)
-    add("--dropout", default=0.0, help="dropout", **real)
-    add("--relative", action="store_true", help="code a chunk minus its first action; decode is then given that action")
+    add("--codebook-size", default=1024, help="largest number of codes of a token", **whole)
+    add("--condition", choices=[*CONTEXT], default="action", help="what encode and decode know; none: absolute actions")
+    add("--hidden-dim", default=512, help="width of the network that refines the decoding", **whole)
+    add("--num-layers", default=1, help="its layers between the first and the last", **whole)
+    add("--dropout", default=0.1, help="dropout", **real)
 
     optimisation = parser.add_argument_group("optimisation")
     add = optimisation.add_argument
@@ -66,24 +62,22 @@ def parse(argv=None):
     add("--lr", default=1e-3, help="peak learning rate", **real)
     add("--lr-end", default=0.0, help="learning rate after the last step (cosine)", **real)
     add("--warmup", default=100, help="steps of linear warm-up", **whole)
-    add("--weight-decay", default=0.1, help="AdamW weight decay of matrices", **real)
+    add("--weight-decay", default=0.05, help="AdamW weight decay of matrices", **real)
     add("--clip", default=1.0, help="largest norm of the gradient", **real)
-    add("--commitment-weight", default=0.0, help="pulls latents to their codes; FSQ needs none", **real)
-    add("--ordered", default=0.0, help="share of chunks trained on a random prefix of their tokens", **real)
-    add("--seed", default=0, help="of weights, batches, augmentation and noise", **whole)
+    add("--seed", default=0, help="of weights, batches, augmentation and dropout", **whole)
 
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help=f"folder of this run; without it the next free runs/{HERE.name}/NNN")
     add("--resume", action="store_true", help="go on from OUT's newest checkpoint, or start if there is none")
     add("--init", metavar="CKPT", help="checkpoint whose weights to start from")
-    add("--steps", default=3000, help="optimizer steps in all", **whole)
+    add("--steps", default=1000, help="optimizer steps in all", **whole)
     add("--accum", default=1, help="micro-steps per optimizer step: less memory, same batch", **whole)
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
     add("--log-every", default=50, help="steps between two log lines", **whole)
-    add("--eval-every", default=500, help="steps between two validations", **whole)
-    add("--save-every", default=500, help="steps between two checkpoints", **whole)
+    add("--eval-every", default=100, help="steps between two validations", **whole)
+    add("--save-every", default=100, help="steps between two checkpoints", **whole)
     add("--keep", default=2, help="newest checkpoints kept beside the best", **whole)
     add("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
 
@@ -92,11 +86,11 @@ def parse(argv=None):
     if args.demo:  # its preset first, so that the flags given here win
         given = sys.argv[1:] if argv is None else argv
         args = parser.parse_args([f"@{HERE / 'demo.args'}", *given], argparse.Namespace(demo=True))
-    positive = "tokens hidden_dim latent_dim patch val_stride batch_size lr clip steps accum"
+    positive = "tokens codebook_size hidden_dim num_layers val_stride batch_size lr clip steps accum"
     for name in f"{positive} log_every eval_every save_every keep".split():
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
-    for name in "mix offset ordered val_share workers lr_end warmup weight_decay seed".split():
+    for name in "mix dropout val_share workers lr_end warmup weight_decay seed".split():
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     micro_steps = args.accum * int(os.environ.get("WORLD_SIZE", 1))
@@ -143,36 +137,36 @@ def learning_rate(step, args):
 
 @torch.no_grad()
 def validate(model, loaders, device, amp):
-    """Per source mse, mae (normalised), codebook usage and perplexity, over all ranks; a chunk, true and decoded."""
+    """Per source mse and mae (normalised) over all ranks, and a chunk, true and decoded.
+
+    Turns the network on or off for each source: on where it decodes better than the closed form, whose error is beside.
+    """
     model.eval()
-    totals, counts, used, examples = {}, {}, {}, {}
+    totals, counts, largest, examples = {}, {}, {}, {}
     for name, loader in loaders.items():
-        histogram = torch.zeros(model.fsq.size)
         for batch in loader:
             batch = {key: value.to(device) for key, value in batch.items()}
             with amp:
                 metrics = model.compute_loss(batch)[1]
-            for key in ("mse", "mae"):
+            for key in ("mse", "mae", "mse_closed_form"):
                 key, value = f"val/{name}/{key}", metrics[key].item()
                 totals[key] = totals.get(key, 0.0) + value * len(batch["mask"])
                 counts[key] = counts.get(key, 0) + len(batch["mask"])
-            source = model.sources[batch["source"][0]]
-            actions = batch["actions"][:, : source["chunk"], : source["action_dim"]]
-            indices = model.encode(actions, batch["mask"][:, : source["chunk"]], source["name"])
-            histogram += torch.bincount(indices.flatten().cpu(), minlength=model.fsq.size)
-            if name not in examples:
-                largest = actions.std(1).mean(1).argmax()
-                start = actions[largest, 0] if model.relative else None
-                decoded = model.decode(indices[largest], source["name"], start=start)
-                examples[name] = actions[largest].cpu().numpy(), decoded.cpu().numpy(), source["fps"]
-        if torch.distributed.is_initialized():
-            histogram = histogram.to(device)
-            torch.distributed.all_reduce(histogram)
-        p = histogram / histogram.sum()
-        used[f"val/{name}/usage"] = (p > 0).float().mean().item()
-        used[f"val/{name}/perplexity"] = torch.special.entr(p).sum().exp().item()
+            if name not in largest:
+                i = batch["actions"].std(1).mean(1).argmax()
+                largest[name] = batch["actions"][i], batch["context"][i]
+    metrics = common.mean(totals, counts)
+    for own in model.coders:
+        name = own.source["name"]
+        if name in loaders:
+            network, closed = metrics[f"val/{name}/mse"], metrics[f"val/{name}/mse_closed_form"]
+            own.use_network.fill_(network < closed)
+            metrics[f"val/{name}/mse"] = min(network, closed)
+        if name in largest:
+            actions, context = largest[name][0][: own.steps, : own.dims], largest[name][1][None, :, : own.dims]
+            decoded = model.decode(model.encode(actions, None, name, context), name, context)
+            examples[name] = actions.cpu().numpy(), decoded.cpu().numpy(), own.source["fps"]
     model.train()
-    metrics = {**common.mean(totals, counts), **used}
     if loaders:
         metrics["val/mse"] = sum(metrics[f"val/{name}/mse"] for name in loaders) / len(loaders)
     return metrics, examples
@@ -186,7 +180,8 @@ def main(argv=None):
         demo.write(args.data[0].partition("=")[2])
     common.broadcast()  # the other ranks wait for the demo's data
     common.seed_all(args.seed)
-    sources = read_sources(args.data, args.chunk, args.val_share, args.val_episodes)
+    split = args.val_share, args.val_episodes
+    sources = read_sources(args.data, args.chunk, *split, condition=args.condition, action_key=args.action_key)
     common.open_run(args)
     stop = common.Interrupt(args.out)
 
@@ -195,17 +190,13 @@ def main(argv=None):
     if checkpoint:  # with its normalisation, whatever the data have become
         model = FSQVQVAE.from_pretrained(checkpoint)
     else:
-        sizes = "levels hidden_dim latent_dim num_heads num_encoder_layers num_decoder_layers patch dropout".split()
-        sizes += "commitment_weight ordered relative".split()
+        sizes = {name: getattr(args, name) for name in "codebook_size condition hidden_dim num_layers dropout".split()}
         described = [describe(source, args.normalise) for source in sources]
-        model = FSQVQVAE(described, num_tokens=args.tokens, **{name: getattr(args, name) for name in sizes})
+        samples = [source.sample(CONTEXT[args.condition]) for source in sources]
+        model = FSQVQVAE.fit(described, samples, args.tokens, **sizes)
         if args.init:
             model.load_pretrained(args.init)
-        else:
-            for source in sources:
-                sample = TrainBatches([source], 8192, args.seed, mix=args.mix, offset=args.offset)[0]
-                model.fit_skeleton(source.name, sample["actions"], sample["mask"])
-    model.to(device)
+    model.to(device).train()  # from_pretrained gives it in eval mode
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
@@ -232,7 +223,7 @@ def main(argv=None):
     if checkpoint:
         for line in restore_split(sources, common.read_json(checkpoint / "data.json")):
             log.say(line)
-    _, train, validation = prepare_dataloaders(
+    train, validation = prepare_dataloaders(
         args.batch_size,
         sources,
         seed=args.seed,
@@ -244,13 +235,16 @@ def main(argv=None):
         workers=args.workers,
         val_stride=args.val_stride,
         mix=args.mix,
-        offset=args.offset,
+        context=CONTEXT[args.condition],
+        pin_memory=device.type == "cuda",
     )
     batches = iter(train)
     for source in sources:
         held_out = source.validation.sum()
         split = f"{len(source.ids) - held_out} episodes to train on, {held_out} held out"
         log.say(f"{source.name}: {split}, chunks of {source.chunk} steps x {source.actions.shape[1]}")
+        if args.condition == "state" and source.remark:
+            log.say(f"{source.name}: {source.remark}")
     if not validation:
         log.say("nothing to validate on: hold out episodes with --val-share or --val-episodes")
 
