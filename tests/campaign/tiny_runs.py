@@ -15,10 +15,10 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from conftest import FOLDERS, ROOT, log_of, weights_of  # noqa: E402
 
-TINY = {  # a batch and a model as small as they go, with every part still there
-    "fsq_vqvae": "--val-stride 20",
-    "vvae_lam": "--batch-size 8 --embed-dim 32 --patch-dim 32 --val-share 0.05",
-    "laq": "--batch-size 16 --val-pairs 64 --dim 32",
+TINY = {  # a batch and a model as small as they go, with every part still there; codes from the first step on
+    "fsq_vqvae": "--val-stride 20 --hidden-dim 64",
+    "vvae_lam": "--batch-size 8 --embed-dim 32 --patch-dim 32 --val-share 0.05 --quantize-after -1",
+    "laq": "--batch-size 16 --val-pairs 64 --dim 32 --depth 1 --quantize-after -1",
     "vla": "--batch-size 16 --val-samples 64",
     "pi05_finetune": "--batch-size 8 --val-stride 30",
     "vae_distill": "--num-envs 64 --batch-size 128",  # four updates per iteration
