@@ -9,9 +9,12 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from shards import key_of, npy, write_shard
 
 ABOUT = dict(version=1, episodes=240, length=24, pixels=32, fps=5, seed=0)

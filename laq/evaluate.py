@@ -1,10 +1,11 @@
-"""Report card of a latent action model on held-out episodes: does a code change the picture, and mean an action?
+"""Report on a latent action model: does a code change the picture, and mean a motion, on episodes it did not see?
 
 Run:
   python laq/evaluate.py --checkpoint runs/laq/000/checkpoints/best
-  python laq/evaluate.py --checkpoint runs/laq/000/checkpoints/best --data g1=shards/g1 --gap 0.6s --leave-one-out
+  python laq/evaluate.py --checkpoint runs/laq/000/checkpoints/best --data new=shards/new --out runs/new_report
 
-Without --data the run's own data, gap and split are used. Writes OUT/report.md, OUT/report.json and OUT/figures.
+Of the run's own data the held-out episodes are evaluated; of any other data all. Probes hold out each evaluated episode
+in turn and are fitted on all others. Writes OUT/report.md, OUT/report.json and OUT/figures.
 """
 
 import json
@@ -12,288 +13,326 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
-import card
 import numpy as np
-import probes
 import torch
-import torch.nn.functional as F
-from card import as_input
-from data import between, identity, named_paths, pair_starts, read_sources, thumbnails
-from model import LAQ
-from shards import key_of
 from tqdm import tqdm
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+import figures
+import metrics
+from data import between, read_pairs
+from model import LAQ
+from shards import key_of, read_clips
+from sources import Source, named, named_paths, parse_gap
+from train import setup
 
 import common
 
+BASELINES = ("first frame", "pixel difference", "shuffled codes")
+MOST_SCENES = 64  # other clips whose first frame codes are transferred to
+
 
 def parse(argv=None):
-    parser = common.Parser(__doc__)
+    parser = common.ArgumentParser(__doc__)
     add, whole = parser.add_argument, dict(type=int, metavar="N")
     add("--checkpoint", required=True, help="folder with config.json, such as RUN/checkpoints/best", metavar="DIR")
-    add("--data", nargs="+", metavar="NAME=PATH", help="where the data is; without it what the run was trained on")
+    add("--data", nargs="+", metavar="NAME=PATH", help="shards to evaluate; without it what the run was trained on")
     add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
-    add("--gap", nargs="+", metavar="T", help="frames (3) or seconds (0.6s), as in train.py; without it the run's")
-    add("--val-share", type=float, metavar="X", help="share of the episodes held out; without it the run's")
-    add("--val-episodes", nargs="+", metavar="IDS", help="hold out just these; without it the run's")
-    add("--leave-one-out", action="store_true", help="probe with each episode held out in turn; for few episodes")
-    add("--pairs", default=1024, help="held-out pairs per source, spread evenly", **whole)
-    add("--train-pairs", default=4096, help="training pairs per source that the probes are fitted on", **whole)
+    add("--gap", nargs="+", default=[], metavar="T", help="frames (3) or seconds (0.6s); without it the run's")
+    add("--pairs", default=1024, help="evaluated pairs per source, spread evenly", **whole)
+    add("--fit-pairs", default=4096, help="pairs of other episodes per source that the probes are fitted on", **whole)
     add("--batch-size", default=64, help="pairs at a time", **whole)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
-    add("--seed", default=0, help="of random codes, shuffles, scenes and draws of episodes", **whole)
+    add("--seed", default=0, help="of shuffles, scenes and draws of episodes", **whole)
     args = parser.parse_args(argv)
-    for name in ("pairs", "train_pairs", "batch_size"):
+    for name in ("pairs", "fit_pairs", "batch_size"):
         if getattr(args, name) < 1:
-            parser.error(f"{common.flag(name)} must be above 0")
-    args.out = common.report_folder(parser, args)
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if args.out is None:
+        folder = Path(args.checkpoint).absolute().parent
+        if folder.name != "checkpoints":
+            parser.error(f"--checkpoint {args.checkpoint} is in no run's folder: give --out")
+        args.out = str(folder.parent / "report")
     return args
 
 
 def open_sources(args):
-    """The checkpoint's sources, with its run's gap and split (RUN/args.json) unless the flags say otherwise."""
-    record = Path(args.checkpoint).resolve().parent.parent / "args.json"
-    try:
-        flags = json.loads(record.read_text())["flags"] if record.exists() else {}
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{record}: not the flags of a run ({error})") from None
-    data = args.data or flags.get("data")
+    """[(source, its spec if it is the run's own)], with the checkpoint's gap and held-out episodes."""
+    folder = Path(args.checkpoint)
+    specs = common.read_json(folder / "data.json") if (folder / "data.json").exists() else {}
+    data = args.data or [f"{name}={spec['path']}" for name, spec in specs.items()]
     if not data:
-        raise ValueError(f"{record} is not there to tell the data: give --data NAME=PATH")
-    names = [name for name, _ in named_paths(data)]
-
-    def of_the_run(name, default):
-        words = flags.get(name) or default
-        words = [words] if isinstance(words, str) else words
-        return [word for word in words if "=" not in word or word.partition("=")[0] in names]
-
-    share, held = args.val_share, args.val_episodes or []
-    if share is None and args.val_episodes is None:
-        share, held = flags.get("val_share"), of_the_run("val_episodes", [])
-    return read_sources(data, args.gap or of_the_run("gap", ["0.6s"]), 0.1 if share is None else share, held)
+        raise common.DataError(f"{folder}/data.json is not there to tell the data: give --data NAME=PATH")
+    pairs, sources = named_paths(data), []
+    gaps, known = named(args.gap, [name for name, _ in pairs], "--gap"), {spec["gap"] for spec in specs.values()}
+    for name, path in pairs:
+        clips = read_clips(path)
+        source = Source(name, path, clips, *parse_gap("1"))
+        here = source.fingerprint(), str(Path(path).resolve())
+        own = [spec for spec in specs.values() if spec["fingerprint"] == here[0] or spec["path"] == here[1]]
+        own = own[0] if own else None
+        gap = gaps.get(name) or (own or specs.get(name, {})).get("gap") or (known.pop() if len(known) == 1 else "0.6s")
+        source.low, source.high, source.seconds = parse_gap(gap)
+        source.evaluated = set(own["held_out"]) if own else {clip.episode for clip in clips}
+        sources.append((source, own))
+    return sources
 
 
 # --- pairs through the model
 
 
-def batches(rows, size):
-    """An array of rows in parts of at most `size`."""
-    return np.array_split(rows, -(-len(rows) // size))
+def to_input(frames, device):
+    """Frames (B S S 3) uint8 -> (B 3 S S) in [0, 1]."""
+    return torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 255
 
 
-def gather(model, source, args, device):
-    """The pairs of both sides of a source as arrays with a row per pair; None if one side has none.
+def encode(model, frames, size, device):
+    """Pairs (n 2 S S 3) uint8 -> codes (n N), vectors (n N D), in batches of `size`."""
+    parts = [frames[i : i + size] for i in range(0, len(frames), size)]
+    found = [model.encode(to_input(part[:, 0], device), to_input(part[:, 1], device)) for part in parts]
+    return (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
 
-    held, episode: side and number of the episode; small: 8 x 8 thumbnails of both frames; actions: nan where unknown;
-    first, second: frames of the held-out pairs; scenes, scene_episode: a frame of each held-out and of 64 other clips.
+
+def collect(model, source, args, device):
+    """The pairs of a source as arrays with a row per pair, or None if no pair of an evaluated episode can be read.
+
+    evaluated (n,) bool; episode (n,) number; codes, vectors; thumbs (n 2 192) of 8 x 8 pictures; frames of the
+    evaluated pairs; scenes: a first frame of each of some clips, with scene_episode; motion (n A), nan if unknown.
     """
-    parts, moves, numbers = [], [], {}
-    for held, clips, limit in ((False, source.train, args.train_pairs), (True, source.validation, args.pairs)):
+    parts, motions, states, numbers = [], [], [], {}
+    long = [clip for clip in source.clips if len(clip) > source.gap(clip)]
+    sides = [[clip for clip in long if (clip.episode in source.evaluated) == side] for side in (True, False)]
+    for side, clips, limit in zip((True, False), sides, (args.pairs, args.fit_pairs), strict=True):
         clips = clips[:: max(1, len(clips) // limit)]
-        title = f"{source.name}, {'held out' if held else 'training'}"
+        title = f"{source.name}, {'evaluated' if side else 'other'} clips"
         for number, clip in enumerate(tqdm(clips, title, disable=not sys.stderr.isatty())):
-            gap = min(source.middle(clip), clip.meta["length"] - 1)
+            gap = source.gap(clip)
             try:
-                frames = clip.frames(model.image_size)
-                good = np.flatnonzero(pair_starts(frames, gap))
-                count = min(max(1, limit // len(clips)), len(good))
-                starts = good[np.linspace(0, len(good) - 1, count).astype(int)]
-                actions = between(clip, starts, gap)
-            except (OSError, ValueError) as error:
-                print(f"passing over a clip: {error}", file=sys.stderr, flush=True)
+                starts, frames, thumbs = read_pairs(clip, gap, max(1, limit // len(clips)), model.config.image_size)
+                state, action = clip.array("state.npy"), between(clip, starts, gap)
+            except (OSError, common.DataError) as error:
+                print(f"skipping a clip: {error}", file=sys.stderr, flush=True)
                 continue
-            if count == 0:
+            if len(starts) == 0:
                 continue
-            encoded = [
-                model.encode(as_input(frames[some], device), as_input(frames[some + gap], device))
-                for some in batches(starts, args.batch_size)
-            ]
-            codes, vectors = (torch.cat(part).cpu().numpy() for part in zip(*encoded, strict=True))
-            small = F.avg_pool2d(thumbnails(frames), 2).flatten(1).double().numpy()
-            scene = starts[: int(held or number < 64)]
-            episode = np.full(count, numbers.setdefault(identity(clip), len(numbers)))
-            moves.append(actions)
+            codes, vectors = encode(model, frames, args.batch_size, device)
+            episode = np.full(len(starts), numbers.setdefault(clip.episode, len(numbers)))
+            small = np.float64(thumbs).reshape(len(starts), 2, 8, 2, 8, 2, 3).mean((3, 5)).reshape(len(starts), 2, -1)
+            scenes = frames[: number < MOST_SCENES, 0]
             parts.append(
                 dict(
-                    held=np.full(count, held),
+                    evaluated=np.full(len(starts), side),
                     episode=episode,
                     codes=codes,
-                    vectors=vectors.reshape(count, -1).astype(float),
-                    small=np.stack([small[starts], small[starts + gap]], 1),
-                    first=frames[starts] if held else frames[:0],
-                    second=frames[starts + gap] if held else frames[:0],
-                    scenes=frames[scene],
-                    scene_episode=episode[: len(scene)],
+                    vectors=vectors.reshape(len(starts), -1).astype(float),
+                    thumbs=small / 255,
+                    frames=frames if side else frames[:0],
+                    scenes=scenes,
+                    scene_episode=episode[: len(scenes)],
                 )
             )
-    if len({part["held"][0] for part in parts}) < 2:
+            moved = None if state is None else np.float64(state[starts + gap]) - state[starts]
+            motions.append(dict(state=moved, actions=action, n=len(starts)))
+            states.append(state)
+    if not any(part["evaluated"][0] for part in parts):
         return None
     pairs = SimpleNamespace(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-    widths = [part.shape[1] for part in moves if part is not None]
-    width = max(widths, key=widths.count, default=0)  # clips with another width count as unlabelled
-    fits = [part is not None and part.shape[1] == width for part in moves]
-    unknown = [np.full((len(part["held"]), width), np.nan) for part in parts]
-    known = [m if fit else u for m, fit, u in zip(moves, fits, unknown, strict=True)]
-    pairs.actions = np.concatenate(known).astype(float)
-    pairs.names = ["/".join(key) for key in numbers]
+    pairs.names = list(numbers)
+    pairs.kind, pairs.motion = motion_of(motions, states)
     return pairs
+
+
+def motion_of(motions, states):
+    """(what the probes predict, (n A) float64, nan where unknown): differences of the state, or else of the actions.
+
+    Differences of angles that wrap are taken the short way round. Clips of another width count as unknown.
+    """
+    for kind in ("state", "actions"):
+        widths = [m[kind].shape[1] for m in motions if m[kind] is not None]
+        if not widths:
+            continue
+        A = max(widths, key=widths.count)
+        fits = [m[kind] is not None and m[kind].shape[1] == A for m in motions]
+        rows = [m[kind] if fit else np.full((m["n"], A), np.nan) for m, fit in zip(motions, fits, strict=True)]
+        motion = np.concatenate(rows).astype(float)
+        if kind == "state":
+            motion = metrics.wrap(motion, metrics.turns([s for s in states if s is not None and s.shape[1] == A]))
+        return kind, motion
+    return None, np.zeros((sum(m["n"] for m in motions), 0))
 
 
 @torch.no_grad()
 def images(model, pairs, args, device):
-    """Reconstruction, effect of the codes, cycle and transfer on the held-out pairs; sections of the card."""
-    rng, K = np.random.default_rng(args.seed), model.quantiser.vocabulary
-    codes, episode = pairs.codes[pairs.held], pairs.episode[pairs.held]
-    order = rng.permutation(len(codes))
-    shuffled = np.empty_like(codes)
-    shuffled[order] = codes[np.roll(order, 1)]  # every pair gets another one's word
-    sent = dict(own=codes, random=(codes + rng.integers(1, max(K, 2), codes.shape)) % K, shuffled=shuffled)
-    pool = np.arange(len(pairs.scenes))
-    if len(set(episode)) > 1:
-        pool = pool[np.isin(pairs.scene_episode, episode)]  # only scenes that the model was not trained on
-    elsewhere = np.array([rng.choice(pool[pairs.scene_episode[pool] != e]) for e in episode])
-    found = {}
-
-    def add(name, values):
-        found.setdefault(name, []).append(values.float().cpu().numpy())
-
-    for part in batches(np.arange(len(codes)), args.batch_size):
-        frames = pairs.first[part], pairs.second[part], pairs.scenes[elsewhere[part]]
-        first, second, scene = (as_input(x, device) for x in frames)
-        words = {how: torch.from_numpy(word[part]).to(device) for how, word in sent.items()}
-        made = {how: model.decode(first, word) for how, word in words.items()} | dict(still=first)
-        for how, image in made.items():
-            add(f"mse {how}", (image - second).square().mean((1, 2, 3)))
-        add("mse to first", (made["own"] - first).square().mean((1, 2, 3)))
-        add("ssim", probes.ssim(made["own"], second))
-        add("ssim still", probes.ssim(first, second))
-        add("cycle", model.encode(first, made["own"])[0] == words["own"])
-        add("transfer", model.encode(scene, model.decode(scene, words["own"]))[0] == words["own"])
-    found = {name: np.concatenate(parts) for name, parts in found.items()}
-    decibel = {how: probes.psnr(found[f"mse {how}"].mean()) for how in ("own", "still", "random", "shuffled")}
-    reconstruction = dict(
-        psnr=decibel["own"],
-        psnr_nothing_moves=decibel["still"],
-        gain=probes.minus(decibel["own"], decibel["still"]),
-        ssim=float(found["ssim"].mean()),
-        ssim_nothing_moves=float(found["ssim still"].mean()),
-        nearer_to_the_future=float((found["mse own"] < found["mse to first"]).mean()),
-        delta_psnr_random=probes.minus(decibel["own"], decibel["random"]),
-        delta_psnr_shuffled=probes.minus(decibel["own"], decibel["shuffled"]),
-    )
-    histogram, joint = probes.histograms(codes, K), np.bincount(probes.words_of(codes))
-    N = codes.shape[1]
-    codebook = dict(
-        slots=[probes.health(p, K) for p in histogram],
-        histogram=histogram.tolist(),
-        joint=probes.health(joint, K**N) | dict(words=len(joint), possible=min(K**N, len(codes))),
-    )
-    consistency = dict(
-        cycle=found["cycle"].mean(0).tolist(),
-        transfer=found["transfer"].mean(0).tolist(),
-        chance=np.square(histogram).sum(1).tolist(),
-    )
-    return dict(reconstruction=reconstruction, codebook=codebook, consistency=consistency)
+    """Reconstruction, codebook and consistency of the codes on the evaluated pairs; sections of the report."""
+    rng, codes, episode = np.random.default_rng(args.seed), pairs.codes[pairs.evaluated], pairs.episode[pairs.evaluated]
+    order, shuffled = rng.permutation(len(codes)), np.empty_like(codes)
+    shuffled[order] = codes[np.roll(order, 1)]  # every pair gets another one's codes
+    others = {e: np.flatnonzero(pairs.scene_episode != e) for e in np.unique(episode)}
+    scenes = [rng.choice(others[e]) if len(others[e]) else 0 for e in episode]
+    errors, extra = [], []
+    for i in range(0, len(codes), args.batch_size):
+        part = slice(i, i + args.batch_size)
+        first, second = (to_input(pairs.frames[part, t], device) for t in (0, 1))
+        scene = to_input(pairs.scenes[scenes[part]], device)
+        true, other = (torch.from_numpy(c[part]).to(device) for c in (codes, shuffled))
+        decoded, foreign = model.decode(first, true), model.decode(first, other)
+        errors.append(torch.stack([(x - second).square().mean((1, 2, 3)) for x in (decoded, foreign, first)], 1).cpu())
+        nearer = errors[-1][:, 0] < (decoded - first).square().mean((1, 2, 3)).cpu()
+        cycle = (model.encode(first, decoded)[0] == true).float().mean(1).cpu()
+        transfer = (model.encode(scene, model.decode(scene, true))[0] == true).float().mean(1).cpu()
+        quality = [metrics.ssim(x, second).cpu() for x in (decoded, first)]
+        extra.append(torch.stack([nearer.float(), cycle, transfer, *quality], 1))
+    errors, extra = torch.cat(errors).double().numpy(), torch.cat(extra).double().numpy().mean(0)
+    share = metrics.histogram(codes, model.config.codebook_size)
+    found = metrics.reconstruction_metrics(errors)
+    names = ("nearer_to_the_future", "codes_back_on_own_frame", "codes_back_on_other_scenes", "ssim", "ssim_copy")
+    found |= dict(zip(names, extra.tolist(), strict=True)) | dict(codes_back_by_chance=float((share**2).sum(1).mean()))
+    each = [metrics.reconstruction_metrics(errors[episode == e])["psnr_gain_over_copy"] for e in np.unique(episode)]
+    found |= dict(worst_episode_gain=min(each), episodes_above_copy=float(np.mean(np.array(each) > 0)))
+    return dict(reconstruction=found, codebook=metrics.codebook_metrics(codes, model.config.codebook_size), share=share)
 
 
-# --- probes
-
-
-def actions_of(pairs, leave_one_out):
-    """(pairs whose action is known, folds of them, remark); no pairs if there are too few, the remark says why.
-
-    folds: [(training rows, test rows)], one if not leave_one_out.
-    """
-    if not pairs.actions.shape[1]:
-        return None, None, "no actions"
-    known = np.isfinite(pairs.actions).all(1)
-    pairs = SimpleNamespace(**{k: getattr(pairs, k)[known] for k in "held episode codes vectors small actions".split()})
-    sides = [pairs.episode == e for e in np.unique(pairs.episode)] if leave_one_out else [pairs.held]
-    folds = [(np.flatnonzero(~side), np.flatnonzero(side)) for side in sides]
+def probe(model, pairs, seed):
+    """Sections of the report on what the latents tell of the robot's motion; empty without motion."""
+    known = np.isfinite(pairs.motion).all(1) & (pairs.motion.shape[1] > 0)
+    episode, y, small, codes = (x[known] for x in (pairs.episode, pairs.motion, pairs.thumbs, pairs.codes))
+    folds = metrics.leave_one_out(episode, np.unique(episode[pairs.evaluated[known]]))
     if not folds or min(len(rows) for fold in folds for rows in fold) < 2:
-        return None, None, f"no finite actions on one side ({(~known).sum()} of {len(known)} pairs have none)"
-    return pairs, folds, None if known.all() else f"{(~known).sum()} of {len(known)} pairs have no finite action"
-
-
-def measure_probes(model, pairs, folds, seed):
-    """Probe table, few-shot curve and eta^2: sections of the card."""
-    rng, K, y, small = np.random.default_rng(seed), model.quantiser.vocabulary, pairs.actions, pairs.small
-    lookup = model.quantiser.lookup(torch.from_numpy(pairs.codes).to(next(model.parameters()).device))
+        return {}
+    one_hot = metrics.one_hot(codes, model.config.codebook_size)
+    difference = small[:, 1] - small[:, 0]
     features = {
-        "one-hot codes": probes.one_hot(pairs.codes, K),
-        "code vectors": lookup.detach().flatten(1).cpu().double().numpy(),
-        "vectors before quantisation": pairs.vectors,
-        "mean": np.zeros((len(y), 1)),  # without features a ridge predicts the mean, or the commonest class
+        "codes": one_hot,
+        "vectors before quantization": pairs.vectors[known],
         "first frame": small[:, 0],
-        "shuffled vectors": rng.permutation(pairs.vectors),
-        "pixel difference": small[:, 1] - small[:, 0],
+        "pixel difference": difference,
+        "shuffled codes": np.random.default_rng(seed).permutation(one_hot),
     }
-    methods = {
-        "codes": features["one-hot codes"],
-        "vectors": features["vectors before quantisation"],
-        "both frames": np.concatenate([small[:, 0], features["pixel difference"]], 1),
-        "pixel difference": features["pixel difference"],
-    }
-    test = np.concatenate([out for _, out in folds])
-    eta, chance = probes.eta_squared(y[test], probes.words_of(pairs.codes[test]))
+    few = {name: features[name] for name in ("codes", "vectors before quantization")}
+    few |= {"both frames": np.concatenate([small[:, 0], difference], 1), "pixel difference": difference}
+    fitted, tested = min(len(fit) for fit, _ in folds), sum(len(test) for _, test in folds)
     return dict(
-        probe=list(probes.table(features, y, pairs.episode, folds)),
-        few_shot=list(probes.few_shot(methods, y, pairs.episode, folds, seed)),
-        eta_squared=dict(mean=probes.average(eta), per_dim=probes.plain(eta), chance=chance),
-        labelled=dict(fitted=min(len(fit) for fit, _ in folds), tested=len(test)),
+        probe=metrics.probe_table(features, y, episode, folds),
+        few_shot=metrics.few_shot(few, y, episode, folds, seed),
+        probed=dict(motion=pairs.kind, fitted=fitted, tested=tested, episodes=len(np.unique(episode))),
     )
+
+
+# --- the report
+
+
+def summary(name, report, K):
+    """One line: is it good enough, and do the codes tell more than the baselines?"""
+    text = metrics.advice(report["reconstruction"] | report["codebook"], K)
+    if "probe" in report:
+        r2 = {method: scores["r2_weighted"] for method, scores in report["probe"].items()}
+        if None not in r2.values():
+            better = r2["codes"] > max(0, r2["first frame"], r2["pixel difference"])
+            text += (
+                f"; of the motion the codes tell {'more' if better else 'LESS'} than pixels do: R2 {r2['codes']:.2f}, "
+            )
+            text += f"first frame {r2['first frame']:.2f}, pixel difference {r2['pixel difference']:.2f}"
+    return f"{name}: {text}"
+
+
+def shown(value):
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def table(head, rows):
+    yield "| " + " | ".join(head) + " |"
+    yield "| --- " + "| ---: " * (len(head) - 1) + "|"
+    for row in rows:
+        yield "| " + " | ".join(map(shown, row)) + " |"
+
+
+def section(report):
+    """The tables of one source, line by line."""
+    yield f"{report['pairs']} pairs of {report['episodes']} episodes ({report['which']}), gap {report['gap']}."
+    for title in ("reconstruction", "codebook"):
+        yield from ("", *table([title, "value"], [(key.replace("_", " "), v) for key, v in report[title].items()]))
+    if "probe" not in report:
+        yield "\nNo probes: no actions or state are known, or of too few pairs."
+        return
+    probed, rows = report["probed"], []
+    yield f"""
+Ridge probes of the difference of the {probed["motion"]} over the gap: {probed["tested"]} pairs scored, each episode by
+a probe fitted on the others ({probed["fitted"]} pairs at least){ONE_EPISODE if probed["episodes"] == 1 else ""}.
+In brackets 95 % intervals over episodes. Weighted: each dim counts by how much it moves. Good: codes above the first
+frame (what the scene tells anyway) and above pixel differences (of 8 x 8 thumbnails, nothing learned).
+"""
+    for method, s in report["probe"].items():
+        ends = [s.get(f"{name}_interval") for name in ("r2", "r2_weighted")]
+        brackets = [f" [{end[0]:.2f}, {end[1]:.2f}]" if end else "" for end in ends]
+        values = ["-" if s[n] is None else f"{s[n]:.2f}" for n in ("r2", "r2_weighted")]
+        each = ["-" if v is None else f"{v:.2f}" for v in s["r2_per_dim"]]
+        rows.append((method, values[0] + brackets[0], values[1] + brackets[1], " ".join(each)))
+    yield from table(["features", "R2", "R2 weighted", "R2 of each dim"], rows)
+    yield "\nR2 of a ridge fitted on few labelled episodes:\n"
+    yield from table(list(report["few_shot"][0]), [tuple(row.values()) for row in report["few_shot"]])
+
+
+ONE_EPISODE = "; there is one episode, so its parts are held out in turn"
 
 
 def main(argv=None):
     args = parse(argv)
-    dist = common.setup(args)
-    model = LAQ.from_pretrained(args.checkpoint).to(dist.device)
-    cards, sheets = {}, {}
-    for source in open_sources(args):
-        pairs = gather(model, source, args, dist.device)
+    args.device, (_, _, device) = str(args.device), setup(args)
+    model = LAQ.from_pretrained(args.checkpoint).to(device)
+    if not model.quantizer.quantizing:
+        raise common.DataError(f"{args.checkpoint}: quantization has not started, so its codes mean nothing: train on")
+    reports, sheets, K = {}, {}, model.config.codebook_size
+    for source, own in open_sources(args):
+        pairs = collect(model, source, args, device)
         if pairs is None:
-            why = "one side of the split is empty: it needs two episodes with pairs; see --val-share and --val-episodes"
-            print(f"{source.name} is left out: {why}", flush=True)
+            print(f"{source.name} is left out: no pair of an evaluated episode can be read", flush=True)
             continue
-        unit = "s" if source.seconds else " frame" if source.high == 1 else " frames"
+        unit = "s" if source.seconds else ""
         gap = f"{source.low:g}{unit}" + (f" to {source.high:g}{unit}, its middle" if source.high > source.low else "")
-        held = len(np.unique(pairs.episode[pairs.held]))
-        row = dict(pairs=int(pairs.held.sum()), episodes=held, gap=gap, names=pairs.names)
-        row |= dict(started=getattr(model.quantiser, "started", True))
-        row |= images(model, pairs, args, dist.device)
-        known, folds, remark = actions_of(pairs, args.leave_one_out)
-        row |= measure_probes(model, known, folds, args.seed) if known else dict(no_probe=remark)
-        cards[source.name] = row
-        sheets[f"sheet_{key_of(source.name)}"] = card.sheet(model, pairs, row["codebook"]["histogram"], dist.device)
-        print(card.verdict(source.name, row), flush=True)
-        if remark:
-            print(f"{source.name}: {remark}: {'left out of' if known else 'everything but'} the probes", flush=True)
-    if not cards:
-        raise ValueError("nothing to report on: hold out episodes with --val-share or --val-episodes")
+        count = len(np.unique(pairs.episode[pairs.evaluated]))
+        which = "held out of the run's own data" if own else "all: the run was not trained on this data"
+        found = images(model, pairs, args, device)
+        share = found.pop("share")
+        report = dict(pairs=int(pairs.evaluated.sum()), episodes=count, which=which, gap=gap)
+        reports[source.name] = report | found | probe(model, pairs, args.seed)
+        sheets[source.name] = sheet(model, pairs, share, device)
+        print(summary(source.name, reports[source.name], K), flush=True)
+    if not reports:
+        raise common.DataError("nothing to evaluate: hold out episodes with train.py --val-share, or give other --data")
 
-    out = Path(args.out)
+    out, drawn = Path(args.out), {f"codes_{key_of(name)}": figures.codes({name: e}) for name, e in sheets.items()}
+    probed = {name: report for name, report in reports.items() if "probe" in report}
+    if probed:
+        drawn |= dict(probe=figures.probes(probed, BASELINES), few_shot=figures.few_shot(probed))
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    probed = {name: row for name, row in cards.items() if "probe" in row}
-    figures = dict(probe=card.bars(probed), few_shot=card.curves(probed)) if probed else {}
-    figures |= dict(usage=card.usage(cards), **sheets)
-    for name, figure in figures.items():
+    for name, figure in drawn.items():
         with common.atomic(out / "figures" / f"{name}.png") as path:
             figure.savefig(path, format="png")
     with common.atomic(out / "report.json") as path:
-        path.write_text(json.dumps(dict(flags=vars(args), device=str(dist.device), sources=cards), indent=1))
-    remarks = []
-    if args.leave_one_out:
-        remarks += [
-            "Probes hold out each episode in turn; the model was trained on the frames of most (on no actions)."
-        ]
-    if args.data or args.val_share is not None or args.val_episodes is not None:
-        remarks += ["Data or split were given by hand: the model may have been trained on what is held out here."]
-    lines = card.report(args.checkpoint, model, cards, remarks, figures)
+        path.write_text(json.dumps(dict(flags=vars(args), sources=reports), indent=1))
+    lines = [f"# Latent actions of {args.checkpoint}", ""]
+    lines += [f"- {summary(name, report, K)}" for name, report in reports.items()]
+    for name, report in reports.items():
+        lines += ["", f"## {name}", "", *section(report)]
     with common.atomic(out / "report.md") as path:
-        path.write_text("\n".join(lines) + "\n")
+        path.write_text("\n".join([*lines, "", *(f"![{name}](figures/{name}.png)" for name in drawn)]) + "\n")
     print(f"report: {out / 'report.md'}")
     return 0
 
 
+def sheet(model, pairs, share, device):
+    """The example of figures.codes: among the largest motions, with the most frequent codes."""
+    moved = np.abs(np.diff(pairs.thumbs[pairs.evaluated], axis=1)).mean((1, 2)).argsort()
+    i, codes = moved[int(0.9 * (len(moved) - 1))], pairs.codes[pairs.evaluated]
+    first, second = (to_input(pairs.frames[i : i + 1, t], device)[0] for t in (0, 1))
+    code = torch.from_numpy(codes[i]).to(device)
+    frequent = np.sort(np.argsort(-share, 1, kind="stable")[:, : figures.COLUMNS], 1)
+    example = figures.effects(model, first, second, model.decode(first[None], code[None])[0], code, frequent)
+    return dict(example, all_codes=codes, actions=pairs.motion[pairs.evaluated])
+
+
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

@@ -1,99 +1,170 @@
-"""Figures of a run. One look for all: grey is true, blue is decoded."""
+"""Figures of a run and of its report. One look for all: grey is true or a baseline, blue is the model."""
 
 import json
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
+from metrics import histogram
 
-TRUE, DECODED = "0.55", "tab:blue"
+TRUE, MODEL = "0.55", "tab:blue"
+COLUMNS, ROWS = 8, 4  # codes and code positions shown at most: of larger codebooks the most frequent codes
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120})
 
 
 def curves(log_file):
-    """What log.jsonl tells of the reconstruction, of the codes in use, and of what they mean."""
+    """Reconstruction, codebook and meaning over the steps, from log.jsonl."""
     lines = [json.loads(line) for line in log_file.read_text().splitlines()]
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
     panels = [
-        (left, "gain", "PSNR gain over “nothing moves” (dB)", "reconstruction (above 0, higher is better)"),
-        (left, "delta_psnr", "", ""),
-        (middle, "usage", "codes in use (%)", "codebook (higher is better)"),
-        (middle, "commonest", "", ""),
-        (right, "action_r2", "R² of the robot's move from the codes", "meaning (higher is better, 1 is all)"),
+        ("psnr_gain_over_copy", "PSNR gain over a copy of the first frame (dB)", 1),
+        ("usage", "codes in use (%)", 100),
     ]
-    styles = dict(gain="-", delta_psnr="--", usage="-", commonest=":", action_r2="-")
-    labels = dict(delta_psnr=", true − random codes", commonest=", commonest word")
-    for axis, key, ylabel, title in panels:
-        names = sorted(
-            {name for line in lines for name in line if name.startswith("val/") and name.endswith(f"/{key}")}
-        )
+    for axis, (key, label, scale) in zip(figure.subplots(1, 2), panels, strict=True):
+        names = sorted({name for line in lines for name in line if name.endswith(f"/{key}")})
         for number, name in enumerate(names):
-            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            scale = 100 if axis is middle else 1
-            steps, values = zip(*points, strict=True) if points else ((), ())
-            label = name.split("/")[1] + labels.get(key, "")
-            style = dict(marker="o", ms=3, lw=1.2, ls=styles[key], color=f"C{number}")
-            axis.plot(steps, [scale * value for value in values], label=label, **style)
-        if title:
-            axis.set(xlabel="step", ylabel=ylabel, title=title)
-    left.axhline(0, color=TRUE, lw=1)
-    middle.set_ylim(0, 102)
-    for axis in (left, middle, right):
-        if axis.get_legend_handles_labels()[0]:
+            points = [(line["step"], scale * line[name]) for line in lines if line.get(name) is not None]
+            axis.plot(
+                *zip(*points, strict=True), marker="o", ms=3, lw=1.2, color=f"C{number}", label=name.split("/")[1]
+            )
+        axis.set(xlabel="step", ylabel=label, title="higher is better")
+        axis.axhline(0, color=TRUE, lw=1)
+        if names:
             axis.legend(frameon=False)
-    if not right.has_data():
-        right.set_title("meaning: no actions in the data")
     return figure
+
+
+@torch.no_grad()
+def effects(model, first, second, decoded, codes, frequent=None):
+    """What each code does to a frame: decoded with the code at position n replaced by k.
+
+    One pair (3 S S) each and its codes (N,) -> dict of images (S S 3): first, second, decoded, effects (n k S S 3);
+    shown (n k): which codes. frequent (N k): the codes to show; without it the first ones.
+    """
+    N, K, _ = model.quantizer.shape
+    if frequent is None:
+        frequent = np.tile(np.arange(min(K, COLUMNS)), (N, 1))
+    shown = torch.from_numpy(frequent[:ROWS]).to(codes.device)  # n k
+    n, k = shown.shape
+    replaced = codes.repeat(n, k, 1)
+    for position in range(n):
+        replaced[position, :, position] = shown[position]
+    made = model.decode(first.expand(n * k, -1, -1, -1), replaced.flatten(0, 1)).unflatten(0, (n, k))
+    images = dict(first=first, second=second, decoded=decoded, effects=made)
+    images = {name: image.float().movedim(-3, -1).cpu().numpy().clip(0, 1) for name, image in images.items()}
+    return images | dict(shown=shown.cpu().numpy(), codes=codes.cpu().numpy())
 
 
 def codes(examples):
-    """What each code does to a frame. examples: {source: (first, second, decoded, effects)}, images (H W 3) in [0, 1];
-    effects (N, K, H, W, 3): the frame decoded with slot n's code replaced by k."""
-    rows = [(name, slot) for name, example in examples.items() for slot in range(len(example[3]))]
-    width = max(len(example[3][0]) for example in examples.values())
-    figure = Figure(figsize=(1.25 * (width + 3), 0.45 + 1.35 * len(rows)), layout="constrained")
+    """Rows of code positions: a held-out pair, and what each code does to the same frame.
+
+    examples: {source: dict of `effects`, and of all held-out pairs all_codes (n N), actions (n A, nan where unknown)}.
+    The arrow on a code is the robot's mean motion among the held-out pairs that have it, in the two dims that move
+    most.
+    """
+    rows = [(name, position) for name, e in examples.items() for position in range(len(e["shown"]))]
+    width = max(e["shown"].shape[1] for e in examples.values())
+    figure = Figure(figsize=(1.25 * (width + 3), 0.6 + 1.4 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), width + 3, squeeze=False)
-    for row, (name, slot) in zip(axes, rows, strict=True):
-        first, second, decoded, effects = examples[name]
-        images = [first, second, decoded] if slot == 0 else [None] * 3
-        titles = ["frame", "next frame", "decoded"] if slot == 0 else [""] * 3
-        images += list(effects[slot])
-        titles += [f"slot {slot}, code {code}" for code in range(len(effects[slot]))]
+    for row, (name, position) in zip(axes, rows, strict=True):
+        example = examples[name]
         for axis in row:
             axis.axis("off")
-        for axis, image, title in zip(row, images, titles, strict=False):
-            if image is not None:
-                axis.imshow(np.clip(image, 0, 1), interpolation="nearest")
+        if position == 0:
+            for axis, key, title in zip(
+                row, ("first", "second", "decoded"), ("frame", "next", "decoded"), strict=False
+            ):
+                axis.imshow(example[key], interpolation="nearest")
                 axis.set_title(title, fontsize=7)
-                outline(axis, first, image) if title.startswith("slot") else None
-        row[0].text(-0.1, 0.5, name, rotation=90, va="center", ha="right", transform=row[0].transAxes)
-    figure.suptitle("a held-out pair, and what each code does to the same frame (good: each does something else)")
+        dims, arrows = mean_motion(example, position)
+        share = histogram(example["all_codes"], int(example["all_codes"].max()) + 1)[position]
+        for axis, code, image, arrow in zip(
+            row[3:], example["shown"][position], example["effects"][position], arrows, strict=False
+        ):
+            axis.imshow(image, interpolation="nearest")
+            often = 100 * share[code] if code < len(share) else 0
+            axis.set_title(f"code {code}: {often:.0f} %", fontsize=7)
+            outline(axis, example["first"], image)
+            center, size = (len(image) - 1) / 2, len(image)
+            if np.isfinite(arrow).all() and np.hypot(*arrow) > 0.05:
+                style = dict(color="tab:red", width=0.02 * size, head_width=0.1 * size, length_includes_head=True)
+                axis.arrow(center, center, *(0.4 * size * arrow), **style)
+        label = f"{name}, position {position}" + (f"\narrows: motion of dims {dims[0]}, {dims[1]}" if dims else "")
+        row[2 if position else 0].text(-0.12, 0.5, label, rotation=90, va="center", ha="right", fontsize=6,
+                                       transform=row[2 if position else 0].transAxes)  # fmt: skip
+    figure.suptitle("what each code does to the same frame (blue: what changes; red: the robot's mean motion)")
     return figure
+
+
+def mean_motion(example, position):
+    """The two dims that move most, and for each code shown their mean motion (x, y), the longest with length 1."""
+    actions, shown = example["actions"], example["shown"][position]
+    known = np.isfinite(actions).all(1)
+    arrows = np.full((len(shown), 2), np.nan)
+    if actions.shape[1] < 2 or known.sum() < 2:
+        return None, arrows
+    dims = sorted(actions[known].std(0).argsort()[::-1][:2].tolist())
+    moved = actions[:, dims] - actions[known][:, dims].mean(0)
+    for i, code in enumerate(shown):
+        chosen = known & (example["all_codes"][:, position] == code)
+        if chosen.any():
+            arrows[i] = moved[chosen].mean(0)
+    lengths = np.hypot(*arrows.T)
+    return dims, arrows / max(np.nanmax(lengths) if np.isfinite(lengths).any() else 1, 1e-9)
 
 
 def outline(axis, before, after, least=0.06):
     """Mark in blue what changed between two images."""
     change = np.abs(after - before).max(2)
     if change.max() > least:
-        axis.contour(change, [least], colors=DECODED, linewidths=0.6)
+        axis.contour(change, [least], colors=MODEL, linewidths=0.6)
 
 
-def moves(tables):
-    """True moves of held-out pairs, coloured by code. tables: {source: (moves (n, A), codes (n, N))}."""
-    slots = max(found.shape[1] for _, found in tables.values())
-    figure = Figure(figsize=(max(4.4, 2.9 * slots + 0.6), 0.5 + 2.9 * len(tables)), layout="constrained")
-    axes = figure.subplots(len(tables), slots, squeeze=False)
-    for row, (name, (true, found)) in zip(axes, tables.items(), strict=True):
-        dims = sorted(true.std(0).argsort()[::-1][:2])
-        jitter = np.random.default_rng(0).normal(0, 0.02, (len(true), len(dims))) * true[:, dims].std(0)
-        points = true[:, dims] + jitter
-        for slot, axis in enumerate(row):
-            if slot >= found.shape[1]:
-                axis.axis("off")
-                continue
-            vertical = points[:, 1] if len(dims) > 1 else np.zeros(len(points))
-            axis.scatter(points[:, 0], vertical, c=found[:, slot], cmap="tab10", s=6)
-            axis.set(title=f"{name}, slot {slot}", xlabel=f"action dim {dims[0]}", ylabel=f"dim {dims[-1]}")
-    figure.suptitle("true moves of held-out pairs, coloured by code\n(good: one colour, one move)")
+# --- the report
+
+
+def panels(reports, title):
+    """A figure with one panel per source of {source: report} -> figure, pairs (axis, report)."""
+    figure = Figure(figsize=(1 + 5 * len(reports), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(reports), squeeze=False)[0]
+    for axis, name in zip(axes, reports, strict=True):
+        axis.set_title(name)
+    figure.suptitle(title)
+    return figure, zip(axes, reports.values(), strict=True)
+
+
+def probes(reports, baselines):
+    """R2 of every probe, with its interval over episodes."""
+    figure, parts = panels(reports, "how much of the robot's motion each tells, held-out episodes (higher is better)")
+    for axis, report in parts:
+        table = report["probe"]
+        names = [name for name in table if table[name]["r2"] is not None]
+        values = np.array([table[name]["r2_weighted"] for name in names])
+        ends = np.array(
+            [table[name].get("r2_weighted_interval", [v, v]) for name, v in zip(names, values, strict=True)]
+        )
+        bars = np.abs(ends.T - values) if len(names) else None
+        colours = [TRUE if name in baselines else MODEL for name in names]
+        axis.barh(names, values.clip(-0.5), color=colours, xerr=bars, error_kw=dict(lw=1))
+        axis.invert_yaxis()
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set(xlabel="R2, dims weighted by their motion (shown from -0.5)", xlim=(-0.55, 1))
+    return figure
+
+
+def few_shot(reports):
+    """R2 against the number of labelled episodes."""
+    figure, parts = panels(reports, "ridge on few labelled episodes (blue: latents; grey: thumbnails of frames)")
+    styles = [dict(color=MODEL), dict(color=MODEL, ls="--"), dict(color=TRUE), dict(color=TRUE, ls="--")]
+    for axis, report in parts:
+        rows = report["few_shot"]
+        counts = [row["episodes"] for row in rows]
+        for method, style in zip(list(rows[0])[1:], styles, strict=True):
+            values = [np.nan if row[method] is None else row[method] for row in rows]
+            axis.plot(counts, values, marker="o", ms=3, label=method, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(counts, counts)
+        axis.set(xlabel="labelled episodes", ylabel="R2 of the motion (shown from -0.5)", ylim=(-0.5, 1))
+        axis.legend(frameon=False)
     return figure

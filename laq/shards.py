@@ -103,8 +103,8 @@ class Clip:
             found = {row: make(frame) for row, frame in zip(wanted, self.stored(wanted), strict=True)}
         return [found[int(row)] for row in rows]
 
-    def frames(self, size, rows=None):
-        """Those frames, or all, as (n, size, size, 3) uint8 RGB: squashed to a square, as LAPA does."""
+    def frames(self, size=None, rows=None):
+        """Those frames, or all, as (n, H, W, 3) uint8 RGB, or (n, size, size, 3): squashed to a square, as LAPA does."""
         return np.stack(self.decode(range(len(self)) if rows is None else rows, to_rgb(size)))
 
     def stream(self, make):
@@ -200,16 +200,17 @@ def seek(video, rows, make):
     return found
 
 
-def to_rgb(size=None):
-    """A function from an av.VideoFrame, or array (H, W, 3), to (H, W, 3) uint8 RGB, or (size, size, 3).
+def to_rgb(width=None, height=None):
+    """A function from an av.VideoFrame, or array (H, W, 3), to uint8 RGB (H, W, 3), or of this width and height.
 
-    Scaled by area, with the colours that the video's tags tell, upright. It keeps swscale's tables: one per clip.
+    One number: a square. Scaled by area, with the colours that the video's tags tell, upright. It keeps swscale's
+    tables: one per clip.
     """
-    scaler = VideoReformatter()
+    scaler, height = VideoReformatter(), height or width
 
     def convert(frame):
         if isinstance(frame, np.ndarray):
-            if size is None or frame.shape[:2] == (size, size):
+            if width is None or frame.shape[:2] == (height, width):
                 return frame
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
         colours = {}
@@ -218,7 +219,7 @@ def to_rgb(size=None):
             colours = dict(src_colorspace=MATRICES.get(int(frame.colorspace), 5), src_color_range=2 if full else 1)
             # PyAV 15 ignores the source's matrix if the target's is the same; RGB has none, so 7 changes nothing else
             colours |= dict(dst_colorspace=7, dst_color_range=2)
-        image = scaler.reformat(frame, size, size, "rgb24", interpolation="AREA", **colours).to_ndarray()
+        image = scaler.reformat(frame, width, height, "rgb24", interpolation="AREA", **colours).to_ndarray()
         return upright(image, frame)
 
     return convert

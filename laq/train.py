@@ -6,6 +6,11 @@ Run:
   torchrun --nproc_per_node 8 laq/train.py @laq/lapa.args --data shards/ --out runs/lapa --amp bf16
 """
 
+import argparse
+import datetime
+import json
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,165 +21,227 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import demo
 import figures
-from data import action_moments, augment, gauges, prepare_dataloaders, read_sources
-from model import LAQ
+from data import action_moments, augment, prepare_dataloaders
+from metrics import advice, codebook_metrics, reconstruction_metrics
+from model import LAQ, LAQConfig
+from sources import read_sources, restore_split
 
 import common
 
 HERE = Path(__file__).resolve().parent
+BETAS = (0.9, 0.99)  # AdamW, as published
+SENSITIVITY_EVERY = 20  # steps between two looks whether quantization can start
+QUANTIZE_BY = 0.5  # it starts after this share of the steps in any case
 
 
 def parse(argv=None):
-    parser = common.flags(__doc__)
-    parser.set_defaults(steps=20000, batch_size=64, lr=3e-4, eval_every=1000, save_every=1000, weight_decay=0.01)
-    group = parser.add_argument_group("laq")
-    add = group.add_argument
+    parser = common.ArgumentParser(__doc__)
     whole, real = dict(type=int, metavar="N"), dict(type=float, metavar="X")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", nargs="+", metavar="PATH", help="shards, PATH or NAME=PATH; without it the demo writes its own")
     add("--gap", nargs="+", default=["0.6s"], metavar="T", help="between the frames: 3, 0.6s, 0.4s-1.2s, or g1=18 b=3")
     add("--weights", nargs="+", default=[], metavar="X", help="how often a source is drawn, g1=2; without: every pair")
-    add("--val-share", default=0.1, help="share of the episodes held out, by hash of the name", **real)
-    add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
-    add("--val-pairs", default=256, help="validation pairs per source", **whole)
-    add("--reuse", default=8, help="pairs taken from a decoded clip, one per step", **whole)
-    add("--min-motion", default=0.0, help="least mean change of a pair, of 1; pairs below are not trained on", **real)
+    add("--reuse", default=8, help="pairs taken from a decoded part of a clip, one per step", **whole)
     add("--crop", default=0.9, help="side of the smallest random crop, of 1; both frames alike; 1: off", **real)
     add("--jitter", default=0.1, help="random brightness, contrast and saturation, both frames alike; 0: off", **real)
-    add(
-        "--label-share", default=0.0, help="share of the episodes whose actions are seen (LAOM's head); 0: none", **real
-    )
-    add("--action-weight", default=1.0, help="weight of that head's loss", **real)
-    add(
-        "--target", choices=["pixels", "features"], default="pixels", help="what is predicted; features need --backbone"
-    )
-    add("--backbone", metavar="NAME", help="DINO-type vision transformer, a folder or a Hugging Face name")
+    add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
+    add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
+    add("--val-pairs", default=256, help="validation pairs per source", **whole)
+    add("--workers", default=0, help="loader processes per rank; 0 loads in the training process", **whole)
+
+    model = parser.add_argument_group("model")
+    add = model.add_argument
     add("--image-size", default=128, help="pixels; frames are squashed to a square, as in LAPA", **whole)
-    add("--patch", default=16, help="pixels per token", **whole)
+    add("--patch", default=16, help="pixels per token, a multiple of 4", **whole)
     add("--dim", default=384, help="width of the transformers", **whole)
-    add("--stem", default=48, help="width of the convolutions", **whole)
-    add("--spatial-depth", default=4, help="spatial encoder blocks", **whole)
-    add("--temporal-depth", default=4, help="temporal encoder blocks", **whole)
-    add("--decoder-depth", default=4, help="decoder blocks", **whole)
-    add("--codes", default=4, help="codes per pair of frames", **whole)
-    add("--vocabulary", default=8, help="codes to choose from, in each slot", **whole)
-    add("--code-dim", default=32, help="width of a slot's vector before quantisation", **whole)
-    add("--quantiser", choices=["vq", "nsvq", "fsq"], default="nsvq", help="see quantise.py")
-    add("--levels", type=int, nargs="+", default=[2, 2, 2], metavar="L", help="fsq: levels; product = vocabulary")
-    add("--commitment", default=0.25, help="vq: pulls vectors to their codes", **real)
+    add("--depth", default=4, help="blocks each: spatial encoder, temporal encoder, decoder", **whole)
+    add("--code-seq-len", default=4, help="codes per pair of frames", **whole)
+    add("--codebook-size", default=8, help="codes to choose from, at each position", **whole)
+    add("--code-dim", default=32, help="width of a position's vector before quantization", **whole)
+
+    optimisation = parser.add_argument_group("optimisation")
+    add = optimisation.add_argument
+    add("--batch-size", default=64, help="samples per optimizer step, over all processes and micro-steps", **whole)
+    add("--lr", default=3e-4, help="peak learning rate", **real)
+    add("--lr-end", default=0.0, help="learning rate after the last step (cosine)", **real)
+    add("--warmup", default=100, help="steps of linear warm-up", **whole)
+    add("--weight-decay", default=0.01, help="AdamW weight decay of matrices", **real)
+    add("--clip", default=1.0, help="largest norm of the gradient", **real)
     add("--motion-weight", default=0.0, help="extra weight of pixels that change", **real)
-    add("--start-margin", default=0.25, help="codes start when the decoder relies on its vectors by this much", **real)
-    add("--start-by", default=0.5, help="start them anyway after this share of the steps", **real)
-    add("--start-every", default=20, help="steps between two looks at that", **whole)
-    add("--restart-every", default=20, help="steps in which a code must be chosen, or be put elsewhere", **whole)
-    args = common.parse(parser, argv, demo=HERE / "demo.args")
-    if (args.target == "features") != bool(args.backbone):
-        parser.error("--target features and --backbone go together")
+    add("--label-share", default=0.0, help="share of the episodes whose actions are seen (LAOM); 0: none", **real)
+    add("--quantize-after", default=0.25, help="code sensitivity at which quantization starts; -1: at step 20", **real)
+    add("--seed", default=0, help="of weights, batches, augmentation and noise", **whole)
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="DIR", help=f"folder of this run; without it the next free runs/{HERE.name}/NNN")
+    add("--resume", action="store_true", help="go on from OUT's newest checkpoint, or start if there is none")
+    add("--init", metavar="CKPT", help="checkpoint whose weights to start from")
+    add("--steps", default=20000, help="optimizer steps in all", **whole)
+    add("--accum", default=1, help="micro-steps per optimizer step: less memory, same batch", **whole)
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
+    add("--log-every", default=50, help="steps between two log lines", **whole)
+    add("--eval-every", default=1000, help="steps between two validations", **whole)
+    add("--save-every", default=1000, help="steps between two checkpoints", **whole)
+    add("--keep", default=2, help="newest checkpoints kept beside the best", **whole)
+    add("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
+
+    args = parser.parse_args(argv)
+    args.demo = args.data is None
+    if args.demo:  # its preset first, so that the flags given here win
+        given = sys.argv[1:] if argv is None else argv
+        args = parser.parse_args([f"@{HERE / 'demo.args'}", *given], argparse.Namespace(demo=True))
+    positive = "reuse crop val_pairs image_size patch dim depth code_seq_len codebook_size code_dim"
+    for name in f"{positive} batch_size lr clip steps accum log_every eval_every save_every keep".split():
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    for name in "jitter val_share workers lr_end warmup weight_decay motion_weight label_share seed".split():
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must not be negative")
+    for name in "crop jitter val_share label_share".split():
+        if getattr(args, name) > 1:
+            parser.error(f"--{name.replace('_', '-')} must be at most 1")
+    if args.image_size % args.patch or args.patch % 4:
+        parser.error(f"--image-size {args.image_size} must be a multiple of --patch {args.patch}, and that of 4")
+    micro_steps = args.accum * int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % micro_steps:
+        parser.error(f"--batch-size {args.batch_size} is no multiple of {micro_steps} (micro-steps x processes)")
+    if args.resume and not args.out:
+        parser.error("--resume needs --out, the folder of the run to go on with")
+    args.folder = HERE.name
+    args.fixed = [action.dest for group in (model, optimisation) for action in group._group_actions]
     return args
 
 
+def setup(args):
+    """Join torchrun's process group, if there is one, and pick the device. Returns rank, world, device."""
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if "OMP_NUM_THREADS" not in os.environ:  # a core for others: threads that wait for a lost core stall all the rest
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    name = args.device
+    if name == "auto":
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    try:
+        if name not in ("cpu", "mps") and ":" not in name:
+            name = f"{name}:{local % max(1, torch.accelerator.device_count())}"  # Slurm may show each task one GPU
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise common.DataError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        timeout = datetime.timedelta(seconds=float(os.environ.get("DIST_TIMEOUT", 600)))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    return rank, max(world, 1), device
+
+
+def learning_rate(step, args):
+    """Linear warm-up to --lr, then half a cosine down to --lr-end at --steps."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup))
+    return args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
 @torch.no_grad()
-def validate(model, loaders, dist, amp):
-    """Per source: gauges of data.gauges over all ranks' pairs; one pair with what each code does to it."""
+def validate(model, loaders, device, amp):
+    """Per source the metrics of metrics.py over all ranks' pairs; a pair with the effect of each code, and all pairs.
+
+    A source of which no pair can be read has no metrics.
+    """
     model.eval()
-    metrics, examples = {}, {}
+    metrics, examples, N = {}, {}, model.config.code_seq_len
     for name, loader in loaders.items():
-        rows = []
+        rows, example = [], None
         for batch in loader:
-            random = (batch.pop("draw") * model.quantiser.vocabulary).long().to(dist.device)
-            batch = augment({key: value.to(dist.device) for key, value in batch.items()})
+            draw = batch.pop("draw").to(device)
+            batch = augment({key: value.to(device) for key, value in batch.items()})
             first, second = batch["frames"].unbind(1)
             with amp:
                 decoded, codes = model.reconstruct(first, second)
-                other = model.decode(first, random)
-            errors = [(x - second).square().mean((1, 2, 3)) for x in (decoded, other, first)]
-            moves = batch["actions"].where(batch["labelled"][:, None], torch.nan)
-            rows.append(torch.cat([torch.stack(errors, 1), codes.float(), moves], 1).cpu())
-            if name not in examples:
-                moved = errors[2].argsort()[int(0.9 * len(first))]
-                examples[name] = effects(model, first[moved], second[moved], decoded[moved], codes[moved])
-        table = torch.cat(rows) if rows else torch.zeros(0, 3 + model.codes)
-        if dist.world > 1:
-            parts = [None] * dist.world
+                shuffled = model.decode(first, model.quantizer.sample(draw))
+            errors = torch.stack([(x.float() - second).square().mean((1, 2, 3)) for x in (decoded, shuffled, first)], 1)
+            actions = batch["actions"].where(batch["has_actions"][:, None], torch.nan)
+            rows.append(torch.cat([errors, codes, actions], 1).cpu())
+            if example is None:
+                i = errors[:, 2].argsort()[int(0.9 * len(first))]  # among the largest motions
+                example = figures.effects(model, first[i], second[i], decoded[i], codes[i])
+        table = torch.cat(rows) if rows else None
+        if torch.distributed.is_initialized():
+            parts = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(parts, table)
-            table = torch.cat([part for part in parts if part.numel()])
-        found, moves = gauges(table, model.codes, model.quantiser.vocabulary, model.quantiser.started)
+            table = torch.cat(rows) if (rows := [part for part in parts if part is not None]) else None
+        if table is None:
+            continue
+        found = reconstruction_metrics(table[:, :3].numpy())
+        codes, actions = table[:, 3 : 3 + N].long().numpy(), table[:, 3 + N :].numpy()
+        if model.quantizer.quantizing:
+            found |= codebook_metrics(codes, model.config.codebook_size)
+        else:
+            found.pop("code_sensitivity")
         metrics |= {f"val/{name}/{key}": value for key, value in found.items()}
-        if name in examples:
-            examples[name] = (*examples[name], *moves)
+        if example is not None:
+            examples[name] = dict(example, all_codes=codes, actions=actions)
     model.train()
-    if loaders:
-        metrics["val/mse"] = sum(metrics[f"val/{name}/mse"] for name in loaders) / len(loaders)
+    errors = [value for name, value in metrics.items() if name.endswith("/mse")]
+    if errors:
+        metrics["val/mse"] = sum(errors) / len(errors)
     return metrics, examples
-
-
-def effects(model, first, second, decoded, codes):
-    """One pair (3, S, S) -> frame, next, decoded, and (N, K, S, S, 3): decoded with slot n's code replaced by k."""
-    N, K = model.codes, model.quantiser.vocabulary
-    words = codes.repeat(N, K, 1)
-    for slot in range(N):
-        words[slot, :, slot] = torch.arange(K)
-    images = model.decode(first.expand(N * K, -1, -1, -1), words.flatten(0, 1)).unflatten(0, (N, K))
-    return [image.float().movedim(-3, -1).cpu().numpy() for image in (first, second, decoded, images)]
 
 
 def main(argv=None):
     # --- setup
     args = parse(argv)
-    dist = common.setup(args)
-    if args.demo and dist.main:
+    rank, world, device = setup(args)
+    if args.demo and rank == 0:
         demo.write(args.data[0].partition("=")[2])
-    common.share(dist, None)  # the other ranks wait for the demo's data
-    say = print if dist.main else lambda text: None
+    common.broadcast()  # the other ranks wait for the demo's data
+    common.seed_all(args.seed)
+    say = print if rank == 0 else lambda text: None
     sources = read_sources(args.data, args.gap, args.val_share, args.val_episodes, args.weights, say)
-    common.open_run(args, dist)
-    stop = common.Interrupt(args, dist)
+    common.open_run(args)
+    stop = common.Interrupt(args.out)
 
     # --- model
-    backbone = None
-    if args.target == "features":
-        from features import Backbone
-
-        backbone = Backbone(args.backbone, args.image_size // args.patch).to(dist.device)
-    moments = action_moments(sources, args.label_share) if args.label_share else None
-    model = LAQ(
-        image_size=args.image_size,
-        patch=args.patch,
-        dim=args.dim,
-        stem=args.stem,
-        spatial_depth=args.spatial_depth,
-        temporal_depth=args.temporal_depth,
-        decoder_depth=args.decoder_depth,
-        codes=args.codes,
-        vocabulary=args.vocabulary,
-        code_dim=args.code_dim,
-        quantiser=args.quantiser,
-        levels=args.levels,
-        commitment=args.commitment,
-        motion_weight=args.motion_weight,
-        action_dim=len(moments[0]) if moments else 0,
-        action_weight=args.action_weight,
-        feature_dim=backbone.dim if backbone else 0,
-    )
-    if moments:
-        model.action_mean.copy_(moments[0])
-        model.action_std.copy_(moments[1])
-    model.to(dist.device)
-    matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and "codebook" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "codebook" in name]
-    opt = torch.optim.AdamW(
-        [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)],
-        lr=args.lr,
-        betas=args.betas,
-        fused=dist.device.type == "cuda",
-    )
-    amp, scaler = common.autocast(args, dist.device)
+    checkpoint = common.newest(args.out) if args.resume else None
+    if checkpoint:
+        model = LAQ.from_pretrained(checkpoint).train()
+        lines = restore_split(sources, common.read_json(checkpoint / "data.json"))
+    else:
+        moments = action_moments(sources, args.label_share) if args.label_share else None
+        sizes = "image_size patch dim depth code_seq_len codebook_size code_dim motion_weight".split()
+        config = {name: getattr(args, name) for name in sizes}
+        model, lines = LAQ(LAQConfig(**config, action_dim=len(moments[0]) if moments else 0)), []
+        if moments:
+            model.action_mean.copy_(moments[0])
+            model.action_std.copy_(moments[1])
+        if args.init:
+            model.load_pretrained(args.init)
+    model.to(device)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
+    opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=device.type == "cuda")
+    dtype = dict(off=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.amp]
+    amp = torch.autocast(device.type, dtype, enabled=args.amp != "off")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # --- resume
-    first, best = common.resume(args, dist, model, opt, scaler)
-    log = common.Logger(args, dist, first)
+    first, best = 0, None
+    if checkpoint:
+        state = common.load(checkpoint / "resume.pt")
+        opt.load_state_dict(state["opt"])
+        scaler.load_state_dict(state["scaler"])
+        first, best = state["step"], state["best"]
+    log = common.Logger(args, first)
     size = sum(p.numel() for p in model.parameters())
-    log.say(f"{args.out}: {size:,} parameters, {dist.device}, {dist.world} process(es)")
+    log.say(f"{args.out}: {size:,} parameters, {device}, {world} process(es)")
     net = torch.compile(model) if args.compile else model
-    if dist.world > 1:
+    if world > 1:
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # --- data
@@ -186,91 +253,104 @@ def main(argv=None):
         steps=args.steps,
         first=first,
         accum=args.accum,
-        rank=dist.rank,
-        world=dist.world,
+        rank=rank,
+        world=world,
         workers=args.workers,
         val_pairs=args.val_pairs,
-        codes=args.codes,
+        code_seq_len=args.code_seq_len,
+        pin_memory=device.type == "cuda",
         reuse=args.reuse,
-        min_motion=args.min_motion,
         crop=args.crop,
         jitter=args.jitter,
         label_share=args.label_share,
     )
     for source in sources:
         split = f"{len(source.train)} clips to train on, {len(source.validation)} held out"
-        log.say(f"{source.name}: {split}, {source.short} shorter than the gap")
+        lines.append(f"{source.name}: {split}, {source.short} shorter than the gap")
     if not validation:
-        log.say("nothing to validate on: hold out episodes with --val-share or --val-episodes")
+        lines.append("nothing to validate on: hold out episodes with --val-share or --val-episodes")
+    for line in lines:
+        log.say(line)
 
     # --- loop
+    stopped, metrics = False, {}
     for step in range(first, args.steps):
-        waited, lr = 0.0, common.cosine(step, args)
+        began, waited, lr = time.perf_counter(), 0.0, learning_rate(step, args)
         for group in opt.param_groups:
             group["lr"] = lr
-        common.seed(args.seed, step, 0)  # not the rank: each draws the noise of the whole batch and keeps its part
+        common.seed_all(args.seed, step)  # not the rank: each draws the noise of the whole batch and keeps its rows
         for micro in range(args.accum):
             start = time.perf_counter()
-            batch = {key: value.to(dist.device, non_blocking=True) for key, value in next(batches).items()}
+            batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
             waited += time.perf_counter() - start
             batch = augment(batch)
             net.require_backward_grad_sync = micro == args.accum - 1  # DDP: one all-reduce per optimizer step
             with amp:
-                if backbone is not None:
-                    batch["features"] = backbone(batch["frames"])
-                loss, metrics = net(batch)
+                loss, found = net(batch)
             scaler.scale(loss / args.accum).backward()
-            log.add(metrics, 1 / args.accum)
+            log.add(found, 1 / args.accum)
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-        scaler.step(opt)
+        if scaler.is_enabled() or norm.isfinite():  # a gradient that is not finite changes nothing
+            scaler.step(opt)
         scaler.update()
         opt.zero_grad(set_to_none=True)
-        model.quantiser.update(opt, args.seed + step, args.restart_every)
+        model.quantizer.update(args.seed + step, args.accum)
         log.add(dict(norm=norm))
-        log.tick(waited)
+        log.tick(time.perf_counter() - began, waited)
 
         done, line, is_best = step + 1, {}, False
-        ended, stopped = done == args.steps, stop()
-        late = done >= args.start_by * args.steps
-        if not model.quantiser.started and (late or done % args.start_every == 0):
-            use = model.use_of_codes(batch["frames"]).item()
-            if late or use > args.start_margin:
-                model.quantiser.start(args.seed)
+        ended = done == args.steps
+        stopped = stop() and not ended
+        late = done >= QUANTIZE_BY * args.steps
+        if not model.quantizer.quantizing and (late or done % SENSITIVITY_EVERY == 0):
+            with amp:
+                sensitivity = model.code_sensitivity(batch["frames"])
+            if late or sensitivity >= args.quantize_after:
+                model.quantizer.start(args.seed)
                 best = None  # a continuous model's error is not what codes have to beat
-                log.say(f"step {done}: the codes start, the decoder's use of its vectors is {use:.2f}")
-            if late and use <= args.start_margin:
-                log.say(f"warning: that is below --start-margin {args.start_margin:g}: more --steps or a larger --gap?")
+                log.say(f"step {done}: quantization starts at code sensitivity {sensitivity:.2f}")
         if done % args.log_every == 0 or ended:
-            line.update(log.flush(lr=lr, restarts=model.quantiser.restarts))
+            line.update(log.flush(lr=lr, restarts=model.quantizer.restarts))
         if validation and (done % args.eval_every == 0 or ended):
-            metrics, examples = validate(model, validation, dist, amp)
+            metrics, examples = validate(model, validation, device, amp)
             line.update(metrics)
-            is_best = model.quantiser.started and (best is None or metrics["val/mse"] < best)
+            quantizing = model.quantizer.quantizing and "val/mse" in metrics
+            is_best = quantizing and (best is None or metrics["val/mse"] < best)
             best = metrics["val/mse"] if is_best else best
         if line:
             log.write(done, line)
-        if done % args.save_every == 0 or is_best or ended or stopped:
-            common.save(args, dist, done, model, opt, scaler, best, is_best)
-        if "val/mse" in line and dist.main:
+        if (done % args.save_every == 0 or is_best or ended or stopped) and rank == 0:
+            with common.checkpoint(args.out, done, is_best, args.keep) as folder:
+                model.save_pretrained(folder)
+                specs = {source.name: source.spec() for source in sources}
+                (folder / "data.json").write_text(json.dumps(specs, indent=1))
+                state = dict(step=done, best=best, opt=opt.state_dict(), scaler=scaler.state_dict())
+                torch.save(state, folder / "resume.pt")
+        if "val/mse" in line and rank == 0:
+            log.figure(done, "codes", figures.codes(examples))
             log.figure(done, "curves", figures.curves(log.out / "log.jsonl"))
-            log.figure(done, "codes", figures.codes({name: example[:4] for name, example in examples.items()}))
-            acted = {name: example[4:] for name, example in examples.items() if len(example) > 4}
-            if acted:
-                log.figure(done, "moves", figures.moves(acted))
-        if line or stopped:
-            log.pause()
-        if stopped and not ended:
+        if stopped:
             log.say(f"stopped after step {done}; go on with --resume --out {args.out}")
-            common.cleanup(dist, log)
-            return stop.code
+            break
 
     # --- end
-    log.say(f"checkpoint: {log.out / 'checkpoints' / ('last' if best is None else 'best')}")
-    log.say(f"figures:    {log.out / 'figures' / 'codes.png'}, curves.png")
-    common.cleanup(dist, log)
-    return 0
+    if not stopped:
+        for source in validation if "val/mse" in metrics else ():
+            names = {name.rpartition("/")[2]: v for name, v in metrics.items() if name.startswith(f"val/{source}/")}
+            log.say(f"{source}: {advice(names, args.codebook_size)}")
+        log.say(f"checkpoint: {log.out / 'checkpoints' / ('last' if best is None else 'best')}")
+        log.say(f"figures:    {log.out / 'figures' / 'codes.png'}, curves.png")
+    log.close()
+    if world > 1:
+        torch.distributed.barrier()  # torchrun kills rank 0 in its last save if another rank ended 30 s before
+        time.sleep(0.5)  # gloo's thread lets go of the barrier; joined before that, it waits for the GIL for ever
+        torch.distributed.destroy_process_group()
+    return stop.code if stopped else 0
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

@@ -1,14 +1,14 @@
-"""Turn videos of any common kind into shards of whole clips that the other scripts read.
+"""Turn recordings of any common kind into shards of whole clips that the other scripts read.
 
 Run:
   python laq/videos_to_shards.py --data bridge=bridge_dataset/1.0.0 --fps bridge=5 --out shards/bridge
   python laq/videos_to_shards.py --data g1=LEROBOT_FOLDER --cameras cam_high --workers 16 --out shards/g1
   python laq/videos_to_shards.py --data human=FOLDER_OF_VIDEOS --height 256 --out shards/human
 
-What a PATH holds is seen by itself: a LeRobotDataset (v2 or v3), RLDS tfrecords, or, at any depth, videos (mp4, avi,
-webm, mkv, gif, mov) and folders of pictures (png, jpg). Beside VIDEO.mp4 may lie VIDEO.txt (the instruction),
-VIDEO.npz (arrays actions and state, a row per frame) and VIDEO.json (instruction, fps, episode, camera, actions, ...).
-Killed or out of disk: the same command goes on, and the shards are the same bytes as without the stop.
+What a PATH holds is seen by itself: a LeRobotDataset (v2 or v3), RLDS tfrecords, or, at any depth, videos and folders
+of pictures. Beside VIDEO.mp4 may lie VIDEO.txt (the instruction), VIDEO.npz (arrays actions and state, a row per frame)
+and VIDEO.json (instruction, fps, episode, camera, actions, ...). Every clip has a constant frame rate. Killed or out of
+disk: the same command goes on, and the shards are the same bytes as without the stop.
 """
 
 import io
@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -33,72 +32,95 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
-import sources
-from data import named, named_paths
-from shards import key_of, npy, open_shard, write_shard
-from sources import DAMAGED, KINDS, Entry
+import readers
+from readers.recording import DAMAGED, KINDS, Entry, check_file, plain, short
+from shards import key_of, npy, open_shard, to_rgb, write_shard
+from sources import named, named_paths
 
 import common
 
 KEYFRAMES = 10  # frames between two keyframes: seeking decodes at most so many
 BLACK = 20  # brightest grey value of a black frame: videos have 16 there, JPEGs a little noise
-LIMITS = dict(height=(16, 8192), crf=(0, 51), shard_clips=(1, 10**6), min_frames=(1, 10**6), workers=(0, 1024))
 
 
 def parse(argv=None):
-    parser = common.Parser(__doc__)
-    add, whole, named = parser.add_argument, dict(type=int, metavar="N"), dict(nargs="+", metavar="[NAME=]X")
+    parser = common.ArgumentParser(__doc__)
+    add, whole, named = parser.add_argument, dict(type=int, metavar="N"), dict(nargs="+", default=[], metavar="X")
     add("--data", required=True, nargs="+", metavar="NAME=PATH", help="what to read; its shards are called NAME")
     add("--out", required=True, metavar="DIR", help="folder of the shards, plan.json and summary.json")
-    add("--cameras", nargs="+", metavar="CAM", help="only these, such as cam_high; without it all")
-    add("--actions", help="delta or absolute; without it absolute for LeRobot, else delta", **named)
-    add("--fps", help="frames per second, where the data does not tell or is wrong", **named)
-    add("--group-cameras", nargs="+", metavar="NAME", help="here videos of one folder are an episode's cameras")
+    add("--cameras", nargs="+", default=[], metavar="CAM", help="only these, such as cam_high; without it all")
+    add("--actions", help="delta or absolute, or NAME=...; without it absolute for LeRobot, else delta", **named)
+    add("--fps", help="frames per second, or NAME=..., where the data does not tell or is wrong", **named)
+    add("--group-cameras", help="names of sources where videos of one folder are an episode's cameras", **named)
     add("--height", default=256, help="higher videos are scaled down to this, keeping their shape", **whole)
     add("--crf", default=23, help="quality of h264: 0 is lossless, 18 looks so, 51 is worst", **whole)
     add("--recode", action="store_true", help="encode small h264 mp4s too: read faster, but a second loss of quality")
-    add("--shard-clips", default=64, help="clips per shard", **whole)
+    add("--shard-clips", default=64, help="recordings per shard", **whole)
     add("--min-frames", default=2, help="report clips with fewer frames, such as the gap + 1; they are kept", **whole)
     add("--workers", default=4, help="processes, each making whole shards; 0 works in this one", **whole)
     args = parser.parse_args(argv)
-    for name, (low, high) in LIMITS.items():
+    limits = dict(height=(16, 8192), crf=(0, 51), shard_clips=(1, 10**6), min_frames=(1, 10**6), workers=(0, 1024))
+    for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
-            parser.error(f"{common.flag(name)} must be between {low} and {high}")
+            parser.error(f"--{name.replace('_', '-')} must be between {low} and {high}")
+    names = [name for name, _ in named_paths(args.data)]
+    for name in args.group_cameras:
+        if name not in names:
+            parser.error(f"--group-cameras {name}: --data has no such NAME")
     return args
 
 
-# --- an entry becomes a sample
+# --- a recording becomes samples
 
 
-def sample(entry, height, crf, recode):
-    """({__key__, mp4, json, actions.npy, state.npy}, length) of an entry; one of DAMAGED if its files are not whole."""
-    opened = sources.opened(entry)
-    first = next(opened.frames, None)
-    if first is None:
-        raise ValueError("no frames")
-    size = size_for(first, height)
-    frames = checked(itertools.chain([first], opened.frames))
-    if opened.bare and size == (first.width, first.height) and not recode:
-        video, length = Path(entry.path).read_bytes(), sum(1 for _ in frames)
-    else:
-        video, length = encode(frames, size, opened.fps, crf)
-    if opened.length not in (None, length):
-        raise ValueError(f"{length} frames, but {opened.length} rows in {entry.table}: they disagree")
-    about = entry.more | opened.more | dict(instruction=opened.instruction, fps=opened.fps, source=entry.source)
-    about |= dict(episode=entry.episode, camera=entry.camera, length=length)
-    about |= dict(actions=entry.actions) if "actions" in opened.rows else {}
-    made = {"__key__": entry.key, "mp4": video, "json": json.dumps(about).encode()}
-    return made | {f"{name}.npy": npy(table(name, rows, length)) for name, rows in opened.rows.items()}, length
+def samples(entry, args, notes):
+    """Yields (sample {__key__, mp4, json, actions.npy, state.npy}, length) of an entry: one per camera and task.
+
+    Instead of a sample also (key, reason) of a camera that is broken. notes: a Counter of what the user should know.
+    """
+    cameras = list(map(short, args.cameras))
+    for recording in readers.opened(entry):
+        if cameras and recording.camera not in cameras:
+            continue
+        key = key_of(entry.source, entry.episode, recording.camera)
+        try:
+            yield from clips_of(entry, recording, key, args)
+            notes.update(recording.notes)
+        except DAMAGED as error:
+            yield key, explain(error, entry.path)
 
 
-def table(name, rows, length):
-    """Actions or state as (length, A), finite."""
-    if rows.ndim == 0 or len(rows) != length:
-        raise ValueError(f"{length} frames, but {name} of shape {rows.shape}: they disagree")
-    rows = rows.reshape(length, -1)
-    if not np.isfinite(rows).all():
-        raise ValueError(f"{name} of frame {np.argwhere(~np.isfinite(rows))[0, 0]} are not finite")
-    return rows
+def clips_of(entry, recording, key, args):
+    """The samples of one camera: one, or one for each stretch of rows with the same instruction."""
+    texts, parts, start, made = recording.instruction, [(recording.instruction, recording.length)], 0, []
+    if isinstance(texts, list):
+        parts = [(text, len(list(rows))) for text, rows in itertools.groupby(texts)]
+    frames = checked(recording.frames)
+    for text, length in parts:
+        part = itertools.islice(frames, length)
+        first = next(part, None)
+        if first is None:
+            raise common.DataError("no frames" if start == 0 else f"{start} frames, but {len(texts)} rows")
+        part, size = itertools.chain([first], part), size_for(first, args.height)
+        if recording.copy and size == (first.width, first.height) and len(parts) == 1 and not args.recode:
+            video, count = Path(entry.path).read_bytes(), sum(1 for _ in part)
+        else:
+            video, count = encode(part, size, recording.fps, args.crf)
+        if length not in (None, count):
+            raise common.DataError(f"{start + count} frames, but {start + length} rows: they disagree")
+        meta = entry.more | recording.more | dict(instruction=text, fps=recording.fps, source=entry.source)
+        meta |= dict(episode=entry.episode, camera=recording.camera, length=count)
+        meta |= dict(actions=entry.actions) if "actions" in recording.rows else {}
+        name = key if len(parts) == 1 else f"{key}-{start}"
+        sample = {"__key__": name, "mp4": video, "json": json.dumps(meta).encode()}
+        rows = {f"{row}.npy": npy(table[start : start + count]) for row, table in recording.rows.items()}
+        made.append((sample | rows, count))
+        start += count
+    for _ in frames:  # all of them black, or damaged after the last row?
+        pass
+    if len(parts) > 1:
+        recording.notes.append("the task changes within an episode: a clip of each task")
+    yield from made
 
 
 def size_for(frame, height):
@@ -108,16 +130,18 @@ def size_for(frame, height):
 
 
 def checked(frames):
-    """The same frames, as long as they are of one size; at the end an error if all of them were black."""
-    size, black = None, True
+    """av.VideoFrames, upright, as long as they are of one size; at the end an error if all of them were black."""
+    size, black, convert = None, True, to_rgb()
     for number, frame in enumerate(frames):
+        turned = isinstance(frame, np.ndarray) or any(side.type.name == "DISPLAYMATRIX" for side in frame.side_data)
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(convert(frame)), "rgb24") if turned else frame
         size = size or (frame.width, frame.height)
         if (frame.width, frame.height) != size:
-            raise ValueError(f"frame {number} is {frame.width}x{frame.height}, those before {size[0]}x{size[1]}")
+            raise common.DataError(f"frame {number} is {frame.width}x{frame.height}, those before {size[0]}x{size[1]}")
         black = black and frame.reformat(32, 32, "gray", interpolation="AREA").to_ndarray().max() <= BLACK
         yield frame
     if black:
-        raise ValueError("every frame is black")
+        raise common.DataError("every frame is black")
 
 
 def encode(frames, size, fps, crf):
@@ -126,15 +150,15 @@ def encode(frames, size, fps, crf):
     tune=fastdecode (no CABAC, no deblocking): read in half the time, for 4 to 8 % more bytes and 0.1 to 0.2 dB.
     mbtree=0: with it x264 165 with AVX-512 now and then makes other bytes of the same frames.
     """
-    file, rate, number = io.BytesIO(), Fraction(fps).limit_denominator(1001), 0
+    file, rate, number, to_size = io.BytesIO(), Fraction(fps).limit_denominator(1001), 0, to_rgb(*size)
     with av.open(file, "w", format="mp4") as video:
         options = dict(preset="veryfast", tune="fastdecode", bf="0", mbtree="0", threads="1")
         options |= dict(crf=str(crf), g=str(KEYFRAMES))
         stream = video.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = 6, 1  # BT.601, limited: what swscale makes
         for number, frame in enumerate(frames, 1):
-            # over RGB, as readers will see it: colour matrix and range then need no tags
-            frame = frame.reformat(*size, format="rgb24", interpolation="AREA").reformat(format="yuv420p")
+            frame = av.VideoFrame.from_ndarray(to_size(frame), "rgb24").reformat(format="yuv420p")
             frame.pts, frame.time_base, frame.pict_type = number - 1, 1 / rate, 0  # 0: not the source's keyframes
             video.mux(stream.encode(frame))
         video.mux(stream.encode())
@@ -147,58 +171,55 @@ def encode(frames, size, fps, crf):
 def per_source(args, source):
     """(kind of actions, frames per second) that the flags give for a source; None where they give nothing."""
     names = [name for name, _ in named_paths(args.data)]
-    kind = named(args.actions or [], names, "--actions").get(source)
-    fps = named(args.fps or [], names, "--fps").get(source)
+    kind = named(args.actions, names, "--actions").get(source)
+    fps = named(args.fps, names, "--fps").get(source)
     if kind not in (None, *KINDS):
-        raise ValueError(f"--actions {kind}: expected {' or '.join(KINDS)}")
+        raise common.DataError(f"--actions {kind}: expected {' or '.join(KINDS)}")
     if fps is not None and not (re.fullmatch(r"[0-9]*\.?[0-9]+", fps) and float(fps) > 0):
-        raise ValueError(f"--fps {fps}: expected a number above 0")
+        raise common.DataError(f"--fps {fps}: expected a number above 0")
     return kind, float(fps) if fps else None
 
 
 def choose(entries, args, source):
     """(entries to read, {key: why not} of those whose files are not there); only the cameras of the flags."""
     kind, fps = per_source(args, source)
-    wanted, cameras, chosen, missing = set(map(sources.short, args.cameras or [])), set(), {}, {}
+    wanted, cameras, chosen, missing = set(map(short, args.cameras)), set(), {}, {}
     for entry in entries:
+        cameras.add(entry.camera)
+        if wanted and entry.camera and entry.camera not in wanted:
+            continue
         try:
-            sources.describe(entry)
-            cameras.add(entry.camera)
-            if wanted and entry.camera not in wanted:
-                continue
-            sources.look(entry)
+            for path in filter(None, (entry.path, entry.table)):
+                check_file(path)
         except DAMAGED as error:
             missing[entry.key] = explain(error, entry.path)
             continue
         entry.actions, entry.fps = kind or entry.actions, fps or entry.fps
         if entry.fps is None and entry.kind != "video":
-            raise ValueError(f"{entry.path}: does not tell its frame rate: give --fps {source}=X")
+            raise common.DataError(f"{entry.path}: does not tell its frame rate: give --fps {source}=X")
         twin = chosen.setdefault(entry.key, entry)
         if twin is not entry:
-            raise ValueError(f"{entry.path} and {twin.path}: both are episode {entry.episode}, camera {entry.camera}")
-    if wanted and not wanted & cameras:
-        raise ValueError(f"--cameras {' '.join(args.cameras)}: {source} has {', '.join(sorted(cameras)) or 'none'}")
+            both = f"{entry.path} and {twin.path}"
+            raise common.DataError(f"{both}: both are episode {entry.episode}, camera {entry.camera}")
+    if wanted and "" not in cameras and not wanted & cameras:
+        there = ", ".join(sorted(cameras)) or "none"
+        raise common.DataError(f"--cameras {' '.join(args.cameras)}: {source} has {there}")
     return list(chosen.values()), missing
 
 
 def make_plan(args):
-    """{flags, shards: {name: entries}, missing: {source: {key: why}}}, the same whenever the data is the same."""
-    shards, missing = {}, {}
-    for name in args.group_cameras or []:
-        if name not in dict(named_paths(args.data)):
-            raise ValueError(f"--group-cameras {name}: --data has no such NAME")
+    """{flags, shards: {name: entries}, missing: {source: {key: why}}, notes}, the same for the same data."""
+    shards, missing, notes = {}, {}, {}
     for source, path in named_paths(args.data):
-        if source in missing:
-            raise ValueError(f"--data: two sources are called {source}: write NAME=PATH")
-        found = sources.entries(source, path, source in (args.group_cameras or []))
+        found, notes[source] = readers.entries(source, path, source in args.group_cameras)
         entries, missing[source] = choose(found, args, source)
         if not entries:
             why = next(iter(missing[source].values()), "no videos, pictures, LeRobotDataset or tfrecords")
-            raise ValueError(f"--data {source}={path}: nothing to read: {why}")
+            raise common.DataError(f"--data {source}={path}: nothing to read: {why}")
         for first in range(0, len(entries), args.shard_clips):
             name = f"{key_of(source)}-{first // args.shard_clips:06d}"
             shards[name] = [asdict(entry) for entry in entries[first : first + args.shard_clips]]
-    return dict(flags=fixed_flags(args), shards=shards, missing=missing)
+    return dict(flags=fixed_flags(args), shards=shards, missing=missing, notes=notes)
 
 
 def fixed_flags(args):
@@ -212,47 +233,51 @@ def open_plan(args, out):
     file, now = out / "plan.json", fixed_flags(args)
     if not file.exists():
         if any(out.glob("*.tar")):
-            raise ValueError(f"--out {out}: holds shards but no plan.json: choose another folder")
+            raise common.DataError(f"--out {out}: holds shards but no plan.json: choose another folder")
         plan = make_plan(args)
         (out / "done").mkdir(parents=True, exist_ok=True)
+        common.lock(out)
         write_json(file, plan)
         return plan
-    plan = json.loads(file.read_text())
+    common.lock(out)
+    plan = common.read_json(file)
     for name, new in sorted(now.items()):
         was = plan["flags"].get(name)
         if was != new:
-            raise ValueError(f"{common.flag(name)} was {was} and is now {new}: for other shards choose another --out")
+            flag = f"--{name.replace('_', '-')}"
+            raise common.DataError(f"{flag} was {was} and is now {new}: for other shards choose another --out")
     return plan
 
 
 def write_json(file, what):
-    try:
-        with common.atomic(file) as path:
-            path.write_text(json.dumps(what, indent=1))
-    except OSError as error:
-        raise OSError(f"{file}: {error.strerror or error}") from None
+    with common.atomic(file) as path:
+        path.write_text(json.dumps(what, indent=1))
 
 
 # --- the work
 
 
-def make_shard(out, name, entries, height, crf, recode):
-    """Write a shard and then done/NAME.json, which says so: its clips and frames, and what was left out and why."""
-    broken, frames = {}, 0
+def make_shard(out, name, entries, args):
+    """Write a shard and then done/NAME.json: its clips and frames, what was left out and why, and what to know."""
+    broken, notes, frames = {}, Counter(), 0
 
-    def samples():
+    def made():
         nonlocal frames
-        for entry in entries:
+        for entry in (Entry(**entry) for entry in entries):
+            found = 0
             try:
-                made, length = sample(Entry(**entry), height, crf, recode)
+                for sample, length in samples(entry, args, notes):
+                    found += 1
+                    if isinstance(sample, str):
+                        broken[sample] = length
+                        continue
+                    frames += length
+                    yield sample
             except DAMAGED as error:
-                broken[Entry(**entry).key] = explain(error, entry["path"])
-                continue
-            frames += length
-            yield made
+                broken[entry.key] = explain(error, entry.path)
 
-    number = write_shard(out / f"{name}.tar", samples())
-    done = dict(clips=number, frames=frames, broken=broken)
+    number = write_shard(out / f"{name}.tar", made())
+    done = dict(clips=number, frames=frames, broken=broken, notes=notes)
     write_json(out / "done" / f"{name}.json", done)
     return done
 
@@ -262,21 +287,21 @@ def explain(error, path):
     text = " ".join(str(error).split())
     if isinstance(error, av.FFmpegError):
         text = f"not a readable video ({error.strerror})"
-    elif not isinstance(error, OSError | ValueError) or not text:
+    elif not isinstance(error, OSError | ValueError | common.DataError) or not text:
         text = f"{type(error).__name__} {text}"
-    return sources.plain(text if str(Path(path).parent) in text else f"{path}: {text}")
+    return plain(text if str(Path(path).parent) in text else f"{path}: {text}")
 
 
 def finished(name, out):
     """done/NAME.json of a shard that is there (or has no clips, as all of them are broken), else None."""
     file = out / "done" / f"{name}.json"
-    done = json.loads(file.read_text()) if file.exists() else None
+    done = common.read_json(file) if file.exists() else None
     return done if done and (done["clips"] == 0 or (out / f"{name}.tar").exists()) else None
 
 
 def work(names, plan, args, out):
     """Make these shards; yields (name, done) as they come."""
-    jobs = {name: (out, name, plan["shards"][name], args.height, args.crf, args.recode) for name in names}
+    jobs = {name: (out, name, plan["shards"][name], args) for name in names}
     if args.workers == 0 or not jobs:
         yield from ((name, make_shard(*job)) for name, job in jobs.items())
         return
@@ -289,9 +314,8 @@ def work(names, plan, args, out):
             yield futures[future], future.result()
         pool.shutdown()
     except BrokenProcessPool:
-        raise ValueError(
-            "a worker was killed (out of memory?): the same command goes on, try fewer --workers"
-        ) from None
+        why = "a worker was killed (out of memory?): the same command goes on, try fewer --workers"
+        raise common.DataError(why) from None
     except BaseException as error:
         # what is being made may become whole, unless somebody waits at the keyboard
         pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
@@ -299,13 +323,13 @@ def work(names, plan, args, out):
 
 
 def end_with_parent():
-    """A worker whose parent was killed would otherwise wait for work for ever; Ctrl-C is the parent's affair."""
+    """A worker whose parent was killed would otherwise wait for work for ever; signals are the parent's affair."""
 
     def watch():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    common.ignore_signals()
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -316,9 +340,10 @@ def summarise(args, plan, out):
         names = [name for name, entries in plan["shards"].items() if entries[0]["source"] == source]
         tars = [out / f"{name}.tar" for name in names if finished(name, out)["clips"]]
         clips = [clip for tar in tars for clip in open_shard(tar)]
-        broken = dict(missing)
+        broken, notes = dict(missing), Counter(plan["notes"].get(source, []))
         for name in names:
             broken |= finished(name, out)["broken"]
+            notes.update(finished(name, out)["notes"])
         summary[source] = dict(
             clips=len(clips),
             frames=sum(clip.meta["length"] for clip in clips),
@@ -329,19 +354,22 @@ def summarise(args, plan, out):
             with_instruction=sum(bool(clip.meta["instruction"]) for clip in clips),
             short=[clip.key for clip in clips if clip.meta["length"] < args.min_frames],
             broken=broken,
+            notes=notes,
         )
     write_json(out / "summary.json", summary)
     return summary
 
 
 def tell(source, about, min_frames):
-    """One source of the summary in a line or two."""
+    """One source of the summary in a few lines."""
     cameras = ", ".join(f"{name} {count}" for name, count in about["cameras"].items())
     yield (
         f"{source}: {about['clips']:,} clips ({cameras}), {about['frames']:,} frames, {about['hours']:.3g} h, "
         f"{about['bytes'] / 1e6:,.1f} MB; {about['with_actions']:,} with actions, "
         f"{about['with_instruction']:,} with an instruction, {len(about['broken']):,} broken and left out"
     )
+    for note, count in about["notes"].items():
+        yield f"{source}: {count} x {note}" if count > 1 else f"{source}: {note}"
     if about["short"]:
         yield f"{source}: {len(about['short'])} clips have fewer than {min_frames} frames, such as {about['short'][0]}"
 
@@ -360,7 +388,7 @@ def main(argv=None):
     out, began, frames = Path(args.out), time.monotonic(), 0
     plan = open_plan(args, out)
     for file in [*out.glob(".*.tmp"), *out.glob(".*.index")]:
-        file.unlink(missing_ok=True)  # of a run that was killed
+        file.unlink(missing_ok=True)  # of a run that was killed: this one holds the lock
     for source, missing in plan["missing"].items():
         if missing:
             first = next(iter(missing.values()))
@@ -368,8 +396,8 @@ def main(argv=None):
     clips = {name: len(entries) for name, entries in plan["shards"].items()}
     left = [name for name in clips if not finished(name, out)]
     total, before = sum(clips.values()), sum(clips.values()) - sum(clips[name] for name in left)
-    print(f"{len(clips)} shards of {total} clips, {len(clips) - len(left)} of them there already", flush=True)
-    shown = dict(unit="clip", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    print(f"{len(clips)} shards of {total} recordings, {len(clips) - len(left)} of them there already", flush=True)
+    shown = dict(unit="recording", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     try:
         with tqdm(total=total, initial=before, **shown) as bar:
             for name, done in work(left, plan, args, out):
@@ -378,14 +406,18 @@ def main(argv=None):
                 tqdm.write("\n".join(progress(name, done, frames / (time.monotonic() - began))), file=sys.stdout)
                 sys.stdout.flush()
     except OSError as error:
-        raise OSError(f"--out {out}: {error}; finished shards stay, and the same command goes on") from None
+        told = f"--out {out}: {error}; finished shards stay, and the same command goes on"
+        raise common.DataError(told) from None
     summary = summarise(args, plan, out)
     for source, about in summary.items():
         print(*tell(source, about, args.min_frames), sep="\n", flush=True)
     if not any(about["clips"] for about in summary.values()):
-        raise ValueError(f"--data: none of the {total} clips could be read; {out}/summary.json says why")
+        raise common.DataError(f"--data: none of the {total} recordings could be read; {out}/summary.json says why")
     return 0
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

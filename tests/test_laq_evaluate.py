@@ -1,4 +1,4 @@
-"""laq/evaluate.py: the closed forms of probes.py against brute force, and the report card of models one knows."""
+"""laq/evaluate.py: the closed forms of metrics.py against brute force, and reports on models one knows."""
 
 import json
 from types import SimpleNamespace
@@ -6,15 +6,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import ROOT, launch, load
+
+from common import DataError
 
 
 @pytest.fixture(scope="module")
 def laq():
-    return load("laq", "evaluate", "probes", "shards", "card")
+    return load("laq", "evaluate", "metrics", "shards", "figures")
 
 
-# --- probes.py
+# --- metrics.py
 
 
 @pytest.mark.parametrize("n, D", [(40, 7), (9, 30)])
@@ -22,7 +24,7 @@ def test_ridge_is_the_normal_equations(laq, n, D):
     """Both ways of solving it, over features and over pairs, give the augmented least-squares problem's answer."""
     rng = np.random.default_rng(0)
     x, y, x_test = rng.normal(3, 2, (n, D)), rng.normal(size=(n, 3)) + 5, rng.normal(3, 2, (6, D))
-    got = laq.probes.ridge(x, y, x_test, lambdas=[10.0, 0.1])
+    got = laq.metrics.ridge(x, y, x_test, lambdas=[10.0, 0.1])
     for lam, guess in zip([10.0, 0.1], got, strict=True):
         z, z_test = (x - x.mean(0)) / x.std(0), (x_test - x.mean(0)) / x.std(0)
         rows = np.concatenate([z, np.sqrt(lam * n) * np.eye(D)])
@@ -35,7 +37,7 @@ def test_features_that_hardly_vary_are_not_blown_up(laq):
     rng = np.random.default_rng(0)
     x = np.stack([rng.normal(size=50), 1e-6 * rng.normal(size=50), np.ones(50)], 1)
     y = x[:, :1] + rng.normal(size=(50, 1))
-    guess = laq.probes.ridge(x, y, np.array([[0.0, 0.5, 2.0]]))
+    guess = laq.metrics.ridge(x, y, np.array([[0.0, 0.5, 2.0]]))
     assert np.abs(guess - y.mean()).max() < 1
 
 
@@ -45,34 +47,61 @@ def test_probe_chooses_lambda_by_training_episodes(laq):
     episodes = np.repeat(np.arange(7), 5)
     x, x_test = rng.normal(size=(35, 12)), rng.normal(size=(4, 12))
     y = np.stack([x[:, 0] + 0.1 * rng.normal(size=35), rng.normal(size=35)], 1)
-    got, folds = laq.probes.probe(x, y, episodes, x_test), episodes % 3
+    got, folds = laq.metrics.probe(x, y, episodes, x_test), episodes % 3
     for dim in range(2):
         errors = []
-        for lam in laq.probes.LAMBDAS:
+        for lam in laq.metrics.LAMBDAS:
             parts = [(folds != f, folds == f) for f in range(3)]
-            guess = [laq.probes.ridge(x[fit], y[fit], x[out], [lam])[0][:, dim] - y[out, dim] for fit, out in parts]
+            guess = [laq.metrics.ridge(x[fit], y[fit], x[out], [lam])[0][:, dim] - y[out, dim] for fit, out in parts]
             errors.append(np.square(np.concatenate(guess)).sum())
-        best = laq.probes.LAMBDAS[int(np.argmin(errors))]
-        np.testing.assert_allclose(got[:, dim], laq.probes.ridge(x, y, x_test, [best])[0][:, dim])
-    assert laq.probes.LAMBDAS[0] == max(laq.probes.LAMBDAS)  # of equals the strongest
+        best = laq.metrics.LAMBDAS[int(np.argmin(errors))]
+        np.testing.assert_allclose(got[:, dim], laq.metrics.ridge(x, y, x_test, [best])[0][:, dim])
+    assert laq.metrics.LAMBDAS[0] == max(laq.metrics.LAMBDAS)  # of equals the strongest
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_probe_of_one_short_episode(laq, n):
     """The first row of the few-label table; and without features a probe is the mean."""
     y = np.arange(n, dtype=float)[:, None]
-    guess = laq.probes.probe(np.zeros((n, 1)), y, np.zeros(n, int), np.zeros((3, 1)))
+    guess = laq.metrics.probe(np.zeros((n, 1)), y, np.zeros(n, int), np.zeros((3, 1)))
     np.testing.assert_allclose(guess, y.mean())
 
 
-def test_nmse(laq):
-    """1 for the mean, nothing for a dim that never moves, even if it is not zero."""
+def test_probe_scores_against_arithmetic(laq):
+    """R2 per dim, its mean over the dims that move, weighted by motion; the intervals are over episodes."""
     rng = np.random.default_rng(2)
-    true = np.stack([rng.normal(size=30), np.full(30, 0.3), 100 + rng.normal(size=30)], 1)
-    error = laq.probes.nmse(true, np.stack([true[:, 0] * 0.5, true[:, 1], np.full(30, true[:, 2].mean())], 1))
-    assert error[0] == pytest.approx(0.25 * np.mean(true[:, 0] ** 2) / np.var(true[:, 0]))
-    assert np.isnan(error[1]) and error[2] == pytest.approx(1)
-    assert laq.probes.average(error) == pytest.approx((error[0] + 1) / 2) and laq.probes.average([np.nan]) is None
+    true = np.stack([rng.normal(size=40), np.full(40, 0.3), 3 * rng.normal(size=40)], 1)
+    guess = np.stack([true[:, 0] * 0.5, true[:, 1], np.full(40, true[:, 2].mean())], 1)
+    found = laq.metrics.scores(true, guess, np.repeat(np.arange(8), 5))
+    first = 1 - 0.25 * np.square(true[:, 0]).sum() / np.square(true[:, 0] - true[:, 0].mean()).sum()
+    assert found["r2_per_dim"] == [pytest.approx(first), None, pytest.approx(0)]
+    assert found["r2"] == pytest.approx(first / 2)
+    variance = true.var(0)
+    assert found["r2_weighted"] == pytest.approx(first * variance[0] / variance.sum())
+    low, high = found["r2_interval"]
+    assert low < found["r2"] < high
+    assert laq.metrics.scores(np.ones((9, 2)), np.ones((9, 2)), np.arange(9))["r2"] is None
+
+
+def test_angles_that_wrap_are_differenced_the_short_way_round(laq):
+    turning = np.linspace(0, 12, 60)
+    radians = (turning + np.pi) % (2 * np.pi) - np.pi
+    state = np.stack([radians, np.degrees(radians), turning, np.where(turning > 6, 255.0, 0.0)], 1)
+    period = laq.metrics.turns([state[:30], state[30:]])
+    assert period[0] == 2 * np.pi and period[1] == 360 and np.isinf(period[2:]).all()
+    motion = laq.metrics.wrap(state[3:] - state[:-3], period)
+    np.testing.assert_allclose(motion[:, 0], 3 * 12 / 59, atol=1e-9)
+    np.testing.assert_allclose(motion[:, 1], np.degrees(3 * 12 / 59), atol=1e-6)
+
+
+def test_each_evaluated_episode_is_held_out_in_turn(laq):
+    episode = np.repeat(np.arange(5), 4)
+    folds = laq.metrics.leave_one_out(episode, [1, 3])
+    assert [set(episode[test]) for _, test in folds] == [{1}, {3}]
+    assert [set(episode[fit]) for fit, _ in folds] == [{0, 2, 3, 4}, {0, 1, 2, 4}]
+    assert len(laq.metrics.leave_one_out(np.arange(100), range(100))) == 20
+    alone = laq.metrics.leave_one_out(np.zeros(10), [0])
+    assert sorted(np.concatenate([test for _, test in alone])) == list(range(10)) and len(alone) == 5
 
 
 def test_ssim_against_loops(laq):
@@ -92,88 +121,64 @@ def test_ssim_against_loops(laq):
                     vp, vq, c = (w * (p - mp) ** 2).sum(), (w * (q - mq) ** 2).sum(), (w * (p - mp) * (q - mq)).sum()
                     top = (2 * mp * mq + 1e-4) * (2 * c + 9e-4)
                     values.append(top / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
-        got = laq.probes.ssim(torch.from_numpy(a).float(), torch.from_numpy(b).float())[pair].item()
+        got = laq.metrics.ssim(torch.from_numpy(a).float(), torch.from_numpy(b).float())[pair].item()
         assert got == pytest.approx(np.mean(values), abs=1e-4)
     small = torch.rand(1, 3, 8, 8)
-    assert laq.probes.ssim(small, small).item() == pytest.approx(1, abs=1e-4)
+    assert laq.metrics.ssim(small, small).item() == pytest.approx(1, abs=1e-4)
 
 
-def test_health_of_a_codebook(laq):
-    flat, dead = laq.probes.health(np.ones(8), 8), laq.probes.health(np.eye(8)[3], 8)
-    assert flat == dict(perplexity=pytest.approx(8), usage=1, commonest=pytest.approx(1 / 8))
-    assert dead == dict(perplexity=pytest.approx(1), usage=1 / 8, commonest=1)
-    rare = laq.probes.health(np.array([990, 10, 0, 0]), 4)  # 1 % is below 1 / 40
-    assert rare["usage"] == 1 / 4
-    assert rare["perplexity"] == pytest.approx(0.99**-0.99 * 0.01**-0.01)
+def test_codebook_metrics(laq):
+    """A code of 1 % is not in use where 1 / 40 is the bound; perplexity is exp of the entropy."""
+    codes = np.zeros((1000, 2), int)
+    codes[:10, 0], codes[:, 1] = 1, np.arange(1000) % 4
+    found = laq.metrics.codebook_metrics(codes, 4)
+    assert found["usage"] == (1 + 4) / 8
+    assert found["perplexity_0"] == pytest.approx(0.99**-0.99 * 0.01**-0.01)
+    assert found["perplexity_1"] == pytest.approx(4) and found["top1_frequency"] == pytest.approx(0.25, abs=0.01)
+    assert found["joint_perplexity"] == pytest.approx(4 * found["perplexity_0"], rel=0.02)
 
 
-def test_eta_squared(laq):
-    """Against loops; words dealt at random have what `chance` says."""
-    rng = np.random.default_rng(4)
-    codes = rng.integers(0, 2, (60, 2))
-    y = np.stack([codes[:, 0] + 0.5 * rng.normal(size=60), rng.normal(size=60), np.ones(60)], 1)
-    word = laq.probes.words_of(codes)
-    eta, chance = laq.probes.eta_squared(y, word)
-    for dim in range(2):
-        groups = [y[(codes == pair).all(1), dim] for pair in ([0, 0], [0, 1], [1, 0], [1, 1])]
-        within = sum(np.square(group - group.mean()).sum() for group in groups)
-        assert eta[dim] == pytest.approx(1 - within / np.square(y[:, dim] - y[:, dim].mean()).sum())
-    assert np.isnan(eta[2]) and chance == pytest.approx(3 / 59)
-    noise = [laq.probes.eta_squared(rng.normal(size=(60, 1)), word)[0][0] for _ in range(500)]
-    assert np.mean(noise) == pytest.approx(chance, rel=0.15)
+def test_advice_names_what_is_missing(laq):
+    good = dict(psnr_gain_over_copy=2.0, code_sensitivity=0.5, usage=1.0, perplexity=7.0, top1_frequency=0.1)
+    assert laq.metrics.advice(good, 8).startswith("good enough to label")
+    for name, value, word in (
+        ("psnr_gain_over_copy", -1.0, "train longer"),
+        ("code_sensitivity", 0.0, "longer --gap"),
+        ("perplexity", 3.0, "--codebook-size"),
+        ("top1_frequency", 0.9, "90 %"),
+    ):
+        told = laq.metrics.advice(good | {name: value}, 8)
+        assert told.startswith("not yet") and word in told
+    assert "have not started" in laq.metrics.advice(dict(psnr_gain_over_copy=2.0), 8)
 
 
-def test_what_counts_as_discrete(laq):
-    gripper = np.array([0, 1, 1, 0, 1 + 1e-7])  # sums of floats differ in the last bit
-    assert laq.probes.classes(gripper).tolist() == [0, 1, 1, 0, 1]
-    assert laq.probes.classes(np.linspace(0, 1, 11)) is None and laq.probes.classes(np.ones(5)) is None
-    assert laq.probes.classes(np.linspace(0, 1, 10)).tolist() == list(range(10))
-    angles = np.arange(16) * np.pi / 8
-    moves = np.concatenate([np.stack([np.cos(angles), np.sin(angles)], 1), [[0, 0]]])
-    noise = 1e-6 * np.random.default_rng(0).normal(size=(5, 17, 2))
-    kinds = np.stack([laq.probes.directions(scale * moves + n) for scale, n in zip(range(1, 6), noise, strict=True)])
-    assert len(set(kinds[0])) == 17 and (kinds == kinds[0]).all()
-    assert laq.probes.directions(np.random.default_rng(0).normal(size=(40, 2))) is None
-
-
-def test_balanced_accuracy(laq):
-    """Always saying the commonest class is no skill."""
-    true = np.array([0] * 8 + [1] * 2)
-    assert laq.probes.accuracies(true, np.zeros(10, int)) == (0.8, 0.5)
-
-
-def test_table_and_few_shot(laq):
-    """Held-out episodes alone are scored, the last row has all labels, and good latents need few."""
+def test_few_labels_and_all_labels(laq):
+    """The last row has all labels and is the probe's own score; good latents need few."""
     rng = np.random.default_rng(5)
     episode, y = np.repeat(np.arange(12), 6), rng.normal(size=(72, 2))
     features = dict(good=y + 0.01 * rng.normal(size=(72, 2)), wide=rng.normal(size=(72, 40)))
     features["wide"][:, :2] += y
-    side = episode >= 8
-    folds = [(np.flatnonzero(~side), np.flatnonzero(side))]
-    good, wide = laq.probes.table(features, y, episode, folds)
-    guess = laq.probes.probe(features["wide"][~side], y[~side], episode[~side], features["wide"][side])
-    per_dim = 1 - np.square(guess - y[side]).mean(0) / y[side].var(0)
-    np.testing.assert_allclose(wide["r2_per_dim"], per_dim)
-    share = y[side].var(0) / y[side].var(0).sum()
-    assert wide["r2_weighted"] == pytest.approx((share * per_dim).sum())
-    assert wide["r2"] == pytest.approx(per_dim.mean()) and wide["nmse"] == pytest.approx(1 - per_dim.mean())
-    assert list(wide["r2_per_episode"]) == [8, 9, 10, 11] and not wide["accuracy"]
-    rows = list(laq.probes.few_shot(features, y, episode, folds, seed=0))
-    assert [row["episodes"] for row in rows] == [1, 2, 4, 8]
-    assert rows[-1]["good"] == pytest.approx(good["r2"]) and rows[-1]["wide"] == pytest.approx(wide["r2"])
+    folds = laq.metrics.leave_one_out(episode, range(12))
+    table = laq.metrics.probe_table(features, y, episode, folds)
+    rows = laq.metrics.few_shot(features, y, episode, folds, seed=0)
+    assert [row["episodes"] for row in rows] == [1, 2, 4, 8, 11]
+    assert all(rows[-1][name] == pytest.approx(table[name]["r2"]) for name in features)
     assert rows[0]["good"] > 0.9 > rows[0]["wide"] + 0.3
 
 
-# --- the report card
+def test_the_figure_of_a_large_codebook_is_drawn_in_seconds(laq, tmp_path):
+    """256 codes at 8 positions: the most frequent 8 codes of 4 positions are shown."""
+    import time
+
+    model = laq.model.LAQ(laq.model.LAQConfig(16, 4, 16, 1, code_seq_len=8, codebook_size=256, code_dim=4)).eval()
+    frame, began = torch.rand(3, 16, 16), time.process_time()
+    example = laq.figures.effects(model, frame, frame, frame, torch.zeros(8, dtype=torch.int64))
+    more = dict(all_codes=np.random.default_rng(0).integers(0, 256, (500, 8)), actions=np.full((500, 0), np.nan))
+    laq.figures.codes(dict(a=example | more)).savefig(tmp_path / "a.png")
+    assert example["effects"].shape[:2] == (4, 8) and time.process_time() - began < 10
 
 
-def clip(laq, episode, frames, actions=None, name="world"):
-    about = dict(instruction="", source=name, episode=episode, camera="top", fps=5, length=len(frames))
-    sample = {"__key__": laq.shards.key_of(name, episode), "frames.npy": laq.shards.npy(frames)}
-    if actions is not None:
-        sample["actions.npy"] = laq.shards.npy(actions)
-        about["actions"] = "delta"
-    return sample | {"json": json.dumps(about).encode()}
+# --- reports
 
 
 SHIFTS = np.array([[0, 2], [2, 0], [0, -2], [-2, 0]])
@@ -181,35 +186,31 @@ SHIFTS = np.array([[0, 2], [2, 0], [0, -2], [-2, 0]])
 
 def rolling(laq, folder, episodes=6, length=16, change=lambda number, actions: actions, name="world"):
     """Shards of noise images that roll by 2 pixels in one of four directions, which is the action."""
-    rng = np.random.default_rng(0)
-
-    def samples():
-        for number in range(episodes):
-            image, steps = rng.integers(0, 256, (16, 16, 3)), rng.integers(0, 4, length)
-            frames = []
-            for step in steps:
-                frames.append(np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8))
-                image = np.roll(image, SHIFTS[step], (0, 1))
-            actions = change(number, SHIFTS[steps].astype(np.float32))
-            yield clip(laq, str(number), np.stack(frames), actions, name)
-
+    rng, samples = np.random.default_rng(0), []
+    for number in range(episodes):
+        image, steps, frames = rng.integers(0, 256, (16, 16, 3)), rng.integers(0, 4, length), []
+        for step in steps:
+            frames.append(np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8))
+            image = np.roll(image, SHIFTS[step], (0, 1))
+        meta = dict(instruction="", source=name, episode=str(number), camera="top", fps=5, length=length)
+        sample = {"__key__": f"{name}-{number}", "frames.npy": laq.shards.npy(np.stack(frames))}
+        actions = change(number, SHIFTS[steps].astype(np.float32))
+        if actions is not None:
+            sample["actions.npy"], meta["actions"] = laq.shards.npy(actions), "delta"
+        samples.append(sample | {"json": json.dumps(meta).encode()})
     folder.mkdir(parents=True)
-    laq.shards.write_shard(folder / "shard-000000.tar", samples())
+    laq.shards.write_shard(folder / "shard-000000.tar", samples)
     return folder
 
 
 class Perfect:
     """A model that knows the rolling world: one code, the direction."""
 
-    image_size, codes = 16, 1
-    quantiser = SimpleNamespace(vocabulary=4, lookup=lambda codes: torch.eye(4)[codes], started=True)
-    weight = torch.zeros(1)
+    config = SimpleNamespace(image_size=16, codebook_size=4)
+    quantizer = SimpleNamespace(shape=(1, 4, 4), quantizing=True)
 
     def to(self, device):
         return self
-
-    def parameters(self):
-        return iter([self.weight])
 
     def decode(self, first, codes):
         return torch.stack([f.roll(tuple(SHIFTS[c]), (1, 2)) for f, c in zip(first, codes[:, 0], strict=True)])
@@ -220,181 +221,98 @@ class Perfect:
         return error.argmin(1, keepdim=True), -error[:, None]
 
 
-def card_of(laq, monkeypatch, model, out, *words):
+def report_on(laq, monkeypatch, model, out, *words):
     monkeypatch.setattr(laq.evaluate.LAQ, "from_pretrained", lambda folder: model)
     words = ["--checkpoint", out / "none", "--out", out, "--gap", 1, "--device", "cpu", *words]
     assert laq.evaluate.main([str(word) for word in words]) == 0
     return json.loads((out / "report.json").read_text())["sources"]
 
 
-def test_card_of_a_perfect_model(laq, monkeypatch, tmp_path):
+def test_report_on_a_perfect_model(laq, monkeypatch, tmp_path):
     """Every number is known: the codes are the actions, and only the camera's noise is left of the image."""
     data = rolling(laq, tmp_path / "data")
-    card = card_of(laq, monkeypatch, Perfect(), tmp_path, "--data", f"w={data}", "--val-episodes", "0,1")["w"]
-    image, book, like = card["reconstruction"], card["codebook"], card["consistency"]
-    assert card["pairs"] == 30 and card["episodes"] == 2
+    found = report_on(laq, monkeypatch, Perfect(), tmp_path, "--data", f"w={data}")["w"]
+    image, book = found["reconstruction"], found["codebook"]
+    assert found["pairs"] == 90 and found["episodes"] == 6
     assert image["psnr"] == pytest.approx(10 * np.log10(255**2 / 32), abs=0.7)  # two frames' noise, clipped a little
-    assert image["gain"] == pytest.approx(image["psnr"] - image["psnr_nothing_moves"])
-    assert image["gain"] > 15 and image["delta_psnr_random"] > 15 and image["nearer_to_the_future"] == 1
-    assert image["delta_psnr_random"] > image["delta_psnr_shuffled"] > 5  # a quarter of the shuffled codes are right
-    assert image["ssim"] > 0.9 > image["ssim_nothing_moves"] + 0.5
-    shares = np.array(book["histogram"][0])
-    assert like["cycle"] == like["transfer"] == [1] and like["chance"] == [pytest.approx(np.square(shares).sum())]
-    assert book["slots"][0]["usage"] == 1 and book["joint"]["words"] == 4 and card["eta_squared"]["mean"] > 0.999
-    rows = {row["method"]: row for row in card["probe"]}
-    for method in ("one-hot codes", "code vectors", "vectors before quantisation"):
-        assert rows[method]["accuracy"]["move"] == 1 and rows[method]["balanced_accuracy"]["dim 0"] == 1
-        assert rows[method]["r2"] > (0.99 if "code" in method else 0.8)
-    for method in ("mean", "first frame", "shuffled vectors"):
-        assert rows[method]["r2"] < 0.1 and rows[method]["accuracy"]["move"] < 0.6
-    assert rows["mean"]["r2"] == pytest.approx(1 - rows["mean"]["nmse"]) and rows["mean"]["nmse"] >= 1
-    few = card["few_shot"]
-    assert [row["episodes"] for row in few] == [1, 2, 4] and few[1]["codes"] > 0.99 > few[1]["both frames"] + 0.5
+    assert image["psnr_gain_over_copy"] > 15 and image["nearer_to_the_future"] == 1
+    assert image["code_sensitivity"] == pytest.approx(0.75, abs=0.15)  # a quarter of the shuffled codes are right
+    assert image["ssim"] > 0.9 > image["ssim_copy"] + 0.5
+    assert image["codes_back_on_own_frame"] == image["codes_back_on_other_scenes"] == 1
+    assert book["usage"] == 1 and 3.5 < book["perplexity"] <= 4
+    rows = found["probe"]
+    assert rows["codes"]["r2"] > 0.99 and rows["vectors before quantization"]["r2"] > 0.8
+    assert rows["first frame"]["r2"] < 0.1 and rows["shuffled codes"]["r2"] < 0.1
+    few = found["few_shot"]
+    assert [row["episodes"] for row in few] == [1, 2, 4, 5] and few[1]["codes"] > 0.9 > few[1]["both frames"] + 0.4
     text = (tmp_path / "report.md").read_text()
-    assert "| one-hot codes |" in text and "| slot 0 |" in text and "| pixel difference |" in text
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
-    assert drawn == {"probe", "few_shot", "usage", "sheet_w"}
-    assert all(f"figures/{name}.png" in text for name in drawn)
+    assert drawn == {"probe", "few_shot", "codes_w"} and all(f"figures/{name}.png" in text for name in drawn)
+    assert "good enough to label" in text and "the codes tell more" in text
 
 
-def test_card_of_a_model_that_ignores_its_codes(laq, monkeypatch, tmp_path):
-    """Collapse is told: no gain, no delta, one word, nothing in the probe."""
-
-    class Blind(Perfect):
-        def decode(self, first, codes):
-            return first
-
-        def encode(self, first, second):
-            return torch.zeros(len(first), 1, dtype=torch.long), torch.zeros(len(first), 1, 4)
-
-    data = rolling(laq, tmp_path / "data")
-    card = card_of(laq, monkeypatch, Blind(), tmp_path, "--data", f"w={data}", "--val-share", 0.3)["w"]
-    image = card["reconstruction"]
-    assert image["gain"] == image["delta_psnr_random"] == image["nearer_to_the_future"] == 0
-    assert card["codebook"]["joint"] == dict(perplexity=1, usage=0.25, commonest=1, words=1, possible=4)
-    assert card["probe"][0]["r2"] <= 0 and card["eta_squared"]["mean"] == pytest.approx(0, abs=1e-9)
-    verdict = laq.card.verdict("w", card)
-    assert "good: nothing." in verdict and "commonest word holds 100 %" in verdict and "pairs: indicative" in verdict
-
-
-def test_card_of_a_model_that_knows_its_frames_by_heart(laq, monkeypatch, tmp_path):
-    """A fine image and a full cycle without any use of the code: delta-PSNR and transfer tell."""
-
-    class Parrot(Perfect):
-        known = {}
-
-        def encode(self, first, second):
-            codes, vectors = super().encode(first, second)
-            for frame, code in zip(first, codes, strict=True):
-                self.known.setdefault(frame.numpy().tobytes(), code)
-            return codes, vectors
-
-        def decode(self, first, codes):
-            return super().decode(first, torch.stack([self.known[frame.numpy().tobytes()] for frame in first]))
-
-    data = rolling(laq, tmp_path / "data", length=40)
-    words = ["--data", f"w={data}", "--val-episodes", "0,1", "--pairs", 60, "--train-pairs", 12]
-    card = card_of(laq, monkeypatch, Parrot(), tmp_path, *words)["w"]
-    assert card["reconstruction"]["gain"] > 15 and card["reconstruction"]["delta_psnr_random"] == 0
-    assert card["consistency"]["cycle"] == [1] and card["consistency"]["transfer"][0] < 0.6
-    assert card["pairs"] == 60 and card["labelled"]["fitted"] == 12  # spread over the clips: 30 and 3 of each
-
-
-def test_leave_one_out(laq, monkeypatch, tmp_path):
-    """Each of three episodes is predicted from the other two."""
-    data = rolling(laq, tmp_path / "data", episodes=3)
-    words = ["--data", f"w={data}", "--val-episodes", "2", "--leave-one-out"]
-    card = card_of(laq, monkeypatch, Perfect(), tmp_path, *words)["w"]
-    assert card["pairs"] == 15 and card["labelled"] == dict(fitted=30, tested=45)
-    row = card["probe"][0]
-    assert len(row["r2_per_episode"]) == 3 and min(row["r2_per_episode"].values()) > 0.99
-    assert [row["episodes"] for row in card["few_shot"]] == [1, 2]
-    assert card["consistency"]["transfer"] == [1]  # one held-out episode: other scenes are training ones
+def test_report_on_a_model_that_ignores_its_codes(laq, monkeypatch, tmp_path):
+    model = Perfect()
+    model.decode = lambda first, codes: first
+    image = report_on(laq, monkeypatch, model, tmp_path, "--data", f"w={rolling(laq, tmp_path / 'data')}")["w"]
+    assert image["reconstruction"]["code_sensitivity"] == 0 and image["reconstruction"]["psnr_gain_over_copy"] == 0
+    assert "not yet" in (tmp_path / "report.md").read_text()
 
 
 def test_sources_without_actions_and_with_broken_ones(laq, monkeypatch, tmp_path, capsys):
-    """Everything but the probes; a nan or another width is no label; each is told."""
-
-    plain = rolling(laq, tmp_path / "plain", change=lambda number, actions: None)
-    some = rolling(laq, tmp_path / "some", change=lambda n, actions: actions * np.nan if n > 3 else actions)
-    none = rolling(laq, tmp_path / "none", change=lambda number, actions: actions * np.nan)
-    wide = rolling(laq, tmp_path / "wide", change=lambda n, actions: np.repeat(actions, 2, 1) if n > 4 else actions)
-    one = rolling(laq, tmp_path / "one", episodes=1)
-    data = [f"{folder.name}={folder}" for folder in (plain, some, none, wide, one)]
-    held = [f"{name}=0,1" for name in ("plain", "some", "none", "wide")]
-    cards = card_of(laq, monkeypatch, Perfect(), tmp_path / "out", "--data", *data, "--val-episodes", *held)
-    printed = capsys.readouterr().out
-    assert "plain: no actions: everything but the probes" in printed
-    assert "none: no finite actions on one side" in printed and "one is left out" in printed
-    assert "some: 30 of 90 pairs have no finite action: left out of the probes" in printed
-    assert "wide: 15 of 90 pairs" in printed and cards["wide"]["labelled"]["fitted"] == 45
-    assert "probe" not in cards["plain"] and cards["plain"]["reconstruction"]["gain"] > 15
-    assert cards["some"]["probe"][0]["r2"] > 0.99 and cards["some"]["labelled"] == dict(fitted=30, tested=30)
-    assert "No probes: no actions." in (tmp_path / "out" / "report.md").read_text()
+    """No actions: no probes. Actions that are not finite: that clip is named and left out."""
+    data = rolling(laq, tmp_path / "a", change=lambda number, actions: None)
+    found = report_on(laq, monkeypatch, Perfect(), tmp_path, "--data", f"w={data}")["w"]
+    assert "probe" not in found and "No probes" in (tmp_path / "report.md").read_text()
+    data = rolling(laq, tmp_path / "b", change=lambda number, actions: actions + (np.nan if number == 2 else 0))
+    found = report_on(laq, monkeypatch, Perfect(), tmp_path, "--data", f"w={data}")["w"]
+    assert found["episodes"] == 5 and "holds NaN or infinity" in capsys.readouterr().err
+    assert found["probe"]["codes"]["r2"] > 0.99
 
 
 @pytest.fixture(scope="module")
 def run(laq, tmp_path_factory):
-    """A run's folder: its flags, and a real model with random weights and four slots."""
-    folder = tmp_path_factory.mktemp("run")
-    data = rolling(laq, folder / "data")
-    torch.manual_seed(0)
-    model = laq.model.LAQ(16, 8, dim=16, spatial_depth=1, temporal_depth=1, decoder_depth=1)
-    for parameter in model.parameters():  # some start at zero
-        torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder / "checkpoints" / "step_0000001")
-    (folder / "checkpoints" / "best").symlink_to("step_0000001")
-    flags = dict(data=[f"w={data}"], gap=["w=2"], val_episodes=["w=4-5"], val_share=0.1)
-    (folder / "args.json").write_text(json.dumps(dict(flags=flags)))
-    return folder
+    home = tmp_path_factory.mktemp("run")
+    data = rolling(laq, home / "data", episodes=12)
+    words = (
+        "--gap 1 --image-size 16 --patch 4 --dim 16 --depth 1 --code-seq-len 2 --code-dim 4 --steps 6 --batch-size 4"
+    )
+    words += " --val-share 0.3 --device cpu --warmup 1"
+    laq.train.main(["--data", f"w={data}", "--out", str(home / "run"), *words.split()])
+    return home
 
 
-def test_a_run_alone_is_enough(laq, run, capsys):
-    """Data, gap and split are the run's; twice gives the same; a real model fits the calls."""
-    cards = []
-    for more in ([], ["--batch-size", "7"]):
-        assert laq.evaluate.main(["--checkpoint", str(run / "checkpoints" / "best"), "--device", "cpu", *more]) == 0
-        cards.append(json.loads((run / "report" / "report.json").read_text())["sources"]["w"])
-    assert cards[0]["pairs"] == 2 * 14 and cards[0]["gap"] == "2 frames" and len(cards[0]["codebook"]["slots"]) == 4
-    assert cards[0]["names"][-1] == "world/5" and len(cards[0]["consistency"]["cycle"]) == 4
-    assert cards[0]["codebook"] == cards[1]["codebook"] and cards[0]["probe"][0] == cards[1]["probe"][0]
-    assert cards[0]["reconstruction"] == pytest.approx(cards[1]["reconstruction"], rel=1e-5)
-    assert "the codes have not started" in capsys.readouterr().out  # nothing trained them
+def test_a_run_alone_is_enough(laq, run):
+    """Its data, gap and held-out episodes are in the checkpoint; the same data under another name is still its own."""
+    checkpoint = run / "run/checkpoints/best"
+    held = len(json.loads((checkpoint / "data.json").read_text())["w"]["held_out"])
+    for words in ([], ["--data", f"other={run / 'data'}"]):
+        assert laq.evaluate.main(["--checkpoint", str(checkpoint), "--device", "cpu", *words]) == 0
+        found = json.loads((run / "run/report/report.json").read_text())["sources"]
+        assert [report["episodes"] for report in found.values()] == [held] and 0 < held < 12
 
 
-def test_mistakes_are_told_in_one_line(laq, run, tmp_path, capsys):
-    checkpoint = ["--checkpoint", str(run / "checkpoints" / "best"), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    lone = tmp_path / "a" / "b" / "lone"
-    lone.mkdir(parents=True)
-    for name in ("config.json", "pytorch_model.bin"):
-        (lone / name).write_bytes((run / "checkpoints" / "best" / name).read_bytes())
-    for words, match in (
-        (["--checkpoint", str(lone), "--out", str(tmp_path / "out")], "give --data NAME=PATH"),
-        ([*checkpoint, "--gap", "soon"], "--gap soon"),
-        ([*checkpoint, "--gap", "99"], "shorter than the gap"),
-        ([*checkpoint, "--data", str(tmp_path / "gone")], "no such file"),
-        ([*checkpoint, "--val-episodes", "77"], "no episode is called 77"),
-        ([*checkpoint, "--val-share", "0"], "nothing to report on"),
+def test_new_data_need_no_further_flags(laq, run, tmp_path):
+    """All of its episodes are evaluated, whatever episodes the run held out."""
+    data = rolling(laq, tmp_path / "new", episodes=3, name="lab")
+    words = ["--checkpoint", run / "run/checkpoints/best", "--data", data, "--out", tmp_path, "--device", "cpu"]
+    assert laq.evaluate.main([str(word) for word in words]) == 0
+    found = json.loads((tmp_path / "report.json").read_text())["sources"]["new"]
+    assert found["episodes"] == 3 and found["gap"] == "1" and found["probed"]["episodes"] == 3
+
+
+def test_mistakes_are_one_line(run, tmp_path):
+    script, checkpoint = ROOT / "laq" / "evaluate.py", run / "run/checkpoints/best"
+    for words, said in (
+        (["--checkpoint", tmp_path], "in no run's folder"),
+        (["--checkpoint", tmp_path, "--out", tmp_path / "o"], "config.json"),
+        (["--checkpoint", checkpoint, "--data", tmp_path / "no"], "no such file or folder"),
     ):
-        with pytest.raises(ValueError, match=match):
-            laq.evaluate.main(words)
-    with pytest.raises(SystemExit):
-        laq.evaluate.main(["--checkpoint", str(lone), "--data", f"w={run / 'data'}"])
-    assert "give --out DIR" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-    (run / "args.json").rename(run / "kept.json")
-    (run / "args.json").write_text("[]")
-    with pytest.raises(ValueError, match="not the flags of a run"):
-        laq.evaluate.main(checkpoint)
-    (run / "kept.json").rename(run / "args.json")
+        done = launch(script, *words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
 
 
-def test_a_broken_clip_is_passed_over(laq, monkeypatch, tmp_path, capsys):
-    data = rolling(laq, tmp_path / "data")
-    found = laq.shards.open_shard(data / "shard-000000.tar")[5]
-    offset, size = found.members["frames.npy"]
-    with open(data / "shard-000000.tar", "r+b") as file:
-        file.seek(offset)
-        file.write(b"\0" * min(size, 64))
-    card = card_of(laq, monkeypatch, Perfect(), tmp_path, "--data", f"w={data}", "--val-episodes", "0,1")["w"]
-    assert card["labelled"]["fitted"] == 45 and "passing over a clip" in capsys.readouterr().err
+def test_a_checkpoint_before_quantization_is_refused(laq, tmp_path):
+    laq.model.LAQ(laq.model.LAQConfig(16, 4, 16, 1)).save_pretrained(tmp_path / "m")
+    with pytest.raises(DataError, match="has not started"):
+        laq.evaluate.main(["--checkpoint", str(tmp_path / "m"), "--data", "x", "--out", str(tmp_path)])

@@ -1,0 +1,229 @@
+"""What a latent action model is measured by: images, codebooks, and probes from latents to the robot's motion.
+
+Nothing here reads files. Letters: n pairs, N code positions, K codes of each, D features, A dims of the motion, E
+episodes. Numpy arrays are float64 unless said otherwise.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+LAMBDAS = np.logspace(3, -5, 9)  # of ridge, strongest first: a tie, or nothing to choose by, falls on the safe side
+FOLDS = 3  # of the fitted episodes, to choose lambda
+TURN = (2 * np.pi, 360.0)  # a dim whose values span a full turn and jump by more than half of it is an angle
+
+# --- images
+
+
+def psnr(mse):
+    """Decibels of images in [0, 1]; 100 for a perfect one."""
+    return float(-10 * np.log10(max(mse, 1e-10)))
+
+
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004, Gaussian window of 11, sigma 1.5) of (B C H W) in [0, 1] -> (B,).
+
+    Only where the whole window fits; images smaller than it get a smaller window.
+    """
+    width = min(11, (min(a.shape[2:]) - 1) // 2 * 2 + 1)
+    window = torch.exp(-((torch.arange(width, device=a.device) - width // 2) ** 2) / (2 * 1.5**2))
+    window = torch.outer(window, window) / window.sum() ** 2
+
+    def mean(x):
+        return F.conv2d(x.flatten(0, 1)[:, None], window[None, None])[:, 0].unflatten(0, x.shape[:2])
+
+    mean_a, mean_b = mean(a), mean(b)
+    var_a, var_b, both = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2, mean(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    top = (2 * mean_a * mean_b + c1) * (2 * both + c2)
+    return (top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
+
+
+def reconstruction_metrics(errors):
+    """errors (n 3): mean squared error of each pair decoded from its codes, from shuffled codes, and of the copy.
+
+    code_sensitivity: (shuffled - true) / copy; 0 means that the decoder ignores its codes.
+    """
+    true, shuffled, copy = np.asarray(errors, float).mean(0)
+    gain = psnr(true) - psnr(copy)
+    sensitivity = float((shuffled - true) / max(copy, 1e-12))
+    return dict(mse=float(true), psnr=psnr(true), psnr_gain_over_copy=gain, code_sensitivity=sensitivity)
+
+
+# --- codebooks
+
+
+def codebook_metrics(codes, K):
+    """codes (n N) int -> usage, perplexity, perplexity_0 ... perplexity_N-1, joint_perplexity, top1_frequency.
+
+    usage: share of the N K codes that at least 1 pair in 10 K chooses; perplexity: exp of the entropy, at most K, and
+    its mean over positions; joint_perplexity and top1_frequency are those of whole latent actions.
+    """
+    share = histogram(codes, K)
+    each = [entropy(p) for p in share]
+    joint = np.unique(codes, axis=0, return_counts=True)[1] / len(codes)
+    metrics = dict(usage=float((share > 0.1 / K).mean()), perplexity=float(np.mean(each)))
+    metrics |= {f"perplexity_{position}": value for position, value in enumerate(each)}
+    return metrics | dict(joint_perplexity=entropy(joint), top1_frequency=float(joint.max()))
+
+
+def histogram(codes, K):
+    """codes (n N) -> share of each code at each position (N K)."""
+    return np.stack([np.bincount(position, minlength=K) for position in np.asarray(codes).T]) / len(codes)
+
+
+def entropy(p):
+    """exp of the entropy of shares p."""
+    p = p[p > 0]
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def advice(metrics, K):
+    """What a run should be told, in a line: "good enough to label ..." or what is missing and what helps."""
+    if "usage" not in metrics:
+        return "not yet: the codes have not started; train on"
+    wrong = []
+    if metrics["psnr_gain_over_copy"] <= 0:
+        wrong.append(f"{metrics['psnr_gain_over_copy']:.2f} dB against a copy of the first frame: train longer")
+    if metrics["code_sensitivity"] < 0.1:
+        wrong.append(f"code sensitivity {metrics['code_sensitivity']:.2f}: a longer --gap, or --motion-weight 10")
+    if metrics["perplexity"] < 0.5 * K:
+        wrong.append(f"perplexity {metrics['perplexity']:.1f} of {K}: a smaller --codebook-size, or more pairs")
+    if metrics["top1_frequency"] > 0.5:
+        wrong.append(f"one latent action holds {100 * metrics['top1_frequency']:.0f} % of the pairs: a longer --gap")
+    if wrong:
+        return "not yet: " + "; ".join(wrong)
+    return (
+        f"good enough to label: {metrics['psnr_gain_over_copy']:.2f} dB over a copy, code sensitivity "
+        f"{metrics['code_sensitivity']:.2f}, perplexity {metrics['perplexity']:.1f} of {K}"
+    )
+
+
+# --- the robot's motion
+
+
+def turns(values):
+    """values (list of (T A)): the period of each dim that is an angle and wraps, else infinity, (A,)."""
+    low, high = (np.stack([f(v, axis=0) for v in values]) for f in (np.min, np.max))
+    span = high.max(0) - low.min(0)
+    jumps = [np.abs(np.diff(v, axis=0)).max(0) for v in values if len(v) > 1]
+    jump, period = np.max(jumps, axis=0) if jumps else 0 * span, np.full(len(span), np.inf)
+    for turn in TURN:
+        period[(0.9 * turn < span) & (span < 1.01 * turn) & (jump > turn / 2)] = turn
+    return period
+
+
+def wrap(difference, period):
+    """A difference (n A), of angles the short way round."""
+    around = np.where(np.isfinite(period), period, 1.0)
+    return np.where(np.isfinite(period), (difference + around / 2) % around - around / 2, difference)
+
+
+# --- probes: fitted on some episodes, scored on others
+
+
+def one_hot(codes, K):
+    """codes (n N) -> (n N K)."""
+    return np.eye(K)[codes].reshape(len(codes), -1)
+
+
+def ridge(x, y, x_test, lambdas=LAMBDAS):
+    """Closed-form ridge with intercept on standardised features, for every lambda: predictions (L n' A).
+
+    Minimises ||x W - y||^2 / n + lambda ||W||^2. Solved over features or over pairs, whichever are fewer.
+    """
+    center, scale = x.mean(0), x.std(0)
+    scale = np.maximum(scale, 0.1 * scale.max() + 1e-12)  # or noise in a pixel that never changes would grow
+    x, x_test, mean = (x - center) / scale, (x_test - center) / scale, y.mean(0)
+    if len(x) < x.shape[1]:
+        gram, left, right = x @ x.T, x_test @ x.T, y - mean
+    else:
+        gram, left, right = x.T @ x, x_test, x.T @ (y - mean)
+    values, axes = np.linalg.eigh(gram)
+    left, right = left @ axes, axes.T @ right
+    values = values[:, None].clip(min=0)
+    return np.stack([mean + left @ (right / (values + lam * len(x))) for lam in lambdas])
+
+
+def probe(x, y, episode, x_test):
+    """Ridge predictions (n' A), each dim with the lambda that is best over folds of the fitted episodes."""
+    number = np.unique(episode, return_inverse=True)[1]
+    fold = number % FOLDS if number.max() > 0 else np.arange(len(x)) * FOLDS // len(x)  # one episode: its thirds
+    errors = np.zeros((len(LAMBDAS), y.shape[1]))
+    for out in np.unique(fold):
+        if (fold != out).any():
+            guess = ridge(x[fold != out], y[fold != out], x[fold == out])
+            errors += np.square(guess - y[fold == out]).sum(1)
+    best = errors.argmin(0)
+    return np.take_along_axis(ridge(x, y, x_test), best[None, None], 0)[0]
+
+
+def leave_one_out(episode, tested, most=20):
+    """[(rows to fit on, rows to test)]: each of the `tested` episodes held out in turn, all other episodes fitted.
+
+    More than `most` are held out in groups. One episode alone is held out in five parts of its time.
+    """
+    names = np.unique(episode)
+    if len(names) < 2:
+        part = np.arange(len(episode)) * 5 // max(1, len(episode))
+        return [(np.flatnonzero(part != i), np.flatnonzero(part == i)) for i in np.unique(part)]
+    groups = np.array_split(np.array(sorted(tested)), min(most, len(tested)))
+    sides = [np.isin(episode, group) for group in groups]
+    return [(np.flatnonzero(~side), np.flatnonzero(side)) for side in sides if (~side).any()]
+
+
+def scores(true, guess, episode, draws=1000):
+    """R2 of a probe's predictions (n A), with 95 % intervals from `draws` bootstraps over episodes.
+
+    r2: mean over the dims that move; r2_weighted: all dims together, each weighing as much as it moves; r2_per_dim:
+    None for a dim that does not move.
+    """
+    names = np.unique(episode)
+    left = np.stack([np.square(guess - true)[episode == e].sum(0) for e in names])  # E A
+    total = np.stack([np.square(true - true.mean(0))[episode == e].sum(0) for e in names])
+    moves = total.sum(0) > 1e-8 * np.square(true).sum(0).clip(1e-12)
+
+    def r2(rows):
+        a, b = left[rows].sum(-2), total[rows].sum(-2).clip(1e-12)
+        dims = 1 - a[..., moves] / b[..., moves]
+        return dims, dims.mean(-1), 1 - a.sum(-1) / b.sum(-1)
+
+    if not moves.any():
+        return dict(r2=None, r2_weighted=None, r2_per_dim=[None] * len(moves))
+    dims, mean, weighted = r2(np.arange(len(names)))
+    each = iter(dims.tolist())
+    found = dict(r2=float(mean), r2_weighted=float(weighted), r2_per_dim=[next(each) if m else None for m in moves])
+    if len(names) > 1:
+        rows = np.random.default_rng(0).integers(len(names), size=(draws, len(names)))
+        _, mean, weighted = r2(rows)
+        for name, value in (("r2", mean), ("r2_weighted", weighted)):
+            found[f"{name}_interval"] = np.quantile(value, [0.025, 0.975]).tolist()
+    return found
+
+
+def probe_table(features, y, episode, folds):
+    """{method: scores} of features {method: (n D)} for the motion y (n A); folds as `leave_one_out` gives them."""
+    test = np.concatenate([out for _, out in folds])
+    table = {}
+    for method, x in features.items():
+        guess = np.concatenate([probe(x[fit], y[fit], episode[fit], x[out]) for fit, out in folds])
+        table[method] = scores(y[test], guess, episode[test])
+    return table
+
+
+def few_shot(features, y, episode, folds, seed):
+    """R2 against the number of labelled episodes that a probe is fitted on: [{episodes, method: R2}]."""
+    test, rows = np.concatenate([out for _, out in folds]), []
+    most = min(len(np.unique(episode[fit])) for fit, _ in folds)
+    for count in [*(2**i for i in range(20) if 2**i < most), most]:
+        some = []
+        for number, (fit, _) in enumerate(folds):
+            order = np.random.default_rng([seed, number]).permutation(np.unique(episode[fit]))
+            some.append(fit[np.isin(episode[fit], order[:count])])
+        row = dict(episodes=count)
+        for method, x in features.items():
+            parts = zip(some, folds, strict=True)
+            guess = np.concatenate([probe(x[fit], y[fit], episode[fit], x[out]) for fit, (_, out) in parts])
+            row[method] = scores(y[test], guess, episode[test], draws=1)["r2"]
+        rows.append(row)
+    return rows
