@@ -69,9 +69,9 @@ def lerobot(this, home):
 
 @reader("fsq_vqvae")
 def tokenizer(this, home):
-    row = dict(center=[0.0] * 3, scale=[1.0] * 3, low=[0.0] * 3, high=[1.0] * 3)
-    small = dict(hidden_dim=8, latent_dim=4, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, num_tokens=2)
-    this.model.FSQVQVAE([dict(name="a", action_dim=3, chunk=6, fps=10.0, **row)], **small).save_pretrained(home)
+    source = dict(name="a", action_dim=3, chunk=6, fps=10.0, center=[0.0] * 3, scale=[1.0] * 3)
+    source |= dict(low=[0.0] * 3, high=[1.0] * 3, levels=[[4, 2], [8]])
+    this.model.FSQVQVAE(this.model.Config([source], codebook_size=8, hidden_dim=8)).save_pretrained(home)
     return sorted(home.iterdir()), lambda: this.model.FSQVQVAE.from_pretrained(home)
 
 
