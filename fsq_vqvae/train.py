@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import demo
 import figures
-from data import describe, prepare_dataloaders, read_sources, restore_split, split_of
+from data import describe, prepare_dataloaders, read_sources
 from model import CONTEXT, FSQVQVAE
+from split import restore_split, split_of
 
 import common
 
@@ -64,7 +65,7 @@ def parse(argv=None):
     add("--warmup", default=100, help="steps of linear warm-up", **whole)
     add("--weight-decay", default=0.05, help="AdamW weight decay of matrices", **real)
     add("--clip", default=1.0, help="largest norm of the gradient", **real)
-    add("--seed", default=0, help="of weights, batches, augmentation and dropout", **whole)
+    add("--seed", default=0, help="of weights, batches, augmentation and noise", **whole)
 
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help=f"folder of this run; without it the next free runs/{HERE.name}/NNN")
@@ -193,7 +194,8 @@ def main(argv=None):
         sizes = {name: getattr(args, name) for name in "codebook_size condition hidden_dim num_layers dropout".split()}
         described = [describe(source, args.normalise) for source in sources]
         samples = [source.sample(CONTEXT[args.condition]) for source in sources]
-        model = FSQVQVAE.fit(described, samples, args.tokens, **sizes)
+        model = FSQVQVAE.fit(described, samples, args.tokens, **sizes) if rank == 0 else None
+        model = common.broadcast(model)  # fitted once: other machines may round otherwise
         if args.init:
             model.load_pretrained(args.init)
     model.to(device).train()  # from_pretrained gives it in eval mode

@@ -18,7 +18,7 @@ if __name__ == "__main__":
     except common.DataError as error:
         common.fail(error)
 """
-LIMITS = {"train.py": 330, "finetune.py": 330, "model.py": 380, "data.py": 320, "README.md": 130}
+LIMITS = {"train.py": 330, "finetune.py": 345, "model.py": 380, "data.py": 320, "README.md": 130}
 SHARED_FLAGS = dict(  # the groups of every train.py, and what they share, in this order
     data="data val_share val_episodes workers",
     model="",
@@ -217,8 +217,11 @@ def test_flags_are_checked_before_the_run_begins(folder, capsys):
 @every_file
 def test_folders_do_not_import_one_another(file):
     """A folder can be copied out alone with common.py; its modules take no more of common than they need."""
-    tops = {name.split(".")[0] for name in imports(tree(file))}
-    assert not tops & {*FOLDERS, "common_old", ""}, "folders talk through files, never through imports"
+    found = list(imports(tree(file)))
+    assert not {name.split(".")[0] for name in found} & set(FOLDERS), (
+        "folders talk through files, never through imports"
+    )
+    assert not [name for name in found if name.startswith(".." if file.count("/") == 2 else ".")]
     if file.endswith(("/model.py", "/data.py")):
         assert "import common" not in text_of(file).splitlines(), "from common import DataError is enough"
 
