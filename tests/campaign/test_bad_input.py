@@ -127,7 +127,7 @@ def shards(this, home):
     return [home / "x.tar", index], read
 
 
-@reader("laq", "readers")
+@reader("laq", "readers", "readers.recording")
 def videos(this, home):
     import av
 
@@ -143,9 +143,10 @@ def videos(this, home):
     def read():
         try:
             for entry in this.readers.entries("a", home)[0]:
+                this.readers.describe(entry)
                 for recording in this.readers.opened(entry):
                     list(recording.frames)
-        except this.readers.DAMAGED as error:  # the script that writes shards names the file and goes on
+        except getattr(this, "readers.recording").DAMAGED as error:  # videos_to_shards.py names it and goes on
             raise common.DataError(str(error)) from None
 
     return sorted(home.iterdir()), read
