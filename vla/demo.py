@@ -5,9 +5,9 @@ Run:
   python vla/demo.py --out runs/big --videos 1500 --body square
 
 OUT: shards of videos (body A; their actions are left out unless --with-actions), labels/ (latent actions), robot/
-(shards of labelled demonstrations, body B), backbone/ (tiny.py), which has learned to see (pointing.py). The labels are
-a stand-in for those of a trained tokenizer: the effector's true motion plus noise, quantised by k-means. They show the
-interface and the effect, and prove nothing about pixels.
+(shards of labelled demonstrations, body B), backbone/ (sim/tiny.py), with a grounding warm-up (sim/grounding.py). The
+labels are a stand-in for those of a trained tokenizer: the effector's true motion plus noise, quantised by k-means.
+They show the interface and the effect, and prove nothing about pixels.
 """
 
 import argparse
@@ -18,21 +18,21 @@ from pathlib import Path
 
 import numpy as np
 from shards import npy, npz, write_shard
-from sim import world
-from sim.pointing import NAMES, teach
-from tiny import FAMILIES, build
+from sim import tabletop
+from sim.grounding import NAMES, warm_up
+from sim.tiny import FAMILIES, build
 
-DEFAULT = dict(videos=300, demonstrations=100, body="disc", robot="disc", distractors=0, pixels=32, fps=5, seed=0)
-DEFAULT |= dict(family="film", pointing=400)
+DEFAULT = dict(videos=300, demonstrations=100, body="disc", robot="disc", pixels=32, fps=5, seed=0)
+DEFAULT |= dict(family="film", grounding=400)
 VERSION, GAP, NOISE = 3, 4, 0.3  # frames between a pair; the labels' noise, of their spread: R2 about 0.92
 
 
-def successes(count, seed, body, pixels, distractors):
-    """`count` successful episodes of the noisy expert (world.record), the same for the same seed."""
+def successes(count, seed, body, pixels):
+    """`count` successful episodes of the noisy expert (tabletop.record), the same for the same seed."""
     found, first = [], 0
     while len(found) < count:
         seeds = [(seed, first + i) for i in range(100)]
-        found += [episode for episode in world.record(seeds, body, pixels, distractors) if episode["success"]]
+        found += [episode for episode in tabletop.record(seeds, body, pixels) if episode["success"]]
         first += 100
     return found[:count]
 
@@ -90,23 +90,22 @@ def write(folder, with_actions=False, **changes):
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # two first starts at once
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    scene = dict(pixels=about["pixels"], distractors=about["distractors"])
-    videos = successes(about["videos"], 2 * about["seed"], about["body"], **scene)
-    robot = successes(about["demonstrations"], 2 * about["seed"] + 1, about["robot"], **scene)
+    videos = successes(about["videos"], 2 * about["seed"], about["body"], about["pixels"])
+    robot = successes(about["demonstrations"], 2 * about["seed"] + 1, about["robot"], about["pixels"])
     write_shards(temporary, samples(videos, "videos", about["fps"], with_actions))
     write_shards(temporary / "robot", samples(robot, "robot", about["fps"], True))
     labels, codebook = label(videos, np.random.default_rng([about["seed"], 2]))
     packed = [npz(codes=codes, vectors=vectors, gap=np.int64(GAP)) for codes, vectors in labels]
     keys = [f"videos-{number:04d}" for number in range(len(videos))]
     write_shards(temporary / "labels", [{"__key__": k, "latents.npz": p} for k, p in zip(keys, packed, strict=True)])
-    head = dict(vocabulary=len(codebook), codes=2, dim=2, gap=GAP, model="motion", codebook=codebook.tolist())
+    head = dict(codebook_size=len(codebook), code_seq_len=2, code_dim=2, gap=GAP, codebook=codebook.tolist())
     (temporary / "labels" / "labels.json").write_text(json.dumps(head))
-    texts = [world.instruction(task, verb) for task in range(len(world.TASKS)) for verb in world.VERBS]
+    texts = [tabletop.instruction(task, verb) for task in range(len(tabletop.TASKS)) for verb in tabletop.VERBS]
     names = [f" {name}" for name in NAMES]
     texts = names + [f"robot, {text}" for text in texts]
     build(temporary / "backbone", texts, about["family"], pixels=about["pixels"])
-    if about["pointing"]:
-        teach(temporary / "backbone", about["pointing"], about["pixels"])
+    if about["grounding"]:
+        warm_up(temporary / "backbone", about["grounding"], about["pixels"])
     (temporary / "demo.json").write_text(json.dumps(about))
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -121,11 +120,10 @@ if __name__ == "__main__":
     add("--out", required=True, metavar="DIR", help="folder to write; replaced if it holds another demo's data")
     for name, what in dict(videos="videos", demonstrations="labelled demonstrations", pixels="side of a frame").items():
         add(f"--{name}", default=DEFAULT[name], help=f"{what} [{DEFAULT[name]}]", **whole)
-    add("--body", choices=world.BODIES, default="disc", help="how the videos' robot looks [disc]")
-    add("--robot", choices=world.BODIES, default="disc", help="how the demonstrations' robot looks [disc]")
-    add("--family", choices=[*FAMILIES, "film"], default="qwen3_vl", help="of the tiny model (tiny.py) [qwen3_vl]")
-    add("--pointing", default=0, help="steps in which the tiny model learns to see (pointing.py) [0]", **whole)
-    add("--distractors", default=0, help="discs that drift about on their own [0]", **whole)
+    add("--body", choices=tabletop.BODIES, default="disc", help="how the videos' robot looks [disc]")
+    add("--robot", choices=tabletop.BODIES, default="disc", help="how the demonstrations' robot looks [disc]")
+    add("--family", choices=[*FAMILIES, "film"], default="qwen3_vl", help="of the tiny model (sim/tiny.py) [qwen3_vl]")
+    add("--grounding", default=0, help="steps of the tiny model's grounding warm-up (sim/grounding.py) [0]", **whole)
     add("--seed", default=0, help="of scenes, tasks and noise [0]", **whole)
     add("--with-actions", action="store_true", help="keep the videos' true actions, for the upper bound")
     args = vars(parser.parse_args())

@@ -1,18 +1,19 @@
-"""Report card of a checkpoint: offline on held-out clips, and in closed loop in the tabletop world or an environment.
+"""Report of a checkpoint: offline on held-out clips, and in closed loop in a simulated environment.
 
 Run:
-  python vla/evaluate.py --checkpoint runs/robot/checkpoints/best --data robot=PATH --episodes 100 --out report
+  python vla/evaluate.py --checkpoint runs/robot/checkpoints/best --data robot=PATH --env tabletop --episodes 100
   python vla/evaluate.py --checkpoint runs/latent/checkpoints/best --data web=PATH --labels PATH --out report
-  python vla/evaluate.py --checkpoint CKPT --env gym_pusht/PushT-v0 --episodes 50 --instruction "push it" --out report
+  python vla/evaluate.py --checkpoint CKPT --env metaworld --episodes 50 --n-action-steps 4 --out report
+  python vla/evaluate.py --checkpoint CKPT --env libero_spatial --episodes 50 --out report
+  python vla/evaluate.py --checkpoint CKPT --env gym_pusht/PushT-v0 --instruction "push it" --out report
 
---data: action error in robot units per dim, smoothness of the predicted chunks, latent accuracy (with --labels),
-beside what needs no model. --episodes: success rate with its 95 % interval, videos of rollouts. Writes report.json,
-report.md, figures/.
+--data: action error in robot units per dim, smoothness of the predicted chunks, latent accuracy (with --labels), beside
+baselines that need no model. --env: success rate with its 95 % interval, per task too; an episode ends with its first
+success, or fails after --limit steps. Writes report.json, report.md, figures/ (with videos of the first episodes).
 """
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,88 +21,101 @@ import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
-from data import read_sources, references
 from model import VLA
 from policy import Policy
-from sim import rollout, world
+from sim import environments, rollout
+from sources import baselines, check_labels, collect, num_rows, read_latents, read_sources, split_for_report
+from train import setup
 
 import common
 
 
 def parse(argv=None):
-    parser = common.Parser(__doc__)
+    parser = common.ArgumentParser(__doc__)
     add, whole = parser.add_argument, dict(type=int, metavar="N")
-    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint folder of train.py or finetune.py")
+    add("--checkpoint", required=True, metavar="DIR", help="checkpoint of train.py or finetune.py")
     add("--data", nargs="+", default=[], metavar="NAME=PATH", help="clips to measure on offline")
     add("--labels", nargs="+", metavar="DIR", help="their label shards: measure latents, not commands")
     add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
-    add("--val-share", type=float, default=0.1, metavar="X", help="share of the episodes held out, as in training")
-    add("--val-episodes", nargs="+", default=[], metavar="NAME", help="the held-out episodes, as in training")
     add("--instruction", metavar="TEXT", help="for clips, or an environment, that have none")
     add("--stride", default=1, help="frames between two that are measured", **whole)
-    add("--episodes", default=0, help="closed-loop episodes; 0: none", **whole)
-    add("--env", metavar="ID", help="gymnasium environment for the episodes; without it the tabletop world")
-    add("--image-key", metavar="KEY", help="of the observation in --env; without it env.render()")
-    add("--state-key", metavar="KEY", help="of the observation in --env")
-    add("--body", choices=world.BODIES, default="disc", help="how the robot looks in the tabletop world")
-    add("--distractors", default=0, help="discs that drift about in the tabletop world", **whole)
-    add("--limit", default=70, help="steps after which an episode has failed", **whole)
-    add("--replan", default=1, help="steps between two forward passes", **whole)
-    add("--ensemble", type=float, metavar="X", help="average overlapping chunks with weights exp(-X i); see policy.py")
-    add("--films", default=6, help="episodes to show in rollouts.mp4", **whole)
+    add("--env", metavar="NAME", help=f"closed loop: {environments.NAMES}")
+    add("--tasks", nargs="+", default=[], metavar="NAME", help="only these tasks of --env")
+    add("--episodes", default=20, help="closed-loop episodes of each task", **whole)
+    add("--limit", default=0, help="steps after which an episode has failed; 0: the environment's own", **whole)
+    add("--pixels", default=0, help="side of the environment's images; 0: its own", **whole)
+    add("--image-key", metavar="KEY", help="of the observation of a gymnasium id; without it env.render()")
+    add("--state-key", metavar="KEY", help="of the observation of a gymnasium id")
+    add(
+        "--n-action-steps",
+        default=1,
+        help="commands of a chunk that are carried out before the next forward pass",
+        **whole,
+    )
+    add("--temporal-ensemble-coeff", type=float, metavar="X", help="average overlapping chunks, see policy.py")
+    add("--videos", default=6, help="episodes to show in rollouts.mp4", **whole)
     add("--batch-size", default=64, help="frames, or episodes, at a time", **whole)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
     add("--seed", default=0, help="of the episodes: the same seed is the same scenes and tasks", **whole)
     args = parser.parse_args(argv)
-    for name in ("stride", "limit", "replan", "batch_size"):
+    for name in ("stride", "episodes", "n_action_steps", "batch_size"):
         if getattr(args, name) < 1:
-            parser.error(f"{common.flag(name)} must be above 0")
-    if not args.data and not args.episodes:
-        parser.error("nothing to do: give --data, --episodes or both")
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if not args.data and not args.env:
+        parser.error("nothing to do: give --data, --env or both")
     if args.labels and not args.data:
         parser.error("--labels needs --data, the clips that were labelled")
-    args.out = common.report_folder(parser, args)
+    run = Path(args.checkpoint).resolve().parents[1]
+    if not args.out and not (run / "args.json").exists():
+        parser.error("give --out DIR: --checkpoint lies in no run to write the report to")
+    args.out = args.out or str(run / "report")
     return args
 
 
 def batches(model, source, args, device):
-    """Held-out frames in batches: (clip, rows, the model's inputs)."""
+    """Held-out frames in batches: (clip, rows, inputs of the model). What cannot be read is named and left out."""
+    step, size = args.stride * args.batch_size, model.config.image_size
     for clip in source.validation:
-        state = clip.array("state.npy") if model.action and model.action["state"] else None
-        for start in range(0, len(clip.rows), args.stride * args.batch_size):
-            rows = clip.rows[start : start + args.stride * args.batch_size : args.stride]
-            images = list(clip.frames(rows, model.config["image_size"]))
-            batch = model.inputs(images, [clip.meta["instruction"]] * len(rows))
-            if state is not None:
-                batch["state"] = torch.from_numpy(state[rows])
-            yield clip, rows, {name: value.to(device) for name, value in batch.items()}
+        rows = np.arange(num_rows(clip, source.labels))
+        try:
+            rows = rows[read_latents(clip, source.labels)[2]] if source.labels else rows
+            for chosen in (rows[i : i + step : args.stride] for i in range(0, len(rows), step)):
+                batch = model.preprocess([*clip.frames(size, chosen)], [clip.meta["instruction"]] * len(chosen))
+                if model.config.action and model.config.action.state_dim:
+                    batch["state"] = torch.from_numpy(clip.array("state.npy")[chosen])
+                yield clip, chosen, {name: value.to(device) for name, value in batch.items()}
+        except (OSError, common.DataError) as error:
+            print(f"skipping a clip: {error}", flush=True)
 
 
 def measure_actions(model, source, args, device):
-    """Errors on held-out clips in robot units, beside holding the last command and the training clips' mean command.
+    """Errors on held-out clips in robot units, beside repeating the last command and the training clips' mean command.
 
-    Errors are over a whole chunk (padding left out). smoothness: mean size of second differences within a chunk,
+    Errors are over a whole chunk, padding left out. smoothness: mean size of second differences within a chunk,
     predicted by true. Returns (numbers, an example: (true, predicted) chunks laid end to end, (T, A) each).
     """
-    H, scale = model.action["chunk"], np.array(model.action["scale"])
-    average = np.concatenate([clip.array("actions.npy") for clip in source.train]).mean(0)
-    errors, bends, example = dict(model=[], hold=[], mean=[]), [], None
+    H, A, scale = model.config.action.chunk_size, model.config.action.action_dim, np.array(model.config.action.scale)
+    known = source.train or source.validation
+    average = np.concatenate(collect(lambda clip: clip.array("actions.npy"), known)).mean(0)
+    if len(average) != A:
+        raise common.DataError(f"{source.name}: {len(average)} action dims, the checkpoint predicts {A}")
+    errors, bends, example = dict(model=[], last_action=[], mean_action=[]), [], None
     for clip, rows, batch in batches(model, source, args, device):
         actions = clip.array("actions.npy")
-        if actions.shape[1] != len(scale):
-            raise ValueError(f"{clip}: {actions.shape[1]} action dims, the checkpoint predicts {len(scale)}")
         steps = rows[:, None] + np.arange(H)
-        there, true = steps < len(actions), actions[np.minimum(steps, len(actions) - 1)]
-        guess = model.predict_actions(batch).cpu().numpy()
+        present, true = steps < len(actions), actions[np.minimum(steps, len(actions) - 1)]
+        predicted = model.predict_actions(batch).cpu().numpy()
         last = actions[np.maximum(rows - 1, 0)][:, None]
-        for name, value in dict(model=guess, hold=last, mean=average).items():
-            errors[name].append(np.abs(value - true)[there])
+        for name, value in dict(model=predicted, last_action=last, mean_action=average).items():
+            errors[name].append(np.abs(value - true)[present])
         if H > 2:
-            whole = there.all(1)
-            bends.append([np.abs(np.diff(x[whole], 2, axis=1) / scale).sum() for x in (guess, true)])
+            full = present.all(1)
+            bends.append([np.abs(np.diff(x[full], 2, axis=1) / scale).sum() for x in (predicted, true)])
         if example is None:
             every = np.arange(0, len(rows), max(1, H // args.stride))
-            example = true[every].reshape(-1, len(scale)), guess[every].reshape(-1, len(scale))
+            example = true[every].reshape(-1, A), predicted[every].reshape(-1, A)
+    if example is None:
+        raise common.DataError(f"{source.name}: no held-out clip can be read")
     errors = {name: np.concatenate(value) for name, value in errors.items()}  # n A
     numbers = {f"mae_{name}": float((value / scale).mean()) for name, value in errors.items()}
     numbers |= {f"mae_per_dim_{name}": value.mean(0).tolist() for name, value in errors.items()}
@@ -112,104 +126,81 @@ def measure_actions(model, source, args, device):
 
 
 def measure_latents(model, source, args, device):
-    """Accuracy per slot and of whole words, perplexity, beside what one gets without looking (data.references)."""
-    if any(model.latent[name] != value for name, value in source.labels.items()):
-        raise ValueError(f"--labels of {source.name}: another vocabulary than the checkpoint was trained on")
+    """Accuracy per code position and of whole latent actions, perplexity, beside sources.baselines."""
+    check_labels([source], vars(model.config.latent))
     right, entropy = [], []
     for clip, rows, batch in batches(model, source, args, device):
         probabilities = model.predict_latents(batch)[0].cpu().numpy()  # B N K
-        codes = clip.latents()[0][rows]
+        codes = read_latents(clip, source.labels)[0][rows]
         right.append(probabilities.argmax(2) == codes)
         entropy.append(-np.log(np.take_along_axis(probabilities, codes[..., None], 2) + 1e-12).mean((1, 2)))
+    if not right:
+        raise common.DataError(f"{source.name}: no held-out clip can be read")
     right = np.concatenate(right)
-    numbers = dict(token_accuracy=right.mean(), word_accuracy=right.all(1).mean())
+    numbers = dict(token_accuracy=right.mean(), exact_match=right.all(1).mean())
     numbers |= {f"token_accuracy_{n}": right[:, n].mean() for n in range(right.shape[1])}
-    numbers |= dict(perplexity=np.exp(np.concatenate(entropy).mean())) | references(source)
+    numbers |= dict(perplexity=np.exp(np.concatenate(entropy).mean())) | baselines(source)
     return {name: float(value) for name, value in numbers.items()} | dict(clips=len(source.validation))
-
-
-def closed_loop(policy, args):
-    """(numbers, films): success with its interval over the episodes' seeds, steps of the successes, time per act()."""
-    seeds = [(args.seed, 1_000_000 + i) for i in range(args.episodes)]
-    start = time.perf_counter()
-    if args.env:
-        import gymnasium
-
-        try:
-            env = gymnasium.make(args.env, **({} if args.image_key else dict(render_mode="rgb_array")))
-        except gymnasium.error.Error as error:
-            raise ValueError(f"--env {args.env}: {error}") from None
-        keys = dict(image_key=args.image_key, state_key=args.state_key, instruction=args.instruction)
-        seeds = [args.seed + i for i in range(args.episodes)]
-        won, steps, films = rollout.in_gymnasium(policy, env, seeds, limit=args.limit, films=args.films, **keys)
-        env.close()
-    else:
-        parts, films = [], []
-        for first in range(0, len(seeds), args.batch_size):
-            scene = dict(body=args.body, distractors=args.distractors, limit=args.limit)
-            part = seeds[first : first + args.batch_size]
-            more = min(len(part), max(0, args.films - len(films)))
-            *numbers, film = rollout.on_tables(policy, part, films=more, pixels=args.pixels, **scene)
-            parts.append(numbers)
-            films += film
-        won, steps = map(np.concatenate, zip(*parts, strict=True))
-    low, high = rollout.wilson(int(won.sum()), len(won))
-    numbers = dict(
-        success=float(won.mean()), low=low, high=high, episodes=len(won), seconds=time.perf_counter() - start
-    )
-    return numbers | dict(steps_of_successes=float(steps[won].mean()) if won.any() else None), films
 
 
 def report(args, offline, loop):
     """report.md, as text."""
-    lines = [f"# Report card of {args.checkpoint}", ""]
+    lines = [f"# {args.checkpoint}", ""]
     for name, numbers in offline.items():
         lines += [f"## {name}: {numbers['clips']} held-out clips", "", "| | |", "| --- | ---: |"]
         shown = {key: value for key, value in numbers.items() if not isinstance(value, list) and key != "clips"}
         lines += [f"| {key.replace('_', ' ')} | {value:.4g} |" for key, value in shown.items()]
-        for key in ("mae_per_dim_model", "mae_per_dim_hold", "mae_per_dim_mean"):
+        for key in ("mae_per_dim_model", "mae_per_dim_last_action", "mae_per_dim_mean_action"):
             if key in numbers:
                 lines += [f"| {key.replace('_', ' ')} (robot units) | {' '.join(f'{v:.3g}' for v in numbers[key])} |"]
         lines += [""]
     if loop:
-        where = args.env or f"tabletop, body {args.body}, {args.distractors} distractors"
-        rate = f"{100 * loop['success']:.1f} % [{100 * loop['low']:.1f}, {100 * loop['high']:.1f}]"
-        lines += [f"## Closed loop: {where}", "", f"{rate} of {loop['episodes']} episodes succeed (95 % interval).", ""]
+        lines += [f"## Closed loop: {args.env}", "", loop["rule"], ""]
+        lines += ["| task | success, 95 % interval | steps of successes |", "| --- | ---: | ---: |"]
+        for task, row in [*loop["tasks"].items(), ("all", loop)]:
+            rate = f"{100 * row['success']:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+            lines += [f"| {task} | {rate} of {row['episodes']} | {row['steps_of_successes'] or 0:.0f} |"]
+        lines += [""]
     lines += [f"![{file.stem}](figures/{file.name})" for file in sorted((Path(args.out) / "figures").glob("*.png"))]
     return "\n".join(lines) + "\n"
 
 
 def main(argv=None):
     args = parse(argv)
-    dist = common.setup(args)
-    model = VLA.from_pretrained(args.checkpoint).to(dist.device).eval()
-    args.pixels = model.config["image_size"]
+    _, _, device = setup(args)
+    model = VLA.from_pretrained(args.checkpoint).to(device).eval()
     out, offline, examples, loop = Path(args.out), {}, {}, None
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    kind = "latents" if args.labels else "actions"
-    if args.data and not (model.latent if args.labels else model.action):
-        other = "give --labels" if model.latent else "give clips with actions, without --labels"
-        raise ValueError(f"{args.checkpoint} has no head for {kind}: {other}")
-    words = args.data, kind, args.labels, args.val_share, args.val_episodes, args.instruction
-    for source in read_sources(*words) if args.data else []:
-        if not source.validation:
-            print(f"{source.name}: no clip is held out; give --val-share or --val-episodes", flush=True)
-        elif args.labels:
-            offline[source.name] = measure_latents(model, source, args, dist.device)
+    kind, head = ("latents", model.config.latent) if args.labels else ("actions", model.config.action)
+    if args.data and not head:
+        cure = "give --labels" if model.config.latent else "give clips with actions, without --labels"
+        raise common.DataError(f"{args.checkpoint} has no head for {kind}: {cure}")
+    sources = read_sources(args.data, kind, args.labels, 0, instruction=args.instruction) if args.data else []
+    split = Path(args.checkpoint) / "data.json"
+    split = common.read_json(split) if split.exists() else {}
+    for source in sources:
+        print(split_for_report(source, split), flush=True)
+        if args.labels:
+            offline[source.name] = measure_latents(model, source, args, device)
         else:
-            offline[source.name], examples[source.name] = measure_actions(model, source, args, dist.device)
-    if args.episodes:
-        loop, films = closed_loop(Policy(model, args.replan, args.ensemble), args)
-        if films:
+            offline[source.name], examples[source.name] = measure_actions(model, source, args, device)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    if args.env:
+        names = dict(instruction=args.instruction, image_key=args.image_key, state_key=args.state_key)
+        envs = environments.make(args.env, args.tasks, args.pixels, args.limit, **names)
+        policy = Policy(model, args.n_action_steps, args.temporal_ensemble_coeff)
+        loop, videos = rollout.evaluate(policy, envs, args.episodes, args.seed, args.videos)
+        if videos:
             with common.atomic(out / "figures" / "rollouts.mp4") as path:
-                rollout.write_film(path, films)
+                rollout.write_video(path, [frames for _, frames in videos], envs[0].fps)
+        for env in envs:
+            env.close()
     figure = {}
     if examples:
         figure |= dict(commands=figures.commands(examples))
     if any("mae_per_dim_model" in numbers for numbers in offline.values()):
         figure |= dict(per_dim=figures.per_dim(offline))
-    if loop and films:
-        figure |= dict(rollouts=figures.strips(films))
+    if loop and videos:
+        figure |= dict(rollouts=figures.strips(videos))
     for name, picture in figure.items():
         with common.atomic(out / "figures" / f"{name}.png") as path:
             picture.savefig(path, format="png")
@@ -224,4 +215,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

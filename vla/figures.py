@@ -1,4 +1,4 @@
-"""Figures of runs, report cards and the experiment. One look for all: grey is true or reference, blue is predicted."""
+"""Figures of runs, reports and the experiment. Grey is true or a baseline, blue is predicted."""
 
 import json
 
@@ -25,12 +25,12 @@ def curves(log_file):
     for name in [name for name in names if name.startswith("val/") and name.endswith("/loss") and name.count("/") == 2]:
         draw(axes[0], name, marker="o", ms=3, lw=1.2, label=name[:-5])
     axes[0].set(xlabel="step", ylabel="loss", title="loss (lower is better)")
-    parts = ("/token_accuracy", "/word_accuracy", "/action_mae")
+    parts = ("/token_accuracy", "/exact_match", "/action_mae", "/success")
     for i, name in enumerate(name for name in names if name.startswith("val/") and name.endswith(parts)):
         draw(axes[1], name, marker="o", ms=3, lw=1.2, color=f"C{i}", label=name[4:])
-    references = {"/bigram_accuracy": "--", "/majority_accuracy": ":", "/majority_word_accuracy": "-."}
+    references = {"/bigram_accuracy": "--", "/majority_accuracy": ":", "/majority_exact_match": "-."}
     for name, style in [(name, style) for name in names for end, style in references.items() if name.endswith(end)]:
-        draw(axes[1], name, color=TRUE, lw=1, ls=style, label=f"{name[4:]} (without looking)")
+        draw(axes[1], name, color=TRUE, lw=1, ls=style, label=f"{name[4:]} (without the image)")
     axes[1].set(xlabel="step", ylabel="share of codes, or normalised error", title="held-out episodes")
     for axis in axes:
         axis.legend(frameon=False, fontsize=7)
@@ -59,7 +59,7 @@ def commands(examples):
 
 
 def per_dim(offline):
-    """Mean absolute error of each command dim in robot units; grey: holding the last command; line: the mean one."""
+    """Mean absolute error of each command dim in robot units; grey: repeating the last command; line: the mean one."""
     offline = {name: numbers for name, numbers in offline.items() if "mae_per_dim_model" in numbers}
     figure = Figure(figsize=(9, 0.4 + 2.2 * len(offline)), layout="constrained")
     for axis, (name, numbers) in zip(
@@ -67,8 +67,8 @@ def per_dim(offline):
     ):
         dims = range(len(numbers["mae_per_dim_model"]))
         axis.bar([d - 0.2 for d in dims], numbers["mae_per_dim_model"], 0.4, color=PREDICTED, label="model")
-        axis.bar([d + 0.2 for d in dims], numbers["mae_per_dim_hold"], 0.4, color=TRUE, label="hold the last command")
-        axis.plot(dims, numbers["mae_per_dim_mean"], "k_", ms=12, label="mean command")
+        axis.bar([d + 0.2 for d in dims], numbers["mae_per_dim_last_action"], 0.4, color=TRUE, label="last command")
+        axis.plot(dims, numbers["mae_per_dim_mean_action"], "k_", ms=12, label="mean command")
         axis.set(title=name, xlabel="command dim", ylabel="MAE (robot units)", xticks=list(dims))
         axis.legend(frameon=False, fontsize=7)
     figure.suptitle("error of each command dim on held-out clips (lower is better)")
@@ -89,26 +89,21 @@ def strips(films, shown=8):
     return figure
 
 
-def latents(frames, texts, probabilities, after=None):
-    """A row per frame: the frame, its codes' probabilities slot by slot, what the decoder makes of the best."""
-    columns = 2 + (after is not None)
-    figure = Figure(figsize=(3.2 * columns, 2.2 * len(frames)), layout="constrained")
-    axes = figure.subplots(len(frames), columns, squeeze=False)
-    for i, row in enumerate(axes):
-        row[0].imshow(frames[i])
-        row[0].set_title(texts[i], fontsize=7)
+def latents(frames, texts, probabilities):
+    """A row per frame: the frame with its instruction, and the probabilities of the codes at each position."""
+    figure = Figure(figsize=(6.4, 2.2 * len(frames)), layout="constrained")
+    axes = figure.subplots(len(frames), 2, squeeze=False)
+    for i, (picture, bars) in enumerate(axes):
+        picture.imshow(frames[i])
+        picture.set_title(texts[i], fontsize=7)
+        picture.axis("off")
         N, K = probabilities[i].shape
         for n in range(N):
-            places = [k + 0.8 * n / N for k in range(K)]
-            row[1].bar(places, probabilities[i][n], 0.8 / N, label=f"slot {n}", align="edge")
-        row[1].set(xlabel="code", ylabel="probability", ylim=(0, 1))
-        row[1].legend(frameon=False, fontsize=7)
-        if after is not None:
-            row[2].imshow(after[i])
-            row[2].set_title("decoded: after the gap", fontsize=7)
-        for axis in (row[0], *row[2:]):
-            axis.axis("off")
-    figure.suptitle("latent actions for each frame (a confident slot has one high bar)")
+            x = [k + 0.8 * n / N for k in range(K)]
+            bars.bar(x, probabilities[i][n], 0.8 / N, label=f"position {n}", align="edge")
+        bars.set(xlabel="code", ylabel="probability", ylim=(0, 1))
+        bars.legend(frameon=False, fontsize=7)
+    figure.suptitle("predicted latent actions (a confident position has one high bar)")
     return figure
 
 
@@ -121,7 +116,7 @@ def success(table, arms):
         x, p, low, high = (list(column) for column in zip(*points, strict=True))
         style = dict(color=TRUE, ls="--") if arm.startswith(("scratch", "shuffled")) else dict(color=f"C{i}")
         style |= dict(color=PREDICTED, lw=2.5) if arm == "latents" else {}
-        marker = "osv^DP*X"[i]
+        marker = "osv^DP*Xhd"[i]
         x = [value * 1.03 ** (i - 3.5) for value in x]  # side by side, so that intervals can be read
         error = [
             [100 * (a - b) for a, b in zip(p, low, strict=True)],

@@ -1,15 +1,15 @@
-"""FSDP2: weights, gradients and optimizer state split over the ranks, and checkpoints for any number of ranks.
+"""Checkpoints of whole and of split models (FSDP2), and what a run will need, told before it starts.
 
-A checkpoint holds the whole weights as a plain Hugging Face folder (gathered on rank 0) and the optimizer state in
-shards (torch.distributed.checkpoint, folder resume/), which every rank writes and any number of ranks can read.
+A checkpoint holds the whole weights as a plain Hugging Face folder. The optimizer state lies in resume.pt, or under
+--fsdp in shards (torch.distributed.checkpoint, folder optimizer/), which any number of ranks can read.
 """
 
-import contextlib
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -17,60 +17,160 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+from model import VLA, open_backbone
+
 import common
 
 
-def shard(model, args, dist):
-    """Split each layer by itself, and what is left as one group. With one process nothing is split.
+def build(start, config, device, amp, freeze):
+    """The model of `start` (see VLA.from_pretrained), split over all ranks: a layer is a group, the rest is another.
 
-    --amp bf16: layers are gathered and computed in bfloat16, their gradients summed over ranks in float32. Queries,
-    heads and tied embeddings are gathered as they are.
+    Rank 0 loads the weights, the others build the model on the meta device: the host holds the weights once, not once a
+    rank. amp bf16: layers are gathered and computed in bfloat16, their gradients summed over ranks in float32.
     """
-    if dist.world == 1:
-        return
+    if common.is_main():
+        model = VLA.from_pretrained(start, config)
+        weights = model.state_dict()
+    else:
+        model, weights = VLA(config, *open_backbone(start, "meta")), {}
+    model.freeze(freeze)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    policy = low if args.amp == "bf16" else MixedPrecisionPolicy()
-    layers = set(model.backbone._no_split_modules)
-    for module in [module for module in model.backbone.modules() if type(module).__name__ in layers]:
-        fully_shard(module, mp_policy=policy)
+    options = dict(mesh=mesh, mp_policy=low if amp == "bf16" else MixedPrecisionPolicy())
+    for layer in layers_of(model):
+        fully_shard(layer, **options)
     embeddings, output = model.backbone.get_input_embeddings(), model.backbone.get_output_embeddings()
     if output is not None and output.weight is not embeddings.weight:  # else both are in the root's group
-        fully_shard(embeddings, mp_policy=policy)
-        fully_shard(output, mp_policy=policy)  # never called, so never gathered
-    fully_shard(model)
+        fully_shard(embeddings, **options)
+        fully_shard(output, **options)  # never called, so never gathered
+    fully_shard(model, mesh=mesh)
+    if not weights:
+        model.to_empty(device=device)
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, weights, options=whole)
+    for buffer in model.buffers():  # rotary frequencies and statistics are in no state dict
+        torch.distributed.broadcast(buffer, 0)
+    return model
 
 
-def save(args, dist, step, model, opt, scaler, best, is_best=False):
-    """common.save for a model in shards; every rank calls it."""
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=whole)  # empty but on rank 0
-    state = get_optimizer_state_dict(model, opt)
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(common.checkpoint(args, step, is_best)) if dist.main else None
-        folder = Path(common.share(dist, str(folder)))
-        dcp.save({"opt": state}, checkpoint_id=folder / "resume")
-        if dist.main:
-            model.save_pretrained(folder, weights)
-            torch.save(dict(step=step, best=best, scaler=scaler.state_dict()), folder / "resume.pt")
-        common.share(dist, None)
+def layers_of(model):
+    names = set(model.backbone._no_split_modules)
+    return [module for module in model.backbone.modules() if type(module).__name__ in names]
 
 
-def resume(args, dist, model, opt, scaler):
-    """common.resume for a model in shards, whatever the number of ranks that wrote the checkpoint."""
-    folder = common.newest(args, dist) if args.resume else None
-    start = folder or args.init
-    if start:
-        weights = model.read_weights(start) if dist.main else {}
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.world > 1, strict=False)
-        set_model_state_dict(model, weights, options=options)
-    if folder is None:
-        return 0, None
-    state = {"opt": get_optimizer_state_dict(model, opt)}
-    dcp.load(state, checkpoint_id=folder / "resume")
-    set_optimizer_state_dict(model, opt, state["opt"])
-    state = common.load(folder / "resume.pt")
-    scaler.load_state_dict(state["scaler"])
-    return state["step"], state["best"]
+def save(folder, model, opt, state, fsdp):
+    """Fill a checkpoint folder, which is None but on rank 0. Every rank calls it."""
+    if not fsdp:
+        if folder:
+            model.save_pretrained(folder)
+            torch.save(state | dict(opt=get_optimizer_state_dict(model, opt)), folder / "resume.pt")
+        return
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    optimizer = get_optimizer_state_dict(model, opt)  # after the weights: these put the root's shards back
+    folder = common.broadcast(folder)
+    dcp.save({"opt": optimizer}, checkpoint_id=folder / "optimizer")
+    if common.is_main():
+        model.save_pretrained(folder, weights)
+        torch.save(state, folder / "resume.pt")
+    common.broadcast()
+
+
+def load_optimizer(folder, model, opt, state):
+    """The optimizer's state, with or without --fsdp, whichever way it was saved. state: resume.pt."""
+    if "opt" in state:
+        whole = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(model, opt, state["opt"], options=whole)
+    else:
+        found = {"opt": get_optimizer_state_dict(model, opt)}
+        dcp.load(found, checkpoint_id=folder / "optimizer")
+        set_optimizer_state_dict(model, opt, found["opt"])
+
+
+# --- what a run needs
+
+
+def plan(args, config, sources, world):
+    """A text: parameters, memory per process by part, size of a checkpoint, steps per epoch. No weights are loaded."""
+    with FakeTensorMode():
+        model = VLA(config, *open_backbone(args.init or args.backbone, "cpu")).freeze(args.freeze)
+    texts = [clip.meta["instruction"] for source in sources for clip in source.train[:1000]]
+    blank = torch.zeros(config.image_size, config.image_size, 3, dtype=torch.uint8).numpy()
+    tokens = model.preprocess([blank], [max(texts, key=len)])["input_ids"].shape[1]
+    samples = args.batch_size // (args.accum * world)
+    parts = memory(model, samples, tokens, args.amp, args.checkpointing, world if args.fsdp else 1)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frames = sum(len(clip) for source in sources for clip in source.train)
+    lines = [
+        f"parameters       {total / 1e9:.3f} billion, {trained / 1e9:.3f} billion of them train",
+        f"micro-batch      {samples} samples of {tokens} tokens on each of {world} process(es)",
+        *(f"memory           {value / 1e9:7.2f} GB  {name}" for name, value in parts.items()),
+        f"memory           {sum(parts.values()) / 1e9:7.2f} GB  in all, and 1 to 4 GB for CUDA and fragments",
+        f"checkpoint       {(4 * total + 8 * trained) / 1e9:7.2f} GB; --keep {args.keep}, and the best one",
+        f"epoch            {frames / args.batch_size:.1f} steps for {frames} frames",
+        f"run              {args.steps} steps, {args.steps * args.batch_size / frames:.2f} epochs",
+    ]
+    return "\n".join(lines)
+
+
+def memory(model, samples, tokens, amp, checkpointing, shards=1):
+    """{part: bytes} of one process in a training step. shards: processes that the weights are split over.
+
+    model: built under FakeTensorMode, so that nothing is computed. What autograd keeps is counted by running two layers
+    of the language model. A vision encoder that trains is taken to keep as much per weight and patch as these.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts = {"weights": 4 * total / shards, "gradients": 4 * trained / shards, "AdamW": 8 * trained / shards}
+    if shards > 1:
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
+        rest = total - sum(sizes)
+        width = 2 if amp == "bf16" else 4
+        parts["gathered layers"] = (2 * width + 4) * max(sizes) + width * rest  # two, and the gradients of one
+    parts |= activations(model, samples, tokens, amp, checkpointing, shards > 1)
+    return parts
+
+
+def activations(model, samples, tokens, amp, checkpointing, split):
+    """{part: bytes} that a forward pass keeps for the backward pass."""
+    language = model.backbone.model.language_model
+    layers, depth = language.layers, len(language.layers)
+    low = split and amp == "bf16"  # FSDP hands its layers bfloat16 weights and inputs
+    x = torch.empty(samples, tokens, model.queries.shape[1], dtype=torch.bfloat16 if low else torch.float32)
+    positions = torch.zeros(3, samples, tokens, dtype=torch.long)
+
+    def kept(count):
+        """Bytes kept by the first `count` layers and what is around them, weights of the model left out."""
+        own = {p.untyped_storage()._cdata for p in language.parameters()}
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                storages[storage._cdata] = storage  # held, so that no other storage gets its address
+            return tensor
+
+        language.layers = layers[:count]
+        dtype = torch.bfloat16 if amp == "bf16" else torch.float16
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                with torch.autocast("cpu", dtype, enabled=amp != "off"):
+                    language(inputs_embeds=x.requires_grad_(), position_ids=positions, use_cache=False)
+        finally:
+            language.layers = layers
+        return sum(storage.nbytes() for storage in storages.values())
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x, positions = mode.from_tensor(x), mode.from_tensor(positions)
+        for parameter in language.parameters():
+            parameter.data = parameter.data.to(x.dtype)
+        one, two = kept(1), kept(2)
+    layer, around = two - one, 2 * one - two
+    if not checkpointing:
+        return {"activations": around + depth * layer}
+    copies = 0 if low or amp == "off" else 2 * sum(p.numel() for p in layers.parameters() if p.requires_grad)
+    return {"activations": around + layer + depth * x.numel() * x.element_size() + copies}

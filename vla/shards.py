@@ -1,16 +1,23 @@
-"""WebDataset shards of whole clips, with label shards of the same names and keys beside them, read at random.
+"""WebDataset shards of whole clips, read at random. laq/shards.py and vla/shards.py are the same file.
 
-A sample is one camera of one episode: KEY.json (instruction, fps, source, episode, camera, length), KEY.mp4 or
-KEY.frames.npy (T H W 3, uint8), where known KEY.actions.npy (T A) and KEY.state.npy (T S); in a label shard
-KEY.latents.npz (codes (T' N), vectors (T' N D), gap) or KEY.actions.npy. Beside label shards with latents lies
-labels.json.
+A sample is one camera of one episode:
+    KEY.json                        texts instruction, source, episode, camera; numbers fps, length (frames);
+                                    actions: "delta" or "absolute", if there are any
+    KEY.mp4 or KEY.frames.npy       the frames; the array is (T, H, W, 3) uint8
+    KEY.actions.npy, KEY.state.npy  (T, A) and (T, S), a row per frame, where known
+A label shard has its video shard's name and keys, such as KEY.latents.npz. Beside NAME.tar may lie NAME.index.json,
+which tells where each member begins; without it, or if the tar has another size, the headers of the tar are read.
 """
 
+import contextlib
+import hashlib
 import io
 import itertools
 import json
 import os
+import re
 import tarfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,27 +26,36 @@ import numpy as np
 import webdataset
 from av.video.reformatter import VideoReformatter
 
-REORDER = 16  # by so many frames at most does h264, h265 or AV1 change the order
+from common import DataError
+
+REORDER = 16  # h264, h265 and AV1 change the order of frames by at most so many
+TEXTS, NUMBERS = ("instruction", "source", "episode", "camera"), ("fps", "length")
+MATRICES = {
+    1: 1,
+    9: 9,
+    10: 9,
+}  # the video's tag of its colour matrix -> swscale's number; any other is read as BT.601 (5)
 
 
 @dataclass
 class Clip:
-    """One sample. `meta` is its KEY.json; `members` maps an extension to (shard, offset, bytes)."""
+    """One sample. meta: its KEY.json; members: extension -> (tar, offset, bytes), those of a label shard included."""
 
     shard: Path
     key: str
     meta: dict
-    members: dict
-    rows: np.ndarray | None = field(default=None, repr=False)  # frames that a source draws from
-    labels: dict | None = field(default=None, repr=False)  # labels.json, if it has latents
+    members: dict = field(repr=False)
 
     def __str__(self):
         return f"{self.shard}:{self.key}"
 
     @property
-    def identity(self):
-        """What the split knows a clip by: all cameras of an episode go to the same side."""
-        return self.meta["source"], self.meta["episode"]
+    def episode(self):
+        """The recording's own name, by which it is held out: all its cameras go to the same side."""
+        return self.meta["episode"]
+
+    def __len__(self):
+        return int(self.meta["length"])
 
     def read(self, extension):
         """The bytes of one member."""
@@ -48,97 +64,126 @@ class Clip:
             file.seek(offset)
             data = file.read(size)
         if len(data) < size:
-            raise ValueError(f"{shard}:{self.key}.{extension}: the shard ends {size - len(data)} bytes too early")
+            raise DataError(f"{shard}:{self.key}.{extension}: the shard ends {size - len(data)} bytes too early")
         return data
 
-    def array(self, extension, dims=2):
-        """A numeric .npy member with `dims` axes, one row per frame. Pickles are refused."""
-        try:
+    def array(self, extension):
+        """A .npy member as (T, A) float32, or None if the sample has none."""
+        if extension not in self.members:
+            return None
+        with self.reading(extension):
             array = np.load(io.BytesIO(self.read(extension)), allow_pickle=False)
-        except OSError:
-            raise
-        except Exception as error:  # for a damaged header numpy raises token and memory errors too
-            raise ValueError(f"{self}.{extension}: {error}") from None
-        if array.ndim != dims or len(array) != self.meta["length"] or array.dtype.kind not in "fiu":
-            raise ValueError(
-                f"{self}.{extension}: {array.dtype} {array.shape}, "
-                f"expected {self.meta['length']} rows of numbers, {dims} axes"
-            )
-        if dims == 2 and not np.isfinite(array).all():
-            raise ValueError(f"{self}.{extension}: holds NaN or infinity")
-        return array.astype(np.float32) if dims == 2 else array
+            if array.ndim != 2 or len(array) != len(self) or array.dtype.kind not in "fiu":
+                raise ValueError(f"{array.dtype} {array.shape}, expected {len(self)} rows of numbers")
+            if not np.isfinite(array).all():
+                raise ValueError(f"row {np.argwhere(~np.isfinite(array))[0, 0]} holds NaN or infinity")
+        return array.astype(np.float32)
 
-    def latents(self):
-        """codes (T', N) int64, vectors (T', N, D) float32, valid (T',) bool, False across a cut; T' = T - gap."""
-        name, about = f"{self.members['latents.npz'][0]}:{self.key}.latents.npz", self.labels
+    def archive(self, extension):
+        """A .npz member as {name: array}."""
+        with self.reading(extension), np.load(io.BytesIO(self.read(extension)), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+    @contextlib.contextmanager
+    def reading(self, extension):
+        """A member that cannot be read becomes a DataError that names it."""
         try:
-            with np.load(io.BytesIO(self.read("latents.npz")), allow_pickle=False) as file:
-                codes, vectors, gap = (
-                    file["codes"].astype(np.int64),
-                    file["vectors"].astype(np.float32),
-                    int(file["gap"]),
-                )
-                valid = file["valid"].astype(bool) if "valid" in file else np.ones(len(codes), bool)
-        except Exception as error:  # for a damaged archive numpy raises zip, zlib, token and memory errors too
-            raise ValueError(f"{name}: not codes, vectors and gap ({error})") from None
-        want = max(0, self.meta["length"] - gap), about["codes"], about["dim"]
-        if codes.shape != want[:2] or vectors.shape != want or valid.shape != want[:1]:
-            found = f"codes {codes.shape}, vectors {vectors.shape}"
-            raise ValueError(f"{name}: {found}; expected vectors {want} for a gap of {gap}: label these shards again")
-        if codes.size and not 0 <= codes.min() <= codes.max() < about["vocabulary"]:
-            raise ValueError(f"{name}: code {codes.max()}, but labels.json has a vocabulary of {about['vocabulary']}")
-        if not np.isfinite(vectors).all():
-            raise ValueError(f"{name}: vectors hold NaN or infinity")
-        return codes, vectors, valid
+            yield
+        except (OSError, DataError):
+            raise
+        except Exception as error:  # for a corrupt header numpy raises zip, zlib, token and memory errors too
+            raise DataError(f"{self.members[extension][0]}:{self.key}.{extension}: {error}") from None
 
-    def frames(self, rows, size):
-        """Those frames, (n, size, size, 3) uint8, squashed to a square as LAPA does."""
+    def decode(self, rows, make):
+        """[make(frame) of each of `rows`, in their order]; a frame is an av.VideoFrame or an array (H, W, 3) uint8."""
+        wanted = sorted(set(map(int, rows)))
         if "mp4" in self.members:
-            frames = decode(self.read("mp4"), str(self), rows, size)
-        elif "frames.npy" in self.members:
-            frames = self.array("frames.npy", dims=4)[rows]
-            if frames.shape[3] != 3 or frames.dtype != np.uint8:
-                raise ValueError(f"{self}.frames.npy: {frames.dtype} {frames.shape}, expected uint8 (T, H, W, 3)")
+            found = decode(self.read("mp4"), str(self), wanted, make)
         else:
-            raise ValueError(f"{self}: has neither .mp4 nor .frames.npy")
-        return resize(frames, size)
+            found = {row: make(frame) for row, frame in zip(wanted, self.stored(wanted), strict=True)}
+        return [found[int(row)] for row in rows]
+
+    def frames(self, size=None, rows=None):
+        """Those frames, or all, (n, H, W, 3) uint8 RGB; with a size squashed to a square, as LAPA does."""
+        return np.stack(self.decode(range(len(self)) if rows is None else rows, to_rgb(size)))
+
+    def stream(self, make):
+        """make(frame) of every frame, one after another. Only one frame is in memory at a time."""
+        if "mp4" not in self.members:
+            yield from map(make, self.stored(range(len(self))))
+            return
+        number = 0
+        with opened(self.read("mp4"), str(self)) as video:
+            for number, frame in enumerate(video.decode(video=0), 1):  # noqa: B007
+                yield make(frame)
+        if number != len(self):
+            raise DataError(f"{self}: {number} frames, its json says {len(self)}")
+
+    def stored(self, rows):
+        """The frames `rows` of .frames.npy, read one by one."""
+        if "frames.npy" not in self.members:
+            raise DataError(f"{self}: has neither .mp4 nor .frames.npy")
+        shard, offset, size = self.members["frames.npy"]
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            with self.reading("frames.npy"):
+                np.lib.format.read_magic(file)
+                shape, columns, dtype = np.lib.format.read_array_header_1_0(file)
+                if len(shape) != 4 or shape[0] != len(self) or shape[3] != 3 or dtype != np.uint8 or columns:
+                    raise ValueError(f"{dtype} {shape}, expected uint8 ({len(self)}, H, W, 3)")
+            first, bytes_each = file.tell(), int(np.prod(shape[1:]))
+            if first + shape[0] * bytes_each > offset + size:
+                raise DataError(f"{self}.frames.npy: {size} bytes are too few for {shape}")
+            for row in rows:
+                file.seek(first + row * bytes_each)
+                data = file.read(bytes_each)
+                if len(data) < bytes_each:
+                    raise DataError(f"{self}.frames.npy: the shard ends too early")
+                yield np.frombuffer(data, np.uint8).reshape(shape[1:])
 
 
-def decode(data, name, rows, size):
-    """Frames `rows` of a video's bytes, (n, size, size, 3) uint8.
+# --- frames
 
-    Only what lies between a row and the keyframe before it is decoded; if that does not give each row, everything is.
-    """
-    wanted, scaler, found = sorted(set(map(int, rows))), VideoReformatter(), {}
 
-    def square(frame):
-        return scaler.reformat(frame, size, size, "rgb24", interpolation="AREA").to_ndarray()
-
+@contextlib.contextmanager
+def opened(data, name):
+    """A video's bytes as an av container; what is wrong with them becomes a DataError."""
     try:
         with av.open(io.BytesIO(data)) as video:
-            found = sought(video, wanted, square)
-        if len(found) < len(wanted):
-            with av.open(io.BytesIO(data)) as video:
-                video.streams.video[0].thread_type = "NONE"
-                frames = enumerate(itertools.islice(video.decode(video=0), wanted[-1] + 1))
-                found = {number: square(frame) for number, frame in frames if number in wanted}
-    except (av.FFmpegError, IndexError, ValueError) as error:
-        raise ValueError(f"{name}: not a readable video ({str(error) or 'no video stream'})") from None
-    if len(found) < len(wanted):
-        raise ValueError(f"{name}: frame {max(set(wanted) - found.keys())} is beyond the end of the video")
-    return np.stack([found[int(row)] for row in rows])
+            video.streams.video[0].thread_type = "NONE"  # a loader process per core is faster than decoder threads
+            yield video
+    except (av.FFmpegError, IndexError, ValueError, TypeError) as error:
+        raise DataError(f"{name}: not a readable video ({str(error) or 'no video stream'})") from None
 
 
-def sought(video, rows, make):
-    """{row: make(frame)}; frames are told by the order of their packets' times. Nothing where that cannot be."""
+def decode(data, name, rows, make):
+    """{row: make(frame)} of the frames `rows` (ascending) of a video's bytes, counted as a player shows them.
+
+    Only what lies between a row and the keyframe before it is decoded; where that is not safe, all up to the last row.
+    """
+    with opened(data, name) as video:
+        found = seek(video, rows, make)
+    if len(found) < len(rows):
+        with opened(data, name) as video:
+            frames, wanted = itertools.islice(video.decode(video=0), rows[-1] + 1), set(rows)
+            found = {number: make(frame) for number, frame in enumerate(frames) if number in wanted}
+    if len(found) < len(rows):
+        raise DataError(f"{name}: frame {max(set(rows) - set(found))} is beyond the end of the video")
+    return found
+
+
+def seek(video, rows, make):
+    """{row: make(frame)}; a row is the place of a packet's time among all. Empty where packets are not frames.
+
+    They are not where an edit list discards some, or where the video begins between two keyframes.
+    """
     stream, found, needed = video.streams.video[0], {}, set()
-    stream.thread_type = "NONE"  # a loader process per core is faster than threads of the decoder
-    most = rows[-1] + 1 + REORDER
-    packets = [packet for packet in itertools.islice(video.demux(stream), most) if packet.size]  # in decoding order
+    packets = [p for p in itertools.islice(video.demux(stream), rows[-1] + 1 + REORDER) if p.size]  # decoding order
     times = [packet.pts for packet in packets]
-    if len(times) <= rows[-1] or len(set(times) - {None}) < len(times):
-        return found
-    shown = sorted(range(len(times)), key=times.__getitem__)
+    unsafe = len(packets) <= rows[-1] or None in times or len(set(times)) < len(times)
+    if unsafe or not packets[0].is_keyframe or any(packet.is_discard for packet in packets):
+        return {}
+    shown = sorted(range(len(times)), key=times.__getitem__)  # presentation order
     for row in rows:
         number = shown[row]
         while number >= 0 and number not in needed:
@@ -155,86 +200,192 @@ def sought(video, rows, make):
     return found
 
 
+def to_rgb(width=None, height=None):
+    """A function from an av.VideoFrame, or array (H, W, 3), to uint8 RGB (H, W, 3), or of this width and height.
+
+    One number: a square. Scaled by area, with the colours that the video's tags tell, upright. It keeps swscale's
+    tables: one per clip.
+    """
+    scaler, height = VideoReformatter(), height or width
+
+    def convert(frame):
+        if isinstance(frame, np.ndarray):
+            if width is None or frame.shape[:2] == (height, width):
+                return frame
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
+        colours = {}
+        if not frame.format.is_rgb:
+            full = int(frame.color_range) == 2 or frame.format.name.startswith("yuvj")
+            colours = dict(src_colorspace=MATRICES.get(int(frame.colorspace), 5), src_color_range=2 if full else 1)
+            # PyAV 15 ignores the source's matrix if the target's is the same; RGB has none, so 7 changes nothing else
+            colours |= dict(dst_colorspace=7, dst_color_range=2)
+        image = scaler.reformat(frame, width, height, "rgb24", interpolation="AREA", **colours).to_ndarray()
+        return upright(image, frame)
+
+    return convert
+
+
+def upright(image, frame):
+    """An image (H, W, 3) turned and mirrored as the display matrix of its frame says, by quarter turns."""
+    for entry in frame.side_data:
+        if entry.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = np.frombuffer(bytes(entry), np.int32)[:5]  # x' = a x + c y, y' = b x + d y
+            if abs(b) > abs(a):
+                image, a, d = image.swapaxes(0, 1), c, b
+            image = image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return np.ascontiguousarray(image)
+
+
 def resize(frames, size):
-    """Frames (n, H, W, 3) uint8 -> (n, size, size, 3) uint8, averaged over areas as `decode` does."""
-    if frames.shape[1:3] == (size, size):
-        return frames
-    scaler, frames = VideoReformatter(), (av.VideoFrame.from_ndarray(np.ascontiguousarray(f), "rgb24") for f in frames)
-    return np.stack([scaler.reformat(f, size, size, "rgb24", interpolation="AREA").to_ndarray() for f in frames])
+    """Frames (n, H, W, 3) uint8 -> (n, size, size, 3) uint8, as a clip's frames are."""
+    return np.stack([*map(to_rgb(size), frames)])
+
+
+# --- episodes held out
+
+
+def episode_hash(name, salt=""):
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(f"{salt}{name}".encode()).digest()[:8], "big") / 2**64
+
+
+def held_out(clips, share=0.1, wanted=""):
+    """The names of the episodes that validation keeps, sorted: those of `wanted`, or about `share` of all by hash.
+
+    wanted: "56-69,80" or names; numbers match names with leading zeros too. Decided on all clips, before any is left
+    out, so that every stage holds out the same. One episode alone is trained on.
+    """
+    names = sorted({clip.episode for clip in clips})
+    if not wanted:
+        held = [name for name in names if episode_hash(name) < share]
+        if share > 0 and len(names) > 1 and len(held) in (0, len(names)):
+            held = [min(names, key=episode_hash)]  # too few episodes for a share
+        return held if len(names) > 1 else []
+    held = set()
+    for word in wanted.split(","):
+        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+        numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
+        found = {name for name in names if name == word or (name.isdecimal() and int(name) in numbers)}
+        if not found:
+            raise DataError(f"--val-episodes: no episode is called {word}; there are {', '.join(names[:5])} ...")
+        held |= found
+    if len(held) == len(names):
+        raise DataError("--val-episodes: every episode is held out, none is left to train on")
+    return sorted(held)
 
 
 # --- reading
 
 
-def shards_of(path, what="--data"):
-    """The .tar files of a folder, or the one file; an error if there is none."""
+def shards_of(path, flag="--data"):
+    """The .tar files of a folder, or the one file."""
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{what} {path}: no such file or folder")
-    found = [path] if path.is_file() else sorted(path.glob("*.tar"))
+        raise DataError(f"{flag} {path}: no such file or folder")
+    found = [path] if path.is_file() else sorted(file for file in path.glob("*.tar") if file.name[0] != ".")
     if not found:
-        raise ValueError(f"{what} {path}: no shards (*.tar) in it")
+        raise DataError(f"{flag} {path}: no shards (*.tar) in it; laq/videos_to_shards.py writes them")
     return found
 
 
+def index_of(shard):
+    return shard.with_suffix(".index.json")
+
+
 def scan(shard):
-    """{key: {extension: (shard, offset, bytes)}} of a tar, from its headers."""
+    """The index of a tar, by reading its headers and every KEY.json. A folder in the tar is part of the key."""
     samples = {}
-    try:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                if member.isfile():
-                    key, _, extension = Path(member.name).name.partition(".")
-                    samples.setdefault(key, {})[extension] = (shard, member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{shard}: not a whole tar ({error})") from None
-    return samples
-
-
-def read_clips(path, labels=None):
-    """All clips of a folder of shards (or one .tar), joined with their label shards, whose members win."""
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            folder, slash, name = member.name.removeprefix("./").rpartition("/")
+            if not member.isfile() or name.startswith("."):  # macOS puts ._NAME beside NAME
+                continue
+            key, _, extension = name.partition(".")
+            members = samples.setdefault(folder + slash + key, {})
+            if extension in members:
+                raise ValueError(f"{member.name} is there twice")
+            members[extension] = [member.offset_data, member.size]
     clips = []
-    for shard in shards_of(path):
-        samples = scan(shard)
-        for key, members in (scan(Path(labels) / shard.name) if labels else {}).items():
-            if key not in samples:
-                raise ValueError(
-                    f"{Path(labels) / shard.name}:{key}: {shard} has no such clip; label these shards again"
-                )
-            samples[key] = {**samples[key], **members}
-        for key, members in samples.items():
-            clip = Clip(shard, key, {}, members)
-            try:
-                clip.meta = json.loads(clip.read("json"))
-                known = [isinstance(clip.meta[name], str) for name in ("source", "episode")]
-                assert all(known) and int(clip.meta["length"]) >= 1 and clip.meta["fps"] > 0
-            except (KeyError, TypeError, ValueError, AssertionError) as error:
-                why = f"{type(error).__name__} {error}".strip()
-                raise ValueError(f"{clip}.json: needs texts source, episode and numbers length, fps ({why})") from None
+    for key, members in samples.items():
+        where = {extension: (shard, *place) for extension, place in members.items()}
+        try:
+            meta = json.loads(Clip(shard, key, {}, where).read("json")) if "json" in where else {}
+        except ValueError:
+            meta = None
+        clips.append(dict(key=key, meta=meta, members=members))
+    return dict(size=shard.stat().st_size, clips=clips)
+
+
+def open_shard(shard):
+    """The clips of one shard, their meta not yet checked."""
+    index = None
+    with contextlib.suppress(OSError, ValueError):
+        index = json.loads(index_of(shard).read_text())
+    try:
+        if not isinstance(index, dict) or index["size"] != shard.stat().st_size:
+            index = scan(shard)
+        clips = []
+        for entry in index["clips"]:
+            members = {name: (shard, int(offset), int(size)) for name, (offset, size) in entry["members"].items()}
+            clips.append(Clip(shard, str(entry["key"]), entry["meta"], members))
+        return clips
+    except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DataError(f"{shard}: not a complete WebDataset shard ({error})") from None
+
+
+def check(clip):
+    """A DataError unless KEY.json has the fields that everything later relies on."""
+    if not isinstance(clip.meta, dict):
+        raise DataError(f"{clip}.json: not a JSON table")
+    for name in TEXTS + NUMBERS:
+        if not isinstance(clip.meta.get(name), str if name in TEXTS else int | float):
+            raise DataError(f"{clip}.json: has no {'text' if name in TEXTS else 'number'} `{name}`")
+    if not (0 < clip.meta["fps"] < 1e6 and 1 <= clip.meta["length"] < 1e9):
+        raise DataError(f"{clip}.json: fps {clip.meta['fps']} and length {clip.meta['length']}, expected above 0")
+
+
+def read_shard(shard, say=print):
+    """The clips of one shard that can be used. What cannot is named with the reason."""
+    clips = []
+    try:
+        found = open_shard(shard)
+    except (OSError, DataError) as error:
+        say(f"skipping a shard: {error}")
+        return []
+    for clip in found:
+        try:
+            check(clip)
             clips.append(clip)
-    if not clips:
-        raise ValueError(f"--data {path}: its shards hold no clip")
+        except DataError as error:
+            say(f"skipping a clip: {error}")
     return clips
 
 
-def read_vocabulary(labels):
-    """labels.json beside label shards: vocabulary K, codes N, dim D, gap in frames, and the codebook (N, K, D).
+def read_clips(path, labels=None, say=print):
+    """All clips of a folder of shards (or one .tar) that can be used, joined with the members of their label shards.
 
-    A codebook (K, D) in the file is every slot's.
+    labels: folder of label shards. A clip that they do not hold keeps its own members alone.
     """
-    path = Path(labels) / "labels.json"
+    clips = []
+    for shard in shards_of(path):
+        found = read_shard(shard, say)
+        if labels:
+            join(found, Path(labels) / shard.name, say)
+        clips += found
+    if not clips:
+        raise DataError(f"--data {path}: no clip of its shards can be used")
+    return clips
+
+
+def join(clips, labels, say=print):
+    """Add the members of a label shard to its clips; label members win."""
     try:
-        about = json.loads(path.read_text())
-        N, K, D = (int(about[name]) for name in ("codes", "vocabulary", "dim"))
-        codebook = np.array(about["codebook"], float)
-        codebook = np.stack([codebook] * N) if codebook.ndim == 2 else codebook
-        if codebook.shape != (N, K, D):
-            raise ValueError(f"the codebook has shape {codebook.shape}, expected {(N, K, D)}")
-        return dict(vocabulary=K, codes=N, dim=D, gap=int(about["gap"]), codebook=codebook.tolist())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: not there: --labels wants the folder that laq/label.py writes") from None
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: needs vocabulary, codes, dim, gap and codebook ({error})") from None
+        members = {clip.key: clip.members for clip in open_shard(labels)}
+    except (OSError, DataError) as error:
+        say(f"skipping a label shard: {error}")
+        return
+    for clip in clips:
+        clip.members |= members.get(clip.key, {})
 
 
 # --- writing
@@ -254,17 +405,35 @@ def npz(**arrays):
     return file.getvalue()
 
 
+def key_of(*names):
+    """A sample's key. WebDataset ends a key at its first dot, so anything unusual becomes _ and a checksum is added."""
+    name = "-".join(str(part) for part in names)
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:80]
+    return plain if plain == name else f"{plain}-{zlib.crc32(name.encode()):08x}"
+
+
 def write_shard(path, samples):
-    """Write samples (dicts of __key__ and extension: bytes) to the tar `path`, which appears whole or not at all."""
-    path = Path(path)
+    """Write samples (dicts of __key__ and extension: bytes) to the tar `path` and its index; returns how many.
+
+    Both are written to neighbours and renamed, the tar last: a tar that is there is complete. Nothing is written if
+    there are no samples.
+    """
+    path, number = Path(path), 0
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    index = temporary.with_suffix(".index")
     try:
         with open(temporary, "wb") as file:
             with webdataset.TarWriter(file, mtime=0, user="0", group="0") as tar:
                 for sample in samples:
                     tar.write(sample)
+                    number += 1
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if number:
+            index.write_text(json.dumps(scan(temporary)))
+            os.replace(index, index_of(path))
+            os.replace(temporary, path)
+        return number
     finally:
-        temporary.unlink(missing_ok=True)
+        for left in (temporary, index):
+            left.unlink(missing_ok=True)
