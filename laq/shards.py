@@ -104,7 +104,7 @@ class Clip:
         return [found[int(row)] for row in rows]
 
     def frames(self, size=None, rows=None):
-        """Those frames, or all, as (n, H, W, 3) uint8 RGB, or (n, size, size, 3): squashed to a square, as LAPA does."""
+        """Those frames, or all, (n, H, W, 3) uint8 RGB; with a size squashed to a square, as LAPA does."""
         return np.stack(self.decode(range(len(self)) if rows is None else rows, to_rgb(size)))
 
     def stream(self, make):

@@ -185,10 +185,11 @@ def choose(entries, args, source):
     kind, fps = per_source(args, source)
     wanted, cameras, chosen, missing = set(map(short, args.cameras)), set(), {}, {}
     for entry in entries:
-        cameras.add(entry.camera)
-        if wanted and entry.camera and entry.camera not in wanted:
-            continue
         try:
+            readers.describe(entry)
+            cameras.add(entry.camera)
+            if wanted and entry.camera and entry.camera not in wanted:
+                continue
             for path in filter(None, (entry.path, entry.table)):
                 check_file(path)
         except DAMAGED as error:
@@ -235,7 +236,10 @@ def open_plan(args, out):
         if any(out.glob("*.tar")):
             raise common.DataError(f"--out {out}: holds shards but no plan.json: choose another folder")
         plan = make_plan(args)
-        (out / "done").mkdir(parents=True, exist_ok=True)
+        try:
+            (out / "done").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise common.DataError(f"--out {out}: {error.strerror}") from None
         common.lock(out)
         write_json(file, plan)
         return plan

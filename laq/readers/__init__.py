@@ -29,6 +29,12 @@ def entries(source, path, grouped=False):
     return rlds.entries(source, tfrecords) if tfrecords else video.entries(source, root, files, grouped)
 
 
+def describe(entry):
+    """Add what small files beside the recording say; raises one of DAMAGED if they are broken."""
+    if entry.kind in ("video", "pictures"):
+        video.describe(entry)
+
+
 def opened(entry):
     """Yields the Recordings of an entry; raises one of DAMAGED, at once or while frames are read, if it is broken."""
     modules = dict(lerobot=lerobot, tfrecord=rlds, video=video, pictures=video)

@@ -53,8 +53,6 @@ def entries(source, root, files, grouped):
             name = "-".join(part for part in (camera, group if len(groups) > 1 else "") if part) or "video"
             more = dict(camera=name, column=group, actions="delta")
             found.append(Entry(source, episode or root.name, "pictures" if folder else "video", str(path), **more))
-    for entry in found:
-        describe(entry)
     other = Counter(file.suffix.lower() or "no ending" for file in files)
     other = {end: n for end, n in other.items() if end not in VIDEOS | PICTURES | BESIDE}
     told = ", ".join(f"{count} {ending}" for ending, count in sorted(other.items()))
