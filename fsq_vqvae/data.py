@@ -6,16 +6,14 @@ narrower actions of some sources are padded to the largest. The global batch of 
 rank and a micro-step take their slice of it.
 """
 
-import hashlib
 import re
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import readers
 import torch
+from split import episode_hash, held_out_ids, named_paths, per_source
 from torch.utils.data import DataLoader, Dataset
 
 from common import DataError, ignore_signals
@@ -66,67 +64,22 @@ class Source:
             parts.append((self.state if what == "state" else self.actions)[np.maximum(rows + step, first)][:, None])
         return np.concatenate(parts, 1)
 
+    def batch(self, rows, episodes, context):
+        """dict of actions, mask, context for the chunks that start at `rows`."""
+        actions, mask = self.gather(rows, episodes)
+        return dict(actions=actions, mask=mask, context=self.context(rows, episodes, context))
+
     def sample(self, context, most=20_000):
         """Up to `most` whole training chunks, evenly spaced, to fit a coder to; padded ones where none is whole."""
         rows, episodes = self.starts(validation=False, whole=True)
         rows, episodes = (rows, episodes) if len(rows) else self.starts(validation=False)
+        most = min(most, 20_000_000 // (self.chunk * self.actions.shape[1]))  # numbers: 160 MB in float64
         some = np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)
-        actions, mask = self.gather(rows[some], episodes[some])
-        sample = dict(actions=actions, mask=mask, context=self.context(rows[some], episodes[some], context))
-        return {key: torch.from_numpy(value) for key, value in sample.items()}
+        batch = self.batch(rows[some], episodes[some], context)
+        return {key: torch.from_numpy(value) for key, value in batch.items()}
 
 
-# --- sources and their split
-
-
-def named_paths(data):
-    """["g1=PATH", "PATH"] -> [(name, path)]; without a name it is the path's own. A path may hold `=`."""
-    pairs = []
-    for word in data:
-        name, equals, path = word.partition("=")
-        if not equals or not re.fullmatch(r"[\w.-]+", name) or Path(word).exists():
-            name, path = re.sub(r"@.*", "", word) if word.startswith("hub:") else word, word
-            name = Path(name.removeprefix("module:")).stem or "data"
-        pairs.append((name, path))
-    return pairs
-
-
-def per_source(values, names, flag):
-    """["g1=30", "droid=15"] or ["30"] -> {name: "30"}; a bare value is for all sources."""
-    table = {}
-    for value in values:
-        name, equals, rest = value.partition("=")
-        if equals and name not in names:
-            raise DataError(f"{flag} {value}: no source is called {name}; there are {', '.join(names)}")
-        table.update({name: rest} if equals else dict.fromkeys(names, value))
-    return table
-
-
-def held_out_ids(words, ids):
-    """Words such as 56-69, 80 or ep_03 -> (ids that they name, words that name none). 3 also finds ep_03."""
-    number = {identity: int(found[0]) for identity in ids if (found := re.findall(r"\d+$", identity))}
-    found, unknown = set(), []
-    for word in words:
-        first, dash, last = word.partition("-")
-        if word in ids:
-            named = {word}
-        elif first.isdigit() and (last.isdigit() if dash else True):
-            named = {identity for identity, n in number.items() if int(first) <= n <= int(last or first)}
-        else:
-            named = set()
-        found |= named
-        unknown += [] if named else [word]
-    return found, unknown
-
-
-def episode_hash(identity):
-    """A number in [0, 1) that depends on the recording's own name alone: the same in every run and every folder."""
-    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
-
-
-def is_validation(identity, share):
-    """True for about `share` of the episodes."""
-    return episode_hash(identity) < share
+# --- sources
 
 
 def read_source(name, path, size="1s", action_key=None):
@@ -190,35 +143,6 @@ def read_sources(data, chunk, val_share=0.1, val_episodes=(), condition="none", 
     return sources
 
 
-def fingerprints(source):
-    """A checksum of each episode's actions: a recording is known again under any name."""
-    parts = np.split(source.actions, source.start[1:])
-    return [f"{zlib.crc32(np.ascontiguousarray(part).tobytes()):08x}" for part in parts]
-
-
-def split_of(sources):
-    """What a checkpoint keeps: {source: number of episodes, ids held out, checksums of those trained on}."""
-    return {
-        source.name: dict(
-            episodes=len(source.ids),
-            held_out=[source.ids[i] for i in np.flatnonzero(source.validation)],
-            trained_on=[f for f, out in zip(fingerprints(source), source.validation, strict=True) if not out],
-        )
-        for source in sources
-    }
-
-
-def restore_split(sources, split):
-    """Hold out what the checkpoint held out, in place. Returns a line for each source that has changed since."""
-    lines = []
-    for source in sources:
-        before = split.get(source.name, dict(episodes=0, held_out=[]))
-        source.validation = np.isin(source.ids, before["held_out"])
-        if before["episodes"] != len(source.ids):
-            lines.append(f"{source.name}: {len(source.ids)} episodes, {before['episodes']} when the run began")
-    return lines
-
-
 def describe(source, normalise="quantile"):
     """What the model keeps of a source: name, dims, chunk, rate and the normalisation fitted on its training episodes.
 
@@ -248,10 +172,9 @@ def describe(source, normalise="quantile"):
 # --- batches
 
 
-def pad(array, steps, dims):
-    """(B, T, ...) to (B, steps, ...), and its last axis to `dims` where it has three."""
-    shape = (len(array), steps, *[dims] * (array.ndim - 2))
-    return np.pad(array, [(0, to - now) for to, now in zip(shape, array.shape, strict=True)])
+def pad(array, *shape):
+    """An array (B, ...) with zeros behind, to (B, *shape)."""
+    return np.pad(array, [(0, 0), *((0, to - now) for to, now in zip(shape, array.shape[1:], strict=True))])
 
 
 class TrainBatches(Dataset):
@@ -263,7 +186,7 @@ class TrainBatches(Dataset):
 
     def __init__(self, sources, batch_size, seed, accum=1, rank=0, world=1, mix=0.5, context=()):
         self.sources, self.batch_size, self.seed, self.accum = sources, batch_size, seed, accum
-        self.rank, self.world, self.mix, self.rows = rank, world, mix, context
+        self.rank, self.world, self.mix, self.context = rank, world, mix, context
         self.starts = [source.starts(validation=False) for source in sources]
         # the square root keeps a small source from drowning and a large one from being starved
         size = np.sqrt([len(rows) for rows, _ in self.starts])
@@ -282,25 +205,17 @@ class TrainBatches(Dataset):
         begin = (micro * self.world + self.rank) * size
         mine = slice(begin, begin + size)
         source, first, second, weight = source[mine], first[mine], second[mine], weight[mine]
-        batch = dict(
-            actions=np.zeros((size, self.steps, self.dims), np.float32),
-            mask=np.zeros((size, self.steps), bool),
-            context=np.zeros((size, len(self.rows), self.dims), np.float32),
-        )
+        R, T, A = len(self.context), self.steps, self.dims
+        shapes = dict(actions=(size, T, A), mask=(size, T), context=(size, R, A))
+        batch = {key: np.zeros(shape, bool if key == "mask" else np.float32) for key, shape in shapes.items()}
         for s in np.unique(source):
-            here, own, (rows, episodes) = source == s, self.sources[s], self.starts[s]
-            a, b = (np.int64(u[here] * len(rows)) for u in (first, second))
+            here, (rows, episodes) = source == s, self.starts[s]
+            picked = (np.int64(u[here] * len(rows)) for u in (first, second))
+            one, two = (self.sources[s].batch(rows[i], episodes[i], self.context) for i in picked)
             w = weight[here, None, None]
-            _, mask = own.gather(rows[a], episodes[a])
-            values = dict(mask=mask)
-            for key, of in (
-                ("actions", lambda i, own=own, r=rows, e=episodes: own.gather(r[i], e[i])[0]),
-                ("context", lambda i, own=own, r=rows, e=episodes: own.context(r[i], e[i], self.rows)),
-            ):
-                one, two = of(a), of(b)
-                values[key] = np.where(w == 1, one, two + w * (one - two))
-            for key, value in values.items():
-                batch[key][here] = pad(value, batch[key].shape[1], self.dims)
+            for key, value in one.items():
+                mixed = value if key == "mask" else np.where(w == 1, value, two[key] + w * (value - two[key]))
+                batch[key][here] = pad(mixed, *shapes[key][1:])
         return {key: torch.from_numpy(value) for key, value in batch.items()} | dict(source=torch.from_numpy(source))
 
 
@@ -317,11 +232,9 @@ class ValidationChunks(Dataset):
         return len(self.rows)
 
     def __getitem__(self, i):
-        rows, episodes = self.rows[i : i + 1], self.episodes[i : i + 1]
-        actions, mask = self.source.gather(rows, episodes)
-        context = self.source.context(rows, episodes, self.context)
-        actions, mask = pad(actions, self.steps, self.dims)[0], pad(mask, self.steps, self.dims)[0]
-        return dict(actions=actions, mask=mask, context=pad(context, context.shape[1], self.dims)[0], source=self.index)
+        batch = self.source.batch(self.rows[i : i + 1], self.episodes[i : i + 1], self.context)
+        shapes = dict(actions=(self.steps, self.dims), mask=(self.steps,), context=(len(self.context), self.dims))
+        return {key: pad(batch[key], *shape)[0] for key, shape in shapes.items()} | dict(source=self.index)
 
 
 def prepare_dataloaders(

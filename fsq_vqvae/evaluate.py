@@ -17,9 +17,10 @@ import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
-from data import fingerprints, named_paths, read_source, restore_split
+from data import read_source
 from metrics import measure
 from model import CONTEXT, FSQVQVAE
+from split import fingerprints, named_paths, restore_split
 
 import common
 

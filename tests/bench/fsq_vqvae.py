@@ -20,31 +20,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from timing import interleaved, load
-from torch import nn
 
-fsq_vqvae = load("fsq_vqvae", "demo")
+fsq_vqvae = load("fsq_vqvae", "demo", "fsq", "baselines")
 
 
-def bench_quantiser(rows):
+def bench_quantizer(rows):
     try:
         from vector_quantize_pytorch import FSQ
     except ImportError:
         rows.append(("FSQ", "vector-quantize-pytorch is not installed", ""))
         return
     levels = [8, 5, 5, 5]
-    ours, theirs = fsq_vqvae.model.FSQ(levels), FSQ(levels)
+    ours, theirs = fsq_vqvae.fsq.FSQ(levels), FSQ(levels)
     z = torch.randn(256, 16, 4)
     assert torch.equal(ours(z)[1], theirs(z)[1].long()), "codes differ"
     torch.testing.assert_close(ours(z)[0], theirs(z)[0])
     leaf = z.clone().requires_grad_()
 
-    def both(quantiser):
-        quantiser(leaf)[0].sum().backward()
+    def both(quantizer):
+        quantizer(leaf)[0].sum().backward()
         leaf.grad = None
 
-    def forward(quantiser):
+    def forward(quantizer):
         with torch.no_grad():
-            quantiser(z)
+            quantizer(z)
 
     for what, run in (("forward", forward), ("forward + backward", both)):
         got = interleaved({"ours": lambda run=run: run(ours), "theirs": lambda run=run: run(theirs)}, 40, 20)
@@ -52,65 +51,58 @@ def bench_quantiser(rows):
         rows.append((f"FSQ (256, 16, 4), {what}", text, f"{got['theirs'] / got['ours']:.2f}x"))
 
 
-def real_model(sources, **kwargs):
+def fitted(sources, **sizes):
     torch.manual_seed(0)
-    return fsq_vqvae.model.FSQVQVAE([fsq_vqvae.data.describe(source) for source in sources], **kwargs)
+    described = [fsq_vqvae.data.describe(source) for source in sources]
+    samples = [source.sample(fsq_vqvae.model.CONTEXT["action"]) for source in sources]
+    return fsq_vqvae.model.FSQVQVAE.fit(described, samples, **sizes)
+
+
+def bench_fit(rows, sources):
+    start = time.process_time()
+    fitted(sources)
+    chunks = len(sources[0].sample(())["mask"])
+    rows.append((f"fit of the closed form to {chunks} chunks", f"{time.process_time() - start:.1f} s", ""))
 
 
 def bench_latency(rows, sources):
-    model = real_model(sources).eval()
+    model = fitted(sources).eval()
     chunk = sources[0].gather(*[x[:1] for x in sources[0].starts(False)])[0][0]
-    got = interleaved({"both": lambda: model.decode(model.encode(chunk))}, 20, 20)
-    rows.append(("encode + decode of one chunk, default size", f"{got['both'] * 1e3:.2f} ms", ""))
-
-
-class PerStep(nn.Module):
-    """A tokenizer of the seed's shape: one transformer input per time step, latent 256 per step cut into groups of
-    len(levels), each group one token; MSE and 0.25 commitment. Written from the seed's description."""
-
-    def __init__(self, dims, width, layers, heads, levels, latent=256):
-        super().__init__()
-        self.fsq, groups = fsq_vqvae.model.FSQ(levels), len(levels)
-        self.latent = latent // groups * groups
-        block = dict(nhead=heads, dim_feedforward=4 * width, activation="gelu", batch_first=True, norm_first=True)
-        self.enter, self.leave = nn.Linear(dims, width), nn.Linear(width, dims)
-        self.down, self.up = nn.Linear(width, self.latent), nn.Linear(self.latent, width)
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, dropout=0.0, **block), layers)
-        self.decoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, dropout=0.0, **block), layers)
-
-    def forward(self, x):
-        z = self.down(self.encoder(self.enter(x))).unflatten(-1, (-1, len(self.fsq.levels)))
-        codes, _ = self.fsq(z)
-        x_hat = self.leave(self.decoder(self.up(codes.flatten(2))))
-        return (x_hat - x).square().mean() + 0.25 * (z - codes.detach()).square().mean()
+    for what, used in (("closed form", False), ("with the network", True)):
+        model.coders[0].use_network.fill_(used)
+        got = interleaved({"both": lambda: model.decode(model.encode(chunk), context=chunk[0])}, 20, 20)
+        rows.append((f"encode + decode of one chunk, {what}", f"{got['both'] * 1e3:.2f} ms", ""))
 
 
 def bench_step(rows, sources):
-    batch = fsq_vqvae.data.TrainBatches(sources, 64, 0)[0]
-    ours = real_model(sources)
-    theirs = PerStep(ours.dim, 128, 2, 4, [8, 5, 5, 5])
-    x = ours.normalise(batch["actions"], batch["mask"], batch["source"])[:, : sources[0].chunk]
+    batch = fsq_vqvae.data.TrainBatches(sources, 128, 0, context=fsq_vqvae.model.CONTEXT["action"])[0]
+    ours = fitted(sources)
+    theirs = fsq_vqvae.baselines.RegisterTokenizer(sources[0].chunk, sources[0].actions.shape[1], 8)
+    x = batch["actions"] - batch["context"]
 
     def step(model, loss):
         loss.backward()
         model.zero_grad(set_to_none=True)
 
-    got = interleaved({"ours": lambda: step(ours, ours(batch)[0]), "theirs": lambda: step(theirs, theirs(x))}, 7, 2)
-    tokens = sources[0].chunk * theirs.latent // 4
-    text = f"{got['ours'] * 1e3:.0f} ms, 8 tokens against {got['theirs'] * 1e3:.0f} ms, {tokens} tokens (a step each)"
-    rows.append(("training step, batch 64, width 128, depth 2 + 2", text, f"{got['theirs'] / got['ours']:.2f}x"))
+    def plain():
+        step(theirs, (theirs(x) - x).square().mean())
+
+    got = interleaved({"ours": lambda: step(ours, ours(batch)[0]), "theirs": plain}, 7, 2)
+    text = f"{got['ours'] * 1e3:.0f} ms against {got['theirs'] * 1e3:.0f} ms (register transformer + FSQ, width 128)"
+    rows.append(("training step, batch 128", text, f"{got['theirs'] / got['ours']:.2f}x"))
 
 
 def bench_loop(rows, sources, words):
     """The whole train.py loop (AMP, scaler, accumulation, log, stop flag) against a bare one and Accelerate's."""
-    sizes = dict(hidden_dim=32, latent_dim=16, num_encoder_layers=1, num_decoder_layers=1)
+    sizes = dict(hidden_dim=32)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
     steps, batch_size = 60, 16
 
     def bare_like(prepare):
-        model = real_model(sources, **sizes)
+        model = fitted(sources, **sizes)
         opt = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95))
-        train = fsq_vqvae.data.prepare_dataloaders(batch_size, sources, steps=steps)[1]
+        known = fsq_vqvae.model.CONTEXT["action"]
+        train = fsq_vqvae.data.prepare_dataloaders(batch_size, sources, steps=steps, context=known)[0]
         one_step = prepare(model, opt)
         start = None
         for number, batch in enumerate(train):
@@ -147,15 +139,15 @@ def bench_loop(rows, sources, words):
 
     def full():
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            clock = time.monotonic
-            time.monotonic = time.process_time  # the log's steps_per_s in CPU time, as the others
+            clock = time.perf_counter
+            time.perf_counter = time.process_time  # the log's steps_per_s in CPU time, as the others
             try:
                 late = ["--eval-every", "9999", "--save-every", "9999", "--val-share", "0", "--log-every", "20"]
                 fsq_vqvae.train.main(
                     [*words, "--out", out + "/run", "--steps", steps, "--batch-size", batch_size, *late, *flags]
                 )
             finally:
-                time.monotonic = clock
+                time.perf_counter = clock
             lines = [json.loads(line) for line in Path(out, "run", "log.jsonl").read_text().splitlines()]
             return 1 / statistics.mean(line["steps_per_s"] for line in lines[1:])
 
@@ -190,7 +182,8 @@ def main():
             args.data = [f"demo={folder}/demo"]
         sources = fsq_vqvae.data.read_sources(args.data, ["1s"])
         rows = []
-        bench_quantiser(rows)
+        bench_quantizer(rows)
+        bench_fit(rows, sources)
         bench_latency(rows, sources)
         bench_step(rows, sources)
         bench_loop(rows, sources, ["--data", *args.data, "--device", "cpu"])

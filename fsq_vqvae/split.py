@@ -1,0 +1,89 @@
+"""Which episodes are held out: by the recording's own name, or by the flags; and what a checkpoint keeps of it."""
+
+import hashlib
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from common import DataError
+
+
+def named_paths(data):
+    """["g1=PATH", "PATH"] -> [(name, path)]; without a name it is the path's own. A path may hold `=`."""
+    pairs = []
+    for word in data:
+        name, equals, path = word.partition("=")
+        if not equals or not re.fullmatch(r"[\w.-]+", name) or Path(word).exists():
+            name, path = re.sub(r"@.*", "", word) if word.startswith("hub:") else word, word
+            name = Path(name.removeprefix("module:")).stem or "data"
+        pairs.append((name, path))
+    return pairs
+
+
+def per_source(values, names, flag):
+    """["g1=30", "droid=15"] or ["30"] -> {name: "30"}; a bare value is for all sources."""
+    table = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        if equals and name not in names:
+            raise DataError(f"{flag} {value}: no source is called {name}; there are {', '.join(names)}")
+        table.update({name: rest} if equals else dict.fromkeys(names, value))
+    return table
+
+
+def held_out_ids(words, ids):
+    """Words such as 56-69, 80 or ep_03 -> (ids that they name, words that name none). 3 also finds ep_03."""
+    number = {identity: int(found[0]) for identity in ids if (found := re.findall(r"\d+$", identity))}
+    found, unknown = set(), []
+    for word in words:
+        first, dash, last = word.partition("-")
+        if word in ids:
+            named = {word}
+        elif first.isdigit() and (last.isdigit() if dash else True):
+            named = {identity for identity, n in number.items() if int(first) <= n <= int(last or first)}
+        else:
+            named = set()
+        found |= named
+        unknown += [] if named else [word]
+    return found, unknown
+
+
+def episode_hash(identity):
+    """A number in [0, 1) that depends on the recording's own name alone: the same in every run and every folder."""
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
+
+
+def is_validation(identity, share):
+    """True for about `share` of the episodes."""
+    return episode_hash(identity) < share
+
+
+def fingerprints(source):
+    """A checksum of each episode's actions: a recording is known again under any name."""
+    parts = np.split(source.actions, source.start[1:])
+    return [f"{zlib.crc32(np.ascontiguousarray(part).tobytes()):08x}" for part in parts]
+
+
+def split_of(sources):
+    """What a checkpoint keeps: {source: number of episodes, ids held out, checksums of those trained on}."""
+    return {
+        source.name: dict(
+            episodes=len(source.ids),
+            held_out=[source.ids[i] for i in np.flatnonzero(source.validation)],
+            trained_on=[f for f, out in zip(fingerprints(source), source.validation, strict=True) if not out],
+        )
+        for source in sources
+    }
+
+
+def restore_split(sources, split):
+    """Hold out what the checkpoint held out, in place. Returns a line for each source that has changed since."""
+    lines = []
+    for source in sources:
+        before = split.get(source.name, dict(episodes=0, held_out=[]))
+        source.validation = np.isin(source.ids, before["held_out"])
+        if before["episodes"] != len(source.ids):
+            lines.append(f"{source.name}: {len(source.ids)} episodes, {before['episodes']} when the run began")
+    return lines
