@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from timing import interleaved, load
 
-vla = load("vla", "demo", "policy", "tiny", "sim.pointing", "sim.world")
-vla.pointing, vla.world = vars(vla)["sim.pointing"], vars(vla)["sim.world"]
+vla = load("vla", "demo", "policy", "sim.tabletop", "sim.tiny")
+vla.tabletop, vla.tiny = vars(vla)["sim.tabletop"], vars(vla)["sim.tiny"]
 
 
 def kept(function):
@@ -108,11 +108,11 @@ def bench_training(args, folder, rows):
 
 def bench_world(args, rows):
     for n in (1, 64):
-        tables = vla.world.Tables(n)
+        tables = vla.tabletop.Tables(n)
         tables.reset(range(n))
         actions = np.full((n, 2), 0.01)
         seconds = interleaved(dict(step=lambda: [tables.step(actions) for _ in range(20)]), args.repeats)["step"]  # noqa: B023
-        rows.append((f"world, {n} table(s), rendered", f"{20 * n / seconds:.0f} steps/s", ""))
+        rows.append((f"tabletop, {n} table(s), rendered", f"{20 * n / seconds:.0f} steps/s", ""))
 
 
 def bench_policy(args, folder, rows):

@@ -1,202 +1,343 @@
-"""Does pretraining on latent actions pay? The experiment of LAPA on a tabletop that fits on a laptop.
+"""Does pretraining on latent actions pay? The experiment of LAPA in closed loop, from nothing to the table.
 
 Run:
-  python vla/sim/experiment.py --out runs/lapa
-  python vla/sim/experiment.py --out runs/lapa --seeds 0 1 2 --demos 5 10 25 50 --steps 1200
-  python vla/sim/experiment.py --out runs/lapa --labels PATH      # of laq/label.py, made from OUT/data
+  python vla/sim/experiment.py --env metaworld --out runs/metaworld            # 3 hours on two quiet cores
+  python vla/sim/experiment.py --env metaworld --quick --out runs/quick        # three tasks, one seed: 15 minutes
+  python vla/sim/experiment.py --env tabletop --out runs/tabletop              # needs no simulator
 
-Videos without actions teach latent actions, then 5 to 50 labelled demonstrations teach commands. Beside it stand
-references that get the same demonstrations, the same sweep and the same tests (ARMS). Kill it and run it again: it
-goes on. Writes OUT/results.json, OUT/table.md and OUT/success.png. The choice of learning rate is made on held-out
-demonstrations; the test scenes are drawn from seeds that nothing else uses.
+Writes videos of scripted experts, trains a tokenizer (laq) on their pixels alone, labels them, pretrains a policy on
+the labels (stage 2), finetunes it on N demonstrations per task (stage 3) and tests it in closed loop on fresh goals.
+ARMS are what it is compared with. Each gets the same demonstrations, the same steps of stage 3 and the same test goals.
+A seed is a seed of everything: tokenizer, network, batches, demonstrations. Kill it and run it again: it goes on.
+Writes OUT/table.md, tasks.md, results.json, success.png and rollouts.png; OUT/logs has each stage's output.
 """
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
+import av
 import numpy as np
+from matplotlib.figure import Figure
 
 if __name__ == "__main__":  # vla/ and its parent take the place of vla/sim/
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
-import demo
 import figures
-import finetune
-import train
-from policy import Policy
-from shards import npz, read_clips, read_vocabulary, write_shard
+from shards import npz, read_clips, write_shard
+from sources import read_labels, read_latents
 
 import common
-from sim import idm, rollout
+from sim import metaworld, tabletop
+from sim.rollout import wilson
+from sim.tiny import build
 
+ROOT = Path(__file__).resolve().parents[2]
 ARMS = dict(
-    scratch="demonstrations only",
-    scratch_long="demonstrations only, as many steps as both stages together",
-    shuffled="latents of other clips: the control that shows that latents matter",
-    latents="latent actions of the same robot's videos",
-    latents_other="latent actions of another robot's videos",
-    vpt="inverse dynamics from the same demonstrations label the videos with commands",
-    vpt_other="the same for another robot's videos",
-    actions="true commands of all videos: the upper bound",
+    latents="latent actions (laq) of the videos",
+    vpt="inverse dynamics from the same demonstrations label the videos",
+    actions="true actions of all videos (upper bound)",
+    scratch="no pretraining",
+    scratch_long="no pretraining, with the steps of both stages",
+    shuffled="latent actions of other frames",
+    constant="one latent action for every frame",
+    given="latent actions that --labels gives, such as those of vvae_lam/label.py",
+    other_latents="latent actions (laq) of another robot's videos",
+    other_vpt="inverse dynamics from the same demonstrations label another robot's videos",
 )
+HELD_OUT = 2  # demonstrations per task that only validation sees
+# The command of each stage; a plan fills in the {words}. TRAIN stands in the three training stages.
+TRAIN = """--image-size {pixels} --batch-size 32 --lr 1e-3 --warmup 50 --weight-decay 0.05 --steps {steps}
+    --log-every 100 --eval-every 250 --save-every 250 --val-samples 256 --seed {seed} --device {device} --resume
+    --out {run}"""
+COMMANDS = {
+    "metaworld-videos": """vla/sim/metaworld.py --tasks {tasks} --episodes {count} --look {look} --seed {seed}
+        --out {run}""",
+    "metaworld-demos": "vla/sim/metaworld.py --tasks {tasks} --episodes {count} --seed 1{seed} --out {run}/robot",
+    "tabletop-videos": """vla/demo.py --videos {count} --demonstrations 1 --body {look} --seed {seed} --with-actions
+        --out {run}""",
+    "tabletop-demos": "vla/demo.py --videos 1 --demonstrations {count} --seed 1{seed} --out {run}",
+    "laq": """laq/train.py --data web={videos} --gap 4 --image-size {pixels} --patch {patch} --dim 96 --depth 2
+        --code-seq-len 4 --codebook-size 8 --motion-weight 10 --steps {laq_steps} --batch-size 32 --lr 1e-3 --warmup 50
+        --log-every 100 --eval-every 200 --save-every 200 --seed {seed} --device {device} --resume --out {run}""",
+    "label": "laq/label.py --checkpoint {laq}/checkpoints/best --data {videos} --device {device} --out {run}",
+    "stage2": "vla/train.py --data web={videos} --labels {labels} --backbone {backbone} --prompt {prompt} " + TRAIN,
+    "idm": """vla/sim/idm.py --data robot={demos}/robot --val-episodes {held_out} --videos web={videos}
+        --image-size {pixels} --seed {seed} --device {device} --out {run}""",
+    "pretrain": """vla/finetune.py --data web={videos} {pseudo} --backbone {backbone} --backbone-lr 1 --prompt {prompt}
+        --chunk {chunk} """
+    + TRAIN,
+    "stage3": """vla/finetune.py --data robot={demos}/robot --val-episodes {held_out} {start} --chunk {chunk} """
+    + TRAIN,
+    "test": """vla/evaluate.py --checkpoint {policy}/checkpoints/best --env {env} {env_tasks} --episodes {episodes}
+        --n-action-steps {n_action_steps} --seed 9{seed} --device {device} --out {run}""",
+}
+# seconds on a quiet core, for the estimate of the time left until a stage has been measured
+SECONDS = {"metaworld-videos": 500, "metaworld-demos": 110, "tabletop-videos": 30, "tabletop-demos": 10, "laq": 260}
+SECONDS |= dict(label=60, stage2=130, idm=60, pretrain=130, stage3=40, test=80)
 
 
 def parse(argv=None):
-    parser = common.Parser(__doc__)
+    parser = common.ArgumentParser(__doc__)
     add, whole = parser.add_argument, dict(type=int, metavar="N")
+    arms = [arm for arm in ARMS if arm != "given"]
+    add("--env", choices=["metaworld", "tabletop"], default="metaworld", help="where the policies act")
     add("--out", required=True, metavar="DIR", help="folder of the experiment; goes on where it was")
-    add("--labels", metavar="DIR", help="latents of OUT/data from a tokenizer; without it demo.py's stand-in")
-    add("--labels-other", metavar="DIR", help="latents of OUT/other, likewise")
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="NAME", help="which: " + ", ".join(ARMS))
-    add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of weights, subsets and batches, not of tests")
-    add("--demos", nargs="+", type=int, default=[10], metavar="N", help="numbers of demonstrations")
-    add("--videos", default=700, help="videos without actions", **whole)
-    add("--other-body", choices=["square", "light"], default="light", help="how the other robot looks")
-    add("--family", default="film", metavar="NAME", help="of the backbone: film, qwen3_vl, qwen2_5_vl (tiny.py)")
-    add("--pointing", default=400, help="steps in which the backbone of all arms learns to see (pointing.py)", **whole)
-    add("--steps", default=2000, help="of stage 2", **whole)
-    add("--tune-steps", default=150, help="of stage 3", **whole)
-    add("--batch-size", default=32, help="samples per step in both", **whole)
-    add("--target", choices=["codes", "codebook", "vectors"], default="vectors", help="what stage 2 learns")
-    add("--backbone-lr", nargs="+", type=float, default=[0.1, 1.0], metavar="X", help="the sweep, for every arm alike")
-    add("--share-stage-2", action="store_true", help="one stage-2 run serves all seeds: they vary stage 3 alone")
-    add("--episodes", default=100, help="test episodes per policy", **whole)
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
-    return parser.parse_args(argv)
+    add("--quick", action="store_true", help="three tasks, three arms, one seed, few videos, steps and episodes")
+    add("--arms", nargs="+", choices=ARMS, default=arms, metavar="NAME", help="which: " + ", ".join(ARMS))
+    add("--labels", metavar="DIR", help="label shards of OUT/videos for the arm `given`")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="seeds of everything but the videos")
+    add("--demos", nargs="+", type=int, default=[2, 5, 10], metavar="N", help="demonstrations per task")
+    add(
+        "--tasks",
+        nargs="+",
+        choices=metaworld.TASKS,
+        default=list(metaworld.TASKS),
+        metavar="NAME",
+        help="of metaworld",
+    )
+    add("--videos", default=50, help="videos per task (tabletop: a quarter of it, for each of 28 tasks)", **whole)
+    add("--laq-steps", default=1200, help="steps of the tokenizer", **whole)
+    add("--steps", default=1500, help="steps of stage 2", **whole)
+    add("--tune-steps", default=300, help="steps of stage 3", **whole)
+    add("--backbone-lr", type=float, default=0.1, metavar="X", help="of a pretrained backbone in stage 3, times --lr")
+    add("--episodes", default=17, help="test episodes per task and seed", **whole)
+    add("--jobs", default=max(1, os.cpu_count() or 1), help="stages at a time, each on one core", **whole)
+    add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.tasks, args.seeds, args.demos = ["door-open", "button-press-topdown", "window-close"], [0], [5]
+        args.arms = ["latents", "actions", "scratch"]
+        args.videos, args.laq_steps, args.steps, args.tune_steps, args.episodes = 25, 600, 600, 200, 10
+    if ("given" in args.arms) != bool(args.labels):
+        parser.error("--labels and the arm `given` go together")
+    for name in ("demos", "videos", "laq_steps", "steps", "tune_steps", "episodes", "jobs"):
+        if np.min(getattr(args, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    return args
 
 
-def shuffle_labels(labels, folder):
-    """Copies of label shards in which every latent is that of a random frame of a random clip."""
-    about, rng = read_vocabulary(labels), np.random.default_rng(0)
-    clips = read_clips(folder.parent / "data", labels)
-    for clip in clips:
-        clip.labels = about
-    found = [clip.latents() for clip in clips]
-    codes, vectors, _ = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    order, start, shards = rng.permutation(len(codes)), 0, {}
-    for clip, (own, *_) in zip(clips, found, strict=True):
+# --- the plan
+
+
+@dataclass
+class Job:
+    """A stage, run once after the jobs that it needs: a process (`command`), or a function in this one."""
+
+    name: str  # also the folder of what it writes
+    stage: str  # its name in COMMANDS
+    needs: list
+    command: list | None
+    function: object
+
+
+def plan(args):
+    """{name: Job} of the whole table, in the order in which they are begun: an arm after another, seed by seed."""
+    out, jobs, meta = Path(args.out).resolve(), {}, args.env == "metaworld"
+    tasks = [list(metaworld.TASKS).index(task) for task in args.tasks] if meta else [0]
+    per_task = 1 if meta else 28  # of the tabletop's tasks only the sum is chosen
+    pixels, most = (64 if meta else 32), max(args.demos) + HELD_OUT
+    texts = list(metaworld.TASKS.values())
+    if not meta:
+        texts = [tabletop.instruction(i, verb) for i in range(len(tabletop.TASKS)) for verb in tabletop.VERBS]
+    shared = dict(env=args.env, tasks=args.tasks, env_tasks=["--tasks", *args.tasks] if meta else [], pixels=pixels)
+    shared |= dict(patch=pixels // 4, chunk=8 if meta else 4, n_action_steps=4 if meta else 1, episodes=args.episodes)
+    shared |= dict(device=args.device, laq_steps=args.laq_steps, steps=args.steps, prompt="{instruction}")
+
+    def add(stage, name, needs=(), function=None, **words):
+        """Adds a job, unless it is there, and returns its name."""
+        words, parts = shared | dict(run=out / name) | words, []
+        for word in COMMANDS.get(stage, "").split():  # a list becomes several words
+            value = words.get(word.strip("{}"))
+            parts += map(str, value) if isinstance(value, list) else [word.format(**words)]
+        jobs.setdefault(name, Job(name, stage, list(needs), [sys.executable, *parts] if parts else None, function))
+        return name
+
+    def cell(arm, seed, demos):
+        """The jobs of one number of the table."""
+        count = most * per_task
+        demos_at = add(f"{args.env}-demos", f"demos-{seed}-{most}", seed=seed, count=count)
+        backbone = f"backbone-{seed}"
+        add("backbone", backbone, function=lambda run: build(run, texts, "film", pixels=pixels, seed=seed))
+        held_out = ",".join(f"{1000 * task + demos * per_task}-{1000 * task + count - 1}" for task in tasks)
+        own = dict(seed=seed, demos=out / demos_at, backbone=out / backbone, held_out=held_out)
+        start, before = ["--backbone", out / backbone, "--prompt", "{instruction}", "--backbone-lr", 1], []
+        if not arm.startswith("scratch"):
+            before = [pretraining(arm, seed, demos, demos_at, own)]
+            start = ["--init", out / before[0] / "checkpoints" / "best", "--backbone-lr", args.backbone_lr]
+            start += ["--keep-head"] if arm.endswith(("vpt", "actions")) else []
+        steps = args.tune_steps + (args.steps if arm == "scratch_long" else 0)
+        needs = [demos_at, backbone, *before]
+        policy = add("stage3", f"stage3-{arm}-{seed}-{demos}", needs, **own | dict(start=start, steps=steps))
+        add("test", f"test-{arm}-{seed}-{demos}", [policy], policy=out / policy, seed=seed)
+
+    def pretraining(arm, seed, demos, demos_at, own):
+        """The job that pretrains an arm."""
+        other, backbone = arm.startswith("other"), f"backbone-{seed}"
+        look = ("other" if meta else "light") if other else ("robot" if meta else "disc")
+        count = args.videos if meta else args.videos * per_task // 4
+        videos = add(f"{args.env}-videos", "other" if other else "videos", look=look, seed=2 * other, count=count)
+        own = own | dict(videos=out / videos)
+        if arm == "actions":
+            return add("pretrain", f"pretrain-{arm}-{seed}", [videos, backbone], **own, pseudo=[])
+        if arm.endswith("vpt"):
+            idm = add("idm", f"idm-{videos}-{seed}-{demos}", [videos, demos_at], **own)
+            pseudo = ["--action-labels", out / idm / "web"]
+            return add("pretrain", f"pretrain-{arm}-{seed}-{demos}", [idm, backbone], **own, pseudo=pseudo)
+        if arm == "given":
+            return add("stage2", f"stage2-{arm}-{seed}", [videos, backbone], **own, labels=Path(args.labels).resolve())
+        laq = add("laq", f"laq-{videos}-{seed}", [videos], **own)
+        labels = plain = add("label", f"label-{videos}-{seed}", [laq], **own, laq=out / laq)
+        if arm in ("shuffled", "constant"):
+            labels = f"label-{arm}-{seed}"
+            add("relabel", labels, [plain], lambda run: relabel(out / plain, out / videos, run, arm, seed))
+        return add("stage2", f"stage2-{arm}-{seed}", [labels, backbone], **own, labels=out / labels)
+
+    for demos in sorted(args.demos, key=lambda n: (n != 5, n)):  # the number of the claim first
+        for seed in args.seeds:
+            for arm in args.arms:
+                cell(arm, seed, demos)
+    return jobs
+
+
+def relabel(labels, videos, out, arm, seed):
+    """Copies of label shards in which every latent is that of a random frame (shuffled), or of one frame (constant)."""
+    about, rng = read_labels(labels), np.random.default_rng(seed)
+    clips = [clip for clip in read_clips(videos, labels) if len(clip) > about["gap"]]
+    found = [read_latents(clip, about)[:2] for clip in clips]
+    codes, vectors = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = rng.permutation(len(codes)) if arm == "shuffled" else np.full(len(codes), rng.integers(len(codes)))
+    start, shards = 0, {}
+    for clip, (own, _) in zip(clips, found, strict=True):
         rows = order[start : start + len(own)]
         start += len(own)
         packed = npz(codes=codes[rows], vectors=vectors[rows], gap=np.int64(about["gap"]))
         shards.setdefault(clip.shard.name, []).append({"__key__": clip.key, "latents.npz": packed})
-    folder.mkdir(exist_ok=True)
+    out.mkdir(exist_ok=True)
     for name, samples in shards.items():
-        write_shard(folder / name, samples)
-    with common.atomic(folder / "labels.json") as path:
-        path.write_text(json.dumps(about))
+        write_shard(out / name, samples)
+    with common.atomic(out / "labels.json") as path:
+        path.write_text((labels / "labels.json").read_text())
 
 
-class Experiment:
-    def __init__(self, args):
-        self.args, self.out = args, Path(args.out)
-        self.out.mkdir(parents=True, exist_ok=True)
-        same = dict(with_actions=True, videos=args.videos)
-        demo.write(self.out / "data", family=args.family, pointing=args.pointing, **same)
-        other = [arm for arm in args.arms if arm.endswith("other")]
-        if other:
-            demo.write(self.out / "other", body=args.other_body, demonstrations=1, seed=1, **same)
-        self.labels = dict(
-            latents=args.labels or self.out / "data" / "labels",
-            latents_other=args.labels_other or self.out / "other" / "labels",
-            shuffled=self.out / "shuffled",
-        )
-        if "shuffled" in args.arms:
-            shuffle_labels(self.labels["latents"], self.labels["shuffled"])
-        shown = dict(image_size=32, prompt="robot, {instruction}", device=args.device, batch_size=args.batch_size)
-        self.common = [word for name, value in shown.items() for word in (common.flag(name), value)]
-        self.common += "--lr 1e-3 --warmup 20 --weight-decay 0.05 --log-every 50 --val-samples 128".split()
-
-    def run(self, main, name, steps, *words):
-        """A training run in OUT/runs/NAME, begun or gone on with; returns its best checkpoint and its val/loss."""
-        folder = self.out / "runs" / name
-        best = folder / "checkpoints" / "best"
-        if not (folder / "done").exists():
-            every = ["--steps", steps, "--eval-every", max(1, steps // 4), "--save-every", steps]
-            code = main([*self.common, *every, "--out", folder, "--resume", *words])
-            if code:
-                sys.exit(code)  # it was asked to stop, and has saved
-            (folder / "done").touch()
-        return best, common.load(best / "resume.pt")["best"]
-
-    def pretrain(self, arm, seed, demos):
-        """The checkpoint that stage 3 of this arm starts from, as flags of finetune.py."""
-        args, backbone = self.args, ["--backbone", self.out / "data" / "backbone"]
-        if args.share_stage_2 and not arm.startswith("vpt"):  # whose labels depend on the demonstrations
-            seed = args.seeds[0]
-        videos = self.out / ("other" if arm.endswith("other") else "data")
-        if arm.startswith("scratch"):
-            return backbone
-        words = ["--data", f"videos={videos}", "--seed", seed, *backbone]
-        if arm in self.labels:
-            words += ["--labels", self.labels[arm], "--target", args.target]
-            return ["--init", self.run(train.main, f"{arm}-{seed}", args.steps, *words)[0]]
-        words += ["--chunk", 1, "--backbone-lr", 1]
-        name = f"{arm}-{seed}"
-        if arm.startswith("vpt"):
-            name = f"{arm}-{seed}-{demos}"
-            pseudo = self.out / "idm" / name
-            if not (pseudo / "report.json").exists():
-                about = [
-                    "--data",
-                    f"robot={self.out / 'data' / 'robot'}",
-                    "--videos",
-                    f"videos={videos}",
-                    "--seed",
-                    seed,
-                ]
-                idm.main(
-                    [str(word) for word in [*about, "--out", pseudo, "--episodes", demos, "--device", args.device]]
-                )
-            words += ["--action-labels", pseudo / "videos"]
-        return ["--init", self.run(finetune.main, name, args.steps, *words)[0]]
-
-    def row(self, arm, seed, demos):
-        """One number: stage 3 with every rate of the sweep, the best by held-out demonstrations in closed loop."""
-        args = self.args
-        start, tried = self.pretrain(arm, seed, demos), {}
-        steps = args.tune_steps + (args.steps if arm == "scratch_long" else 0)
-        for rate in args.backbone_lr:
-            words = [
-                "--data",
-                f"robot={self.out / 'data' / 'robot'}",
-                "--episodes",
-                demos,
-                "--seed",
-                seed,
-                "--chunk",
-                1,
-            ]
-            name = f"{arm}-{seed}-{demos}-tuned-{rate}"
-            best, loss = self.run(finetune.main, name, steps, *start, *words, "--backbone-lr", rate)
-            tried[rate] = loss, best
-        rate = min(tried, key=lambda rate: tried[rate][0])
-        policy = Policy.from_pretrained(
-            tried[rate][1], common.setup(SimpleNamespace(device=args.device, seed=seed)).device
-        )
-        tests = [(seed, 1_000_000 + i) for i in range(args.episodes)]
-        won = rollout.on_tables(policy, tests)[0]
-        return dict(arm=arm, seed=seed, demos=demos, rate=rate, loss=tried[rate][0], won=int(won.sum()), of=len(won))
+# --- running it
 
 
-def summarise(rows):
-    """{(arm, demos): (success, low, high, seeds)}: all seeds' episodes together, with the 95 % interval."""
-    table = {}
-    for arm in ARMS:
-        for demos in sorted({row["demos"] for row in rows}):
-            mine = [row for row in rows if (row["arm"], row["demos"]) == (arm, demos)]
-            if mine:
-                won, of = sum(row["won"] for row in mine), sum(row["of"] for row in mine)
-                table[arm, demos] = (won / of, *rollout.wilson(won, of), len(mine))
+class Runner:
+    """Runs jobs, `width` at a time. A finished one leaves OUT/done/NAME.json with its seconds, and is not run again."""
+
+    def __init__(self, out, jobs, width, after):
+        self.out, self.jobs, self.width, self.after = out, jobs, width, after
+        self.done, self.running, self.stopped = {}, {}, 0
+        for folder in ("done", "logs"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        for file in (out / "done").glob("*.json"):
+            self.done[file.stem] = common.read_json(file)
+        for name in common.SIGNALS:
+            signal.signal(name, self.stop)
+
+    def stop(self, number, frame=None):
+        self.stopped = number
+        for process, *_ in self.running.values():
+            process.send_signal(signal.SIGTERM)  # a training stage saves and ends
+
+    def left(self):
+        """How much is done, and the estimate of the time left."""
+        total, finished = 0.0, sum(name in self.done for name in self.jobs)
+        for job in self.jobs.values():
+            if job.name not in self.done:
+                seen = [one["seconds"] for one in self.done.values() if one["stage"] == job.stage]
+                total += np.mean(seen) if seen else SECONDS.get(job.stage, 5)
+        return f"{finished} of {len(self.jobs)} stages done, about {total / self.width / 60:.0f} minutes left"
+
+    def finish(self, job, began):
+        took = dict(stage=job.stage, seconds=round(time.monotonic() - began, 1))
+        with common.atomic(self.out / "done" / f"{job.name}.json") as path:
+            path.write_text(json.dumps(took))
+        self.done[job.name] = took
+        self.after(job)
+        print(f"{job.name}: {took['seconds']:.0f} s; {self.left()}", flush=True)
+
+    def start(self, job):
+        began = time.monotonic()
+        if job.function:
+            job.function(self.out / job.name)
+            return self.finish(job, began)
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+        with open(self.out / "logs" / f"{job.name}.log", "ab") as log:
+            files = dict(stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            self.running[job.name] = subprocess.Popen(job.command, cwd=ROOT, env=env, **files), job, began
+
+    def collect(self):
+        for name, (process, job, began) in list(self.running.items()):
+            if process.poll() is not None:
+                del self.running[name]
+                if process.returncode == 0:
+                    self.finish(job, began)
+                elif not self.stopped:
+                    self.stop(signal.SIGTERM)
+                    log = self.out / "logs" / f"{name}.log"
+                    end = log.read_text(errors="replace").strip().splitlines()[-1:]
+                    raise common.DataError(f"stage {name} failed: {' '.join(end)} (all of it: {log})")
+
+    def run(self):
+        """Run all jobs; returns an exit code."""
+        print(f"{self.out}: {self.left()}", flush=True)
+        while self.running or not self.stopped and any(name not in self.done for name in self.jobs):
+            for job in self.jobs.values():
+                free = len(self.running) < self.width and not self.stopped
+                waits = [name for name in job.needs if name not in self.done]
+                if free and not waits and job.name not in self.done and job.name not in self.running:
+                    self.start(job)
+            time.sleep(0.2)
+            self.collect()
+        return {0: 0, signal.SIGINT: 130}.get(self.stopped, 75)
+
+
+# --- the tables
+
+
+def read_results(out):
+    """All tests that are there: [{arm, seed, demos, tasks: {task: (successes, episodes)}}]."""
+    rows = []
+    for file in sorted(out.glob("test-*/report.json")):
+        _, arm, seed, demos = file.parent.name.split("-")
+        tasks = common.read_json(file)["closed_loop"]["tasks"]
+        tasks = {task: (row["successes"], row["episodes"]) for task, row in tasks.items()}
+        rows.append(dict(arm=arm, seed=int(seed), demos=int(demos), tasks=tasks))
+    return rows
+
+
+def summarise(rows, draws=2000):
+    """{(arm, demos): (success, low, high, seeds)}.
+
+    The 95 % interval is the wider one at each end of Wilson's over all episodes, and of a bootstrap over seeds and,
+    within each seed and task, episodes.
+    """
+    table, rng = {}, np.random.default_rng(0)
+    for arm, demos in sorted(
+        {(row["arm"], row["demos"]) for row in rows}, key=lambda key: (list(ARMS).index(key[0]), key)
+    ):
+        mine = [list(row["tasks"].values()) for row in rows if (row["arm"], row["demos"]) == (arm, demos)]
+        wins, trials = np.array(mine).transpose(2, 0, 1)  # seeds x tasks
+        seeds = rng.integers(len(wins), size=(draws, len(wins)))
+        again = rng.binomial(trials[seeds], (wins / trials)[seeds]).sum((1, 2)) / trials[seeds].sum((1, 2))
+        ends = zip(np.quantile(again, [0.025, 0.975]), wilson(wins.sum(), trials.sum()), strict=True)
+        (low, high), share = ends, wins.sum() / trials.sum()
+        table[arm, demos] = float(share), float(min(low)), float(max(high)), len(wins)
     return table
 
 
 def markdown(table):
-    """The table of a README: an arm per line, success in per cent with its interval and the number of seeds."""
+    """An arm per line: success in per cent, its interval, the number of seeds."""
     columns = sorted({demos for _, demos in table})
-    yield "| pretraining | " + " | ".join(f"{demos} demonstrations" for demos in columns) + " |"
+    yield "| pretraining | " + " | ".join(f"{demos} demonstrations per task" for demos in columns) + " |"
     yield "| --- " + "| ---: " * len(columns) + "|"
-    for arm in [arm for arm in ARMS if any(arm == key[0] for key in table)]:
+    for arm in dict.fromkeys(arm for arm, _ in table):
         cells = []
         for demos in columns:
             p, low, high, seeds = table.get((arm, demos), (None, 0, 0, 0))
@@ -204,29 +345,69 @@ def markdown(table):
         yield f"| {arm}: {ARMS[arm]} | " + " | ".join(cells) + " |"
 
 
+def task_tables(rows):
+    """For each number of demonstrations a task per line, an arm per column: success in per cent over all seeds."""
+    for demos in sorted({row["demos"] for row in rows}):
+        mine = [row for row in rows if row["demos"] == demos]
+        arms = [arm for arm in ARMS if any(row["arm"] == arm for row in mine)]
+        yield f"{demos} demonstrations per task\n\n| task | {' | '.join(arms)} |\n| --- {'| ---: ' * len(arms)}|"
+        for task in mine[0]["tasks"]:
+            sums = [np.sum([row["tasks"][task] for row in mine if row["arm"] == arm], 0) for arm in arms]
+            yield f"| {task} | {' | '.join(f'{100 * wins / trials:.0f}' for wins, trials in sums)} |"
+        yield ""
+
+
+def side_by_side(videos, moments=4):
+    """A figure of two arms' rollouts on the same goals, the first arm above the second; videos: {arm: mp4}."""
+    frames = {}
+    for arm, file in videos.items():
+        with av.open(str(file)) as video:
+            frames[arm] = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    figure, last = Figure(figsize=(9, 3 * moments + 0.4), layout="constrained"), max(map(len, frames.values())) - 1
+    for i, axis in enumerate(figure.subplots(2 * moments, 1)):
+        arm, moment = list(frames)[i % 2], round(i // 2 * last / (moments - 1))
+        axis.imshow(frames[arm][min(moment, len(frames[arm]) - 1)])
+        axis.set(xticks=[], yticks=[], ylabel=f"{arm}\naction {moment}")
+    figure.suptitle("rollouts on the same goals; an episode ends with its first success")
+    return figure
+
+
+def report(out):
+    """Write tables and figures from the tests that are there."""
+    rows = read_results(out)
+    table = summarise(rows)
+    texts = {"results.json": json.dumps(rows, indent=1), "table.md": "\n".join(markdown(table)) + "\n"}
+    texts["tasks.md"] = "\n".join(task_tables(rows)) + "\n"
+    for name, text in texts.items():
+        with common.atomic(out / name) as path:
+            path.write_text(text)
+    pictures = {"success.png": figures.success(table, ARMS)}
+    for ours in sorted(out.glob("test-latents-*/figures/rollouts.mp4"))[:1]:
+        other = Path(str(ours).replace("test-latents", "test-scratch"))
+        if other.exists():
+            pictures["rollouts.png"] = side_by_side(dict(latents=ours, scratch=other))
+    for name, picture in pictures.items():
+        with common.atomic(out / name) as path:
+            picture.savefig(path, format="png")
+
+
 def main(argv=None):
     args = parse(argv)
-    experiment = Experiment(args)
-    results = experiment.out / "results.json"
-    rows = json.loads(results.read_text()) if results.exists() else []
-    for seed in args.seeds:
-        for demos in args.demos:
-            for arm in args.arms:
-                if any((row["arm"], row["seed"], row["demos"]) == (arm, seed, demos) for row in rows):
-                    continue
-                rows.append(experiment.row(arm, seed, demos))
-                with common.atomic(results) as path:
-                    path.write_text(json.dumps(rows, indent=1))
-                table = summarise(rows)
-                with common.atomic(experiment.out / "table.md") as path:
-                    path.write_text("\n".join(markdown(table)) + "\n")
-                with common.atomic(experiment.out / "success.png") as path:
-                    figures.success(table, ARMS).savefig(path, format="png")
-                print(json.dumps(rows[-1]), flush=True)
-    print((experiment.out / "table.md").read_text())
-    print(f"figure: {experiment.out / 'success.png'}")
+    if args.env == "metaworld":
+        metaworld.open_package()  # what is missing is said before anything is written
+    out = Path(args.out).resolve()
+    runner = Runner(out, plan(args), args.jobs, lambda job: report(out) if job.stage == "test" else None)
+    code = runner.run()
+    if code:
+        print(f"stopped; the same command goes on: {runner.left()}", flush=True)
+        return code
+    print((out / "table.md").read_text())
+    print(f"tables: {out}/table.md, tasks.md; figures: {out}/success.png, rollouts.png")
     return 0
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

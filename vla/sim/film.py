@@ -1,8 +1,11 @@
-"""The smallest image-text model that learns to push blocks on a laptop: a convolutional net that words modulate.
+"""A small image-text model for the simulated worlds: a convolutional network that the instruction modulates.
 
 FiLM (Perez et al. 2018, arXiv 1709.07871) as a model of transformers: once this file is imported,
-AutoModelForImageTextToText and AutoProcessor know it, so all scripts treat it as any other backbone. A transformer this
-small, drawn at random, sits on a plateau for thousands of steps before it ties words to places; this one does not.
+AutoModelForImageTextToText and AutoProcessor know it, and every script of this folder takes it as a backbone. 1.2 M
+parameters. A transformer of that size with random weights needs several times the steps before it uses the
+instruction.
+
+Letters: B batch, L text tokens, D width, C channels, P side of the square images.
 """
 
 import torch
@@ -19,54 +22,56 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+GRID = 16  # the first convolution sees the image as GRID x GRID patches, whatever its size
+
 
 class FilmConfig(PretrainedConfig):
-    """hidden_size: of embeddings and output; channels: of the convolutions; pixels: side of the square images."""
+    """hidden_size: D; channels: C; pixels: P, a multiple of 16."""
 
     model_type = "film"
 
     def __init__(self, vocab_size=600, hidden_size=256, channels=48, pixels=32, dropout=0.2, **more):
         self.vocab_size, self.hidden_size, self.channels = vocab_size, hidden_size, channels
-        self.pixels, self.dropout, self.patch_size = pixels, dropout, pixels // 8
+        self.pixels, self.dropout, self.patch_size = pixels, dropout, pixels // GRID
         super().__init__(**more)
 
 
-class Words(nn.Module):
-    """Embeddings (B, L, D) -> what the text asks for (B, D); order counts, padding on the left does not."""
+class TextEncoder(nn.Module):
+    """Token embeddings (B, L, D) and mask (B, L) -> one vector (B, D). Word order counts, left padding does not."""
 
     def __init__(self, config):
         super().__init__()
         D = config.hidden_size
-        self.places = nn.Embedding(64, D)
+        self.positions = nn.Embedding(64, D)
         self.layers = nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)])
 
     def forward(self, embedded, mask):
         L = embedded.shape[1]
         from_end = torch.arange(L - 1, -1, -1, device=mask.device).clamp(max=63)
-        x = F.relu(self.layers[0](embedded + self.places(from_end))) * mask[..., None]
+        x = F.relu(self.layers[0](embedded + self.positions(from_end))) * mask[..., None]
         return F.relu(self.layers[1](x.sum(1) / mask.sum(1, keepdim=True)))
 
 
-class Pixels(nn.Module):
-    """Images (B, 3, P, P), words (B, D) -> (B, D): two residual blocks at P/4, scaled and shifted by the words."""
+class ImageEncoder(nn.Module):
+    """Images (B, 3, P, P), text (B, D) -> (B, D): two residual blocks at 8 x 8, scaled and shifted by the text."""
 
     def __init__(self, config):
         super().__init__()
-        D, C, side = config.hidden_size, config.channels, config.pixels // 4
-        self.first = nn.Conv2d(12, C, 3, padding=1)
+        D, C, self.patch = config.hidden_size, config.channels, config.patch_size
+        self.first = nn.Conv2d(3 * self.patch**2, C, 3, padding=1)
         self.second = nn.Conv2d(C + 2, C, 3, stride=2, padding=1)
         self.blocks = nn.ModuleList([nn.Conv2d(C, C, 3, padding=1) for _ in range(4)])
         self.modulate = nn.ModuleList([nn.Linear(D, 2 * C) for _ in range(2)])
-        self.out = nn.Linear(C * side * side, D)
+        self.out = nn.Linear(C * (GRID // 2) ** 2, D)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, images, words):
-        x = F.relu(self.first(F.pixel_unshuffle(images, 2)))
+    def forward(self, images, text):
+        x = F.relu(self.first(F.pixel_unshuffle(images, self.patch)))  # B C 16 16
         line = torch.linspace(-1, 1, x.shape[2], device=x.device, dtype=x.dtype)
-        place = torch.stack(torch.meshgrid(line, line, indexing="ij")).expand(len(x), -1, -1, -1)
-        x = F.relu(self.second(torch.cat([x, place], 1)))  # B C 8 8
+        coordinates = torch.stack(torch.meshgrid(line, line, indexing="ij")).expand(len(x), -1, -1, -1)
+        x = F.relu(self.second(torch.cat([x, coordinates], 1)))  # B C 8 8
         for i, modulate in enumerate(self.modulate):
-            scale, shift = modulate(words)[..., None, None].chunk(2, 1)
+            scale, shift = modulate(text)[..., None, None].chunk(2, 1)
             y = self.blocks[2 * i](x) * (1 + scale) + shift
             x = x + self.blocks[2 * i + 1](F.relu(y))
         return F.relu(self.out(self.dropout(F.relu(x).flatten(1))))
@@ -88,15 +93,15 @@ class FilmModel(FilmPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.visual, self.language_model = Pixels(config), Words(config)
+        self.visual, self.language_model = ImageEncoder(config), TextEncoder(config)
         self.join = nn.Linear(config.hidden_size, config.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self):
         return self.embed
 
-    def forward(self, input_ids, attention_mask, pixel_values, use_cache=False):
-        embedded = self.embed(input_ids)
+    def forward(self, input_ids=None, attention_mask=None, pixel_values=None, inputs_embeds=None, use_cache=False):
+        embedded = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         seen = self.visual(pixel_values, self.language_model(embedded, attention_mask.to(embedded.dtype)))
         return BaseModelOutput(last_hidden_state=F.relu(seen[:, None] + self.join(embedded)))
 
@@ -130,7 +135,7 @@ class FilmProcessor(ProcessorMixin):
 
 
 def build(folder, tokenizer, template, pixels=32, seed=0):
-    """Write a randomly initialised model and its processor; returns its parameters."""
+    """Write a model with random weights and its processor; returns its number of parameters."""
     image = ViTImageProcessorFast(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,15 +1,16 @@
-"""Inverse dynamics: from few demonstrations, learn which command lies between two frames; label videos with it (VPT).
+"""Inverse dynamics for VPT: from few demonstrations learn the action between two frames, then label videos with it.
 
 Run:
   python vla/sim/idm.py --data robot=PATH --videos web=PATH --episodes 10 --out runs/vpt
   python vla/finetune.py --backbone NAME --data web=PATH --action-labels runs/vpt/web --out runs/vpt/policy
 
-VPT (Baker et al. 2022, arXiv 2206.11795) is the strong rival of latent actions: it needs commands before it can use
-videos. Writes label shards with KEY.actions.npy, named like the video shards, to OUT/NAME, and OUT/report.json: R2
-on held-out clips.
+VPT (Baker et al. 2022, arXiv 2206.11795) is the strong baseline for latent actions: it needs actions before it can use
+videos. Writes label shards with KEY.actions.npy, named like the video shards, to OUT/NAME, and OUT/report.json: R2 per
+action dim on held-out demonstrations.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -21,112 +22,117 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # vla/ and its parent take the place of vla/sim/
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
-from data import few, named_paths, read_sources
 from shards import npy, read_clips, write_shard
+from sources import few, named_paths, read_sources
 
 import common
 
+SHIFT = 0.12  # random shift of both frames alike, of their side; without it the demonstrations are memorised
+
 
 def parse(argv=None):
-    parser = common.Parser(__doc__)
-    add, whole = parser.add_argument, dict(type=int, metavar="N")
-    add("--data", nargs="+", required=True, metavar="NAME=PATH", help="demonstrations with actions")
-    add("--videos", nargs="+", required=True, metavar="NAME=PATH", help="clips to label")
+    parser = common.ArgumentParser(__doc__)
+    add, whole, real = parser.add_argument, dict(type=int, metavar="N"), dict(type=float, metavar="X")
+    add("--data", nargs="+", required=True, metavar="PATH", help="demonstrations with actions, NAME=PATH or PATH")
+    add("--videos", nargs="+", required=True, metavar="PATH", help="clips to label, NAME=PATH or PATH")
     add("--out", required=True, metavar="DIR", help="folder for the label shards")
     add("--episodes", default=0, help="learn from N demonstrations, as finetune.py chooses them; 0: all", **whole)
-    add("--val-share", type=float, default=0.1, metavar="X", help="share of the demonstrations held out")
-    add("--image-size", default=32, help="side that frames are squashed to", **whole)
+    add("--val-share", default=0.1, help="share of the demonstrations held out", **real)
+    add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
+    add("--image-size", default=32, help="side that frames are squashed to, a power of two", **whole)
     add("--steps", default=400, help="optimizer steps", **whole)
     add("--batch-size", default=64, help="pairs of frames per step", **whole)
-    add("--lr", type=float, default=1e-3, metavar="X", help="peak learning rate")
-    add("--shift", type=float, default=0.12, metavar="X", help="random shift of both frames alike, of their side")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
+    add("--lr", default=1e-3, help="peak learning rate", **real)
+    add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
     add("--seed", default=0, help="of weights, batches and the choice of demonstrations", **whole)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("image_size", "steps", "batch_size", "lr"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    return args
 
 
 class InverseDynamics(nn.Module):
-    """Two frames (B, 6, S, S) in [0, 1], the second minus the first -> the command between them, normalised (B, A)."""
+    """A frame and its change to the next (B, 6, S, S) -> the normalised action between them (B, A)."""
 
-    def __init__(self, dims, size, width=32):
+    def __init__(self, action_dim, size, width=32):
         super().__init__()
-        parts, channels = [nn.PixelUnshuffle(2)], 24
-        while size > 8:
-            size //= 2
+        parts, channels, side = [nn.PixelUnshuffle(2)], 24, size // 2
+        while True:
             parts += [nn.Conv2d(channels, width, 3, padding=1, stride=1 if channels == 24 else 2), nn.ReLU()]
-            channels, width = width, min(2 * width, 128)
-        self.look, self.tell = nn.Sequential(*parts, nn.Flatten(), nn.Dropout(0.2)), nn.LazyLinear(dims)
+            side, channels, width = side if channels == 24 else side // 2, width, min(2 * width, 128)
+            if side <= 8:
+                break
+        self.encoder = nn.Sequential(*parts, nn.Flatten(), nn.Dropout(0.2))
+        self.head = nn.Linear(channels * side**2, action_dim)
 
-    def forward(self, pair):
-        return self.tell(self.look(pair))
+    def forward(self, pairs):
+        return self.head(self.encoder(pairs))
 
 
-def pairs(frames):
-    """Frames (T, S, S, 3) uint8 -> (T - 1, 6, S, S): each frame, and what changes to the next."""
+def frame_pairs(frames):
+    """Frames (T, S, S, 3) uint8 -> (T - 1, 6, S, S) float: each frame in [0, 1], and twice its change to the next."""
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
     return torch.cat([x[:-1], 2 * (x[1:] - x[:-1])], 1)
 
 
-def gather(clips, size):
-    """All pairs and their commands of some clips: (n, 6, S, S), (n, A)."""
-    x = [pairs(clip.frames(np.arange(clip.meta["length"]), size)) for clip in clips if clip.meta["length"] > 1]
-    y = [torch.from_numpy(clip.array("actions.npy")[:-1]) for clip in clips if clip.meta["length"] > 1]
-    return torch.cat(x), torch.cat(y)
+def read_pairs(clips, size):
+    """All pairs of the clips and the actions between them: (n, 6, S, S), (n, A)."""
+    clips = [clip for clip in clips if len(clip) > 1]
+    x = torch.cat([frame_pairs(clip.frames(size)) for clip in clips])
+    return x, torch.cat([torch.from_numpy(clip.array("actions.npy")[:-1]) for clip in clips])
 
 
-def learn(model, x, y, args, device):
+def fit(model, x, y, args):
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(opt, args.lr, total_steps=args.steps)
-    draw, reach = torch.Generator().manual_seed(args.seed), round(args.shift * args.image_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, args.lr, total_steps=args.steps)
+    size, most = args.image_size, round(SHIFT * args.image_size)
     for step in tqdm(range(args.steps), disable=not sys.stderr.isatty(), unit="step"):
-        common.seed(args.seed, step)
-        rows = torch.randint(len(x), (args.batch_size,), generator=draw)
-        padded = F.pad(x[rows], (reach,) * 4, mode="replicate")
-        top, left = torch.randint(2 * reach + 1, (2, args.batch_size), generator=draw)
-        size = args.image_size
-        moved = [p[:, t : t + size, u : u + size] for p, t, u in zip(padded, top, left, strict=True)]
-        loss = F.smooth_l1_loss(model(torch.stack(moved).to(device)), y[rows].to(device))
+        common.seed_all(args.seed, step)
+        rows = torch.randint(len(x), (args.batch_size,))
+        padded = F.pad(x[rows], (most,) * 4, mode="replicate")
+        shifts = torch.randint(2 * most + 1, (args.batch_size, 2)).tolist()
+        pairs = [pair[:, i : i + size, j : j + size] for pair, (i, j) in zip(padded, shifts, strict=True)]
+        loss = F.smooth_l1_loss(model(torch.stack(pairs).to(args.device)), y[rows].to(args.device))
         opt.zero_grad()
         loss.backward()
         opt.step()
-        rate.step()
-    return model.eval()
+        schedule.step()
+    model.eval()
 
 
 def main(argv=None):
     args = parse(argv)
-    dist = common.setup(args)
-    clips = [source for source in read_sources(args.data, "actions", None, args.val_share)]
-    train = [clip for source in clips for clip in source.train]
+    sources = read_sources(args.data, "actions", None, args.val_share, args.val_episodes)
+    train = [clip for source in sources for clip in source.train]
     train = few(train, args.episodes, args.seed) if args.episodes else train
-    x, y = gather(train, args.image_size)
+    x, y = read_pairs(train, args.image_size)
     center, scale = y.mean(0), y.std(0).clamp(min=1e-6)
-    model = InverseDynamics(y.shape[1], args.image_size).to(dist.device)
-    model(x[:1].to(dist.device))  # sizes the last layer
-    learn(model, x, (y - center) / scale, args, dist.device)
+    common.seed_all(args.seed)
+    model = InverseDynamics(y.shape[1], args.image_size).to(args.device)
+    fit(model, x, (y - center) / scale, args)
 
     @torch.no_grad()
-    def commands(x):
-        parts = [model(part.to(dist.device)).cpu() for part in x.split(512)]
+    def predict(pairs):
+        parts = [model(part.to(args.device)).cpu() for part in pairs.split(512)]
         return torch.cat(parts) * scale + center
 
     report = dict(demonstrations=len(train), pairs=len(x))
-    held = [clip for source in clips for clip in source.validation]
-    if held:
-        x, y = gather(held, args.image_size)
-        report["r2"] = (1 - (commands(x) - y).square().sum(0) / (y - y.mean(0)).square().sum(0)).tolist()
+    held_out = [clip for source in sources for clip in source.validation]
+    if held_out:
+        x, y = read_pairs(held_out, args.image_size)
+        report["r2"] = (1 - (predict(x) - y).square().sum(0) / (y - y.mean(0)).square().sum(0)).tolist()
     for name, path in named_paths(args.videos):
-        folder = Path(args.out) / name
+        folder, shards = Path(args.out) / name, {}
         folder.mkdir(parents=True, exist_ok=True)
-        shards = {}
         for clip in read_clips(path):
             shards.setdefault(clip.shard, []).append(clip)
-        for shard, members in tqdm(shards.items(), disable=not sys.stderr.isatty(), unit="shard"):
+        for shard, clips in tqdm(shards.items(), disable=not sys.stderr.isatty(), unit="shard"):
             samples = []
-            for clip in members:
-                frames = clip.frames(np.arange(clip.meta["length"]), args.image_size)
-                actions = commands(pairs(frames)).numpy() if len(frames) > 1 else np.zeros((0, y.shape[1]), np.float32)
-                actions = np.concatenate([actions, np.zeros_like(y[:1])])  # nothing follows the last frame
+            for clip in clips:
+                actions = np.zeros((len(clip), len(center)), np.float32)  # nothing follows the last frame
+                if len(clip) > 1:
+                    actions[:-1] = predict(frame_pairs(clip.frames(args.image_size))).numpy()
                 samples.append({"__key__": clip.key, "actions.npy": npy(actions)})
             write_shard(folder / shard.name, samples)
         print(f"{name}: {sum(map(len, shards.values()))} clips labelled, in {folder}", flush=True)
@@ -137,4 +143,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

@@ -1,11 +1,10 @@
-"""Closed loop: a policy acts in the tabletop world or in any gymnasium environment."""
+"""Closed loop: a policy acts in environments, several episodes side by side."""
 
 import math
+import time
 
 import av
 import numpy as np
-
-from sim import world
 
 
 def wilson(successes, trials, z=1.96):
@@ -15,78 +14,87 @@ def wilson(successes, trials, z=1.96):
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
-def told(instruction, success):
-    """The caption of a film."""
-    return f"{instruction}: {'done' if success else 'not done'}"
+def run(policy, envs, seeds, record=False):
+    """One episode in each environment, side by side, so that the policy sees them as a batch.
 
-
-def on_tables(policy, seeds, body="disc", distractors=0, pixels=32, limit=70, films=0):
-    """One episode per seed, side by side: (success (n,), steps (n,), the first `films` as (what happened, frames)).
-
-    An episode ends when the task is done; steps is `limit` for those that never are.
+    Returns a dict per environment: task, instruction, seed, success, steps, seconds (of the policy, per forward pass),
+    frames (what the policy saw and the last picture, if `record`). Images are rendered only where the policy plans.
     """
-    tables = world.Tables(len(seeds), body, pixels, distractors, limit)
-    frames = tables.reset(seeds)
-    policy.reset(tables.words)
-    won, steps = tables.success(), np.full(len(seeds), limit)
-    film = [[frame] for frame in frames[:films]]
-    for time in range(limit):
-        actions = policy.act(frames, tables.effector.astype(np.float32))
-        frames, success, _ = tables.step(actions)
-        for i in range(films):
-            if not won[i]:
-                film[i].append(frames[i])
-        steps = np.where(success & ~won, time + 1, steps)
-        won |= success
-        if won.all():
+    instructions = [env.reset(seed) for env, seed in zip(envs, seeds, strict=True)]
+    policy.reset(instructions)
+    records = [
+        dict(task=env.task, instruction=text, seed=seed, success=False, steps=0, seconds=0.0, frames=[])
+        for env, text, seed in zip(envs, instructions, seeds, strict=True)
+    ]
+    running, images, plans, spent = [True] * len(envs), [None] * len(envs), 0, 0.0
+    for step in range(max(env.limit for env in envs)):
+        plan = step % policy.n_action_steps == 0
+        for i, env in enumerate(envs):
+            if running[i] and (plan or record):
+                images[i] = np.array(env.image())
+                records[i]["frames"] += [images[i]] if record else []
+        start = time.perf_counter()
+        actions = policy.act(images, [env.state() for env in envs] if policy.state_dim else None)
+        plans, spent = plans + plan, spent + (time.perf_counter() - start) * plan
+        for i, env in enumerate(envs):
+            if running[i]:
+                success, over = env.step(actions[i])
+                records[i].update(success=success, steps=step + 1)
+                running[i] = not (success or over or step + 1 >= env.limit)
+                if record and not running[i]:
+                    records[i]["frames"].append(np.array(env.image()))
+        if not any(running):
             break
-    return won, steps, [(told(tables.words[i], won[i]), frames) for i, frames in enumerate(film)]
+    return [one | dict(seconds=spent / plans) for one in records]
 
 
-def in_gymnasium(policy, env, seeds, image_key=None, state_key=None, instruction=None, limit=1000, films=0):
-    """As on_tables, one episode after another, in a gymnasium environment.
+def evaluate(policy, envs, episodes, seed=0, videos=0, say=print):
+    """`episodes` episodes of each environment's task: (summary, videos).
 
-    The image is obs[image_key], or what env.render() gives; the state obs[state_key], or a plain array obs; the
-    instruction is obs["instruction"] if there is one. Success: info "is_success" or "success", or a positive reward
-    at the end.
+    The seeds are seed * 1,000,000 + 0, 1, 2 ...: a policy compared with another under the same seed meets the same
+    scenes. summary: success with its 95 % interval over all episodes, steps of the successes, and the same per task.
+    videos: (instruction and outcome, frames) of the first `videos` episodes.
     """
-    won, steps, film = np.zeros(len(seeds), bool), np.full(len(seeds), limit), []
-
-    def look(obs):
-        named = isinstance(obs, dict)
-        image = obs[image_key] if image_key else env.render()
-        state = obs[state_key] if state_key else None if named else np.asarray(obs)
-        if image is None:
-            raise ValueError("the environment renders nothing: make it with render_mode rgb_array, or give --image-key")
-        return np.asarray(image), state if policy.model.action["state"] else None
-
-    for i, seed in enumerate(seeds):
-        obs, info = env.reset(seed=int(seed))
-        text = instruction or (obs.get("instruction") if isinstance(obs, dict) else None)
-        if not text:
-            raise ValueError("the environment gives no instruction: --instruction TEXT")
-        policy.reset(text)
-        frames = []
-        taken, over = 0, False
-        while not over and taken < limit:
-            image, state = look(obs)
-            frames += [image] if i < films else []
-            obs, reward, terminated, truncated, info = env.step(policy.act(image, state))
-            taken, over = taken + 1, terminated or truncated
-        won[i] = bool(info.get("is_success", info.get("success", terminated and reward > 0)))
-        steps[i] = taken if won[i] else limit
-        film += [(told(text, won[i]), frames)] if i < films else []
-    return won, steps, film
+    records, shown, start = [], [], time.perf_counter()
+    for number in range(episodes):
+        batch = run(policy, envs, [seed * 1_000_000 + number] * len(envs), record=len(shown) < videos)
+        for one in batch:
+            frames = one.pop("frames")
+            if frames and len(shown) < videos:
+                shown.append((f"{one['instruction']}: {'success' if one['success'] else 'failure'}", frames))
+        records += batch
+        done, wins = number + 1, sum(one["success"] for one in records)
+        left = (time.perf_counter() - start) / done * (episodes - done)
+        if done % max(1, episodes // 5) == 0:
+            say(f"{done} of {episodes} episodes a task: {wins} of {len(records)} succeed, {left:.0f} s left")
+    limits = sorted({env.limit for env in envs})
+    rule = f"An episode ends with its first success, or fails after {' or '.join(map(str, limits))} steps."
+    return summarise(records) | dict(rule=rule, seed=seed), shown
 
 
-def write_film(path, films, fps=10, scale=4):
-    """Rollouts (caption, frames) side by side as one mp4, frozen at their last frames; enlarged `scale` times."""
-    films = [frames for _, frames in films]
-    length = max(map(len, films))
+def summarise(records):
+    """{success, low, high, successes, episodes, steps, tasks: {task: the same}}"""
+
+    def rate(rows):
+        wins = [row["steps"] for row in rows if row["success"]]
+        low, high = wilson(len(wins), len(rows))
+        steps = float(np.mean(wins)) if wins else None
+        shares = dict(success=len(wins) / len(rows), low=low, high=high)
+        return shares | dict(successes=len(wins), episodes=len(rows), steps_of_successes=steps)
+
+    names = dict.fromkeys(row["task"] for row in records)
+    tasks = {task: rate([row for row in records if row["task"] == task]) for task in names}
+    latency = float(np.mean([row["seconds"] for row in records]))
+    return rate(records) | dict(seconds_per_forward=latency, tasks=tasks)
+
+
+def write_video(path, clips, fps=10, scale=4):
+    """Clips of frames (T, H, W, 3) side by side as one mp4, frozen at their last frames; enlarged `scale` times."""
+    length = max(map(len, clips))
     with av.open(str(path), "w", format="mp4") as file:
         stream = None
-        for time in range(length):
-            row = np.concatenate([film[min(time, len(film) - 1)] for film in films], 1)
+        for step in range(length):
+            row = np.concatenate([clip[min(step, len(clip) - 1)] for clip in clips], 1)
             row = row.repeat(scale, 0).repeat(scale, 1)
             row = row[: len(row) // 2 * 2, : row.shape[1] // 2 * 2]
             if stream is None:

@@ -1,17 +1,20 @@
 """Build a small, randomly initialised vision-language model of the real one's family, without any download.
 
 Run:
-  python vla/tiny.py --out runs/tiny --text "push the red block" "pick up the bottle"
+  python vla/sim/tiny.py --out runs/tiny --text "push the red block" "pick up the bottle"
 
 The folder holds what a real one holds (config, weights, tokenizer trained on --text, image processor), so
 AutoModelForImageTextToText and AutoProcessor load it as they load Qwen/Qwen2.5-VL-7B-Instruct.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from sim.film import build as build_film
+
+if __name__ == "__main__":  # vla/ and its parent take the place of vla/sim/
+    sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Qwen2_5_VLConfig,
@@ -25,6 +28,8 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
+
+from sim.film import build as build_film
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
 SPECIAL += ["<|image_pad|>", "<|video_pad|>"]

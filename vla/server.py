@@ -1,0 +1,203 @@
+"""Serve a policy over a websocket, in the protocol of openpi's client (messages are msgpack, arrays as raw bytes).
+
+Run:
+  python vla/server.py --checkpoint runs/robot/checkpoints/best --port 8000
+  python vla/server.py --checkpoint CKPT --policy my_policy.py      # another kind of policy, such as pi05's
+
+On the robot (pip install openpi-client):
+  client = openpi_client.websocket_client_policy.WebsocketClientPolicy("HOST", 8000)
+  actions = client.infer({"observation/image": image, "observation/state": state, "prompt": text})["actions"]  # (H, A)
+
+A request that cannot be answered gets an error as text, which openpi's client raises; the connection stays. GET
+/healthz answers OK. --policy FILE defines load(checkpoint, device), which returns a function: request (dict) -> actions
+(H, A); it raises ValueError or KeyError for a bad request. Nothing is unpickled.
+"""
+
+import http
+import importlib.util
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+from policy import Policy
+
+import common
+
+LIMIT = 64 * 2**20  # bytes of a request: a few camera images
+KINDS = "biuf"  # dtypes that an array may have: no objects, no records
+
+
+def parse(argv=None):
+    parser = common.ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint of finetune.py, or what --policy loads")
+    add("--policy", metavar="FILE", help="python file with load(checkpoint, device), for another kind of policy")
+    add("--host", default="127.0.0.1", metavar="NAME", help="0.0.0.0 lets other machines in; there is no password")
+    add("--port", type=int, default=8000, metavar="N", help="0 takes a free one")
+    add("--image-key", default="observation/image", metavar="KEY", help="of the request: uint8 (H, W, 3)")
+    add("--state-key", default="observation/state", metavar="KEY", help="of the request: (S,), if the policy reads it")
+    add("--report-every", type=int, default=100, metavar="N", help="requests between two lines about latency")
+    add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
+    return parser.parse_args(argv)
+
+
+# --- messages
+
+
+def pack(message):
+    """bytes of a message: maps, lists, text, numbers, numpy arrays and scalars."""
+    import msgpack
+
+    def encode(value):
+        if isinstance(value, np.ndarray) and value.dtype.kind in KINDS:
+            data = np.ascontiguousarray(value).tobytes()
+            return {b"__ndarray__": True, b"data": data, b"dtype": value.dtype.str, b"shape": value.shape}
+        if isinstance(value, np.generic) and value.dtype.kind in KINDS:
+            return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
+        raise ValueError(f"a {type(value).__name__} cannot be sent")
+
+    return msgpack.packb(message, default=encode)
+
+
+def unpack(data):
+    """The message of `data`; ValueError for what is not one."""
+    import msgpack
+
+    def decode(value):
+        if b"__ndarray__" in value or b"__npgeneric__" in value:
+            dtype = np.dtype(value[b"dtype"])
+            if dtype.kind not in KINDS:
+                raise ValueError(f"an array of {dtype} is not accepted")
+            if b"__npgeneric__" in value:
+                return dtype.type(value[b"data"])
+            return np.frombuffer(value[b"data"], dtype).reshape(value[b"shape"])
+        return value
+
+    try:
+        return msgpack.unpackb(data, object_hook=decode)
+    except Exception as error:  # what a client sends can break msgpack and numpy in a dozen ways
+        raise ValueError(f"not a message: {type(error).__name__} {error}") from None
+
+
+# --- policies
+
+
+def vla_policy(policy, image_key, state_key):
+    """A function from a request to a chunk of actions (H, A) in robot units."""
+
+    def infer(request):
+        prompt, image = request["prompt"], request[image_key]
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError("prompt must be a text")
+        policy.reset([prompt])
+        return policy.predict([image], [request[state_key]] if policy.state_dim else None)[0]
+
+    return infer
+
+
+def load_policy(args):
+    if not args.policy:
+        policy = Policy.from_pretrained(args.checkpoint, args.device)
+        return vla_policy(policy, args.image_key, args.state_key)
+    spec = importlib.util.spec_from_file_location("served_policy", args.policy)
+    if spec is None or not Path(args.policy).is_file():
+        raise common.DataError(f"--policy {args.policy}: not a python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.load(args.checkpoint, args.device)
+
+
+# --- the server
+
+
+class Server:
+    """server = Server(infer, metadata, host, port); server.run() until server.close(). One request at a time.
+
+    infer: request (dict) -> actions (H, A). metadata (dict) is the first message of every connection.
+    """
+
+    def __init__(self, infer, metadata, host="127.0.0.1", port=8000, report_every=100, say=print):
+        try:
+            import msgpack  # noqa: F401  used by pack and unpack
+            from websockets.sync.server import serve
+        except ImportError as error:
+            raise common.DataError(f"{error}: pip install websockets msgpack") from None
+        self.infer, self.metadata, self.lock = infer, metadata, threading.Lock()
+        self.times, self.report_every, self.say = [], report_every, say
+        try:
+            more = dict(process_request=self.health, compression=None, max_size=LIMIT)
+            self.server = serve(self.handle, host, port, **more)
+        except OSError as error:
+            raise common.DataError(f"--host {host} --port {port}: {error.strerror or error}") from None
+        self.port = self.server.socket.getsockname()[1]
+
+    @staticmethod
+    def health(connection, request):
+        return connection.respond(http.HTTPStatus.OK, "OK\n") if request.path == "/healthz" else None
+
+    def handle(self, connection):
+        """Answer a connection's requests until it is closed."""
+        connection.send(pack(self.metadata))
+        for data in connection:
+            start = time.perf_counter()
+            try:
+                answer = pack(self.answer(data, start))
+            except KeyError as error:
+                answer = f"bad request: it has no {error}"
+            except (ValueError, TypeError) as error:
+                answer = f"bad request: {error}"
+            except Exception as error:  # a fault of the policy: told here and there, the server goes on
+                self.say(f"error: {type(error).__name__}: {error}")
+                answer = f"the policy failed: {type(error).__name__}: {error}"
+            connection.send(answer)
+
+    def answer(self, data, start):
+        request = unpack(data)
+        if not isinstance(request, dict):
+            raise ValueError(f"a map is expected, not a {type(request).__name__}")
+        with self.lock, torch.no_grad():
+            begun = time.perf_counter()
+            actions = np.asarray(self.infer(request), np.float32)
+            end = time.perf_counter()
+            self.times.append(end - start)
+            if len(self.times) % self.report_every == 0:
+                self.say(self.latency())
+        timing = dict(infer_ms=1e3 * (end - begun), wait_ms=1e3 * (begun - start))
+        return dict(actions=actions, server_timing=timing)
+
+    def latency(self):
+        """One line about the requests so far."""
+        median, slow = 1e3 * np.quantile(self.times, [0.5, 0.95]) if self.times else (0, 0)
+        return f"{len(self.times)} requests answered, {median:.1f} ms in the median, 95 % below {slow:.1f} ms"
+
+    def run(self):
+        self.server.serve_forever()
+
+    def close(self):
+        self.server.shutdown()
+
+
+def main(argv=None):
+    args = parse(argv)
+    server = Server(
+        load_policy(args), dict(checkpoint=args.checkpoint), args.host, args.port, max(1, args.report_every)
+    )
+    print(f"serving {args.checkpoint} on ws://{args.host}:{server.port}", flush=True)
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        server.close()
+    print(server.latency())
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)
