@@ -53,17 +53,24 @@ def robomimic(this, home):
     return [home / "a.hdf5"], lambda: this.data.read_sources([f"a={home / 'a.hdf5'}"], ["5"], 0.1, [])
 
 
-@reader("fsq_vqvae")
-def lerobot(this, home):
+def write_lerobot(home, **more):
+    """A LeRobotDataset v2.1 of one episode without videos."""
     import pyarrow
     import pyarrow.parquet
 
     (home / "meta").mkdir()
-    (home / "data").mkdir()
-    (home / "meta" / "info.json").write_text(json.dumps(dict(fps=10, codebase_version="v2.1")))
-    table = dict(action=list(actions()), episode_index=[0] * 20, frame_index=list(range(20)))
-    pyarrow.parquet.write_table(pyarrow.table(table), home / "data" / "episode_000000.parquet")
-    files = [home / "data" / "episode_000000.parquet", home / "meta" / "info.json"]
+    (home / "data/chunk-000").mkdir(parents=True)
+    path = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+    (home / "meta/info.json").write_text(json.dumps(dict(fps=10, codebase_version="v2.1", data_path=path, **more)))
+    table = dict(episode_index=[0] * 20, frame_index=list(range(20)), task_index=[0] * 20)
+    table |= {"action": list(actions()), "observation.state": list(actions()), "timestamp": list(np.arange(20) / 10)}
+    pyarrow.parquet.write_table(pyarrow.table(table), home / "data/chunk-000/episode_000000.parquet")
+
+
+@reader("fsq_vqvae")
+def lerobot(this, home):
+    write_lerobot(home)
+    files = [path for path in home.rglob("*") if path.is_file()]
     return files, lambda: this.data.read_sources([f"a={home}"], ["5"], 0.1, [])
 
 
@@ -195,13 +202,24 @@ def episodes_with_images(this, home):
     return files, lambda: getattr(this, "readers.dataset").open_data([str(home)], say=lambda text: None)
 
 
-@reader("pi05_finetune", "readers.dataset")
+@reader("pi05_finetune", "readers.hdf5")
 def robomimic_with_images(this, home):
     with h5py.File(home / "a.hdf5", "w") as file:
         file["data/demo_0/actions"], file["data/demo_0/obs/joint"] = actions(), actions()
         file["data/demo_0/obs/camera"] = np.zeros((20, 8, 8, 3), np.uint8)
         file["data"].attrs["env_args"] = json.dumps(dict(env_kwargs=dict(control_freq=10)))
-    return [home / "a.hdf5"], lambda: getattr(this, "readers.dataset").open_data([str(home)], say=lambda text: None)
+    read = getattr(this, "readers.hdf5").list_hdf5
+    return [home / "a.hdf5"], lambda: [ref.load(None) for ref in read("a", [home / "a.hdf5"], None, lambda text: None)]
+
+
+@reader("pi05_finetune", "readers.dataset")
+def lerobot_with_tasks(this, home):
+    feature = dict(dtype="float32", shape=[3], names=["x", "y", "gripper"])
+    write_lerobot(home, features={"action": feature, "observation.state": feature})
+    (home / "meta/tasks.jsonl").write_text(json.dumps(dict(task_index=0, task="push")))
+    (home / "meta/episodes.jsonl").write_text(json.dumps(dict(episode_index=0, tasks=["push"], length=20)))
+    files = [path for path in home.rglob("*") if path.is_file()]
+    return files, lambda: getattr(this, "readers.dataset").open_data([str(home)], say=lambda text: None)
 
 
 @reader("pi05_finetune", "compute_norms")
