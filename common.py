@@ -157,8 +157,11 @@ def open_run(args):
     `args.fixed` names the flags (model, optimisation) that a resumed run keeps; all others may change.
     """
     if is_main():
-        if args.wandb and not util.find_spec("wandb"):
-            raise DataError("--wandb needs a package: pip install wandb")
+        if args.wandb:
+            try:
+                import wandb  # noqa: F401
+            except ImportError:
+                raise DataError("--wandb needs a package: pip install wandb") from None
         number = 0
         while args.out is None:
             number += 1

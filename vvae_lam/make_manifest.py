@@ -3,7 +3,7 @@
 Run:
   python vvae_lam/make_manifest.py DIR --train-ratio 0.8 --val-ratio 0.1 --test-ratio 0.1 --seed 42
 
-Bad files are named with the reason, in the output and in the manifest, and belong to no split.
+Bad files are named with the reason and belong to no split.
 """
 
 import json
@@ -102,7 +102,7 @@ def main(argv=None):
         sequence_length=args.sequence_length,
         seed=args.seed,
         shape=good[0].shape,
-        bad={str(file.relative_to(folder)): reason for file, reason in bad.items()},
+        left_out=len(bad),
     )
     target = Path(args.out) if args.out else folder / "manifest.json"
     with common.atomic(target) as path:

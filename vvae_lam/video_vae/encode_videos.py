@@ -239,10 +239,11 @@ def encode(video, target, vae, args, settings):
             z = z.reshape(-1, latents, *z.shape[1:]).swapaxes(1, 2)
             if part == 0:
                 data = file.create_dataset("embeddings", (chunks, *z.shape[1:]), np.float16, chunks=(1, *z.shape[1:]))
-                causal = vae.is_causal(images[: vae.lead + args.chunk_frames])
+                if vae.causal is None:
+                    vae.causal = vae.is_causal(images[: vae.lead + args.chunk_frames])
             data[part * len(z) : (part + 1) * len(z)] = z
         file["frame_index"] = picked[ends]
-        file.attrs.update(settings | about | dict(fps=rate / vae.ratio, causal=causal, video=video.path.name))
+        file.attrs.update(settings | about | dict(fps=rate / vae.ratio, causal=vae.causal, video=video.path.name))
         file.attrs["frames"] = length
     return chunks
 

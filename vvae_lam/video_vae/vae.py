@@ -28,10 +28,14 @@ RULES = {
 
 
 class VideoVAE:
-    """name: class of the VAE. ratio, lead, unit: see RULES. mean, std: what latents are normalised with, (C, 1, 1)."""
+    """name: class of the VAE. ratio, lead, unit: see RULES. mean, std: what latents are normalised with, (C, 1, 1).
+
+    causal: whether it is causal inside a chunk, once is_causal() has measured it.
+    """
 
     def __init__(self, name, module, device, mean, std):
         self.name, self.module, self.device = name, module.to(device).eval().requires_grad_(False), device
+        self.causal = None
         self.ratio, self.lead, self.unit = (RULES[name][key] for key in ("ratio", "lead", "unit"))
         self.mean, self.std = (torch.tensor(x, dtype=torch.float32, device=device).view(-1, 1, 1) for x in (mean, std))
 
