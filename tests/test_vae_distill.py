@@ -38,7 +38,7 @@ CHECKPOINTS = ["g1_flat_init", "layout_g2_dict", "layout_g3_nested"]
 
 @pytest.fixture(scope="module")
 def this():
-    top = load("vae_distill", *"env distill policy export demo evaluate metrics".split(), *TEACHER)
+    top = load("vae_distill", *"env distill policy export demo evaluate metrics reuse".split(), *TEACHER)
     return SimpleNamespace(**{name.rpartition(".")[2]: module for name, module in vars(top).items()})
 
 
@@ -929,6 +929,46 @@ def test_latent_metrics_count_what_carries_information(this):
     card, points = this.metrics.latent_metrics(dict(latent=mean, kl=kl, alive=alive), np.array([0, 1]))
     assert card["active_dims"] == 2 and card["kl"] == pytest.approx(0.521) and len(points["xy"]) == 40
     assert card["pca_explained_variance"][0] > 0.8 and (np.bincount(points["episode"]) == [30, 10]).all()
+
+
+# --- a new task
+
+
+def test_steps_to_the_goal_are_counted_from_smoothed_curves(this):
+    """80 % of the better kind's final reward, each seed by itself; a seed that never gets there is None."""
+    fast, slow = np.tile(np.r_[np.zeros(10), np.ones(40)], (2, 1)), np.tile(np.linspace(0, 0.5, 50), (2, 1))
+    found = this.reuse.compare(dict(latent=fast, raw=slow), 100)
+    assert found["goal"] == pytest.approx(0.8) and found["kinds"]["raw"]["steps_to_goal"] == [None, None]
+    assert found["kinds"]["latent"]["steps_to_goal"] == [1400, 1400]  # four of five updates are at 1 by then
+
+
+def test_a_new_task_pays_for_the_hand_and_hides_the_reference(this, arm):
+    """On the target the reward is 1; the ellipse takes two seconds; the policy does not see the reference clip."""
+    student = student_of(this, arm)
+    task = this.reuse.Task("reach", arm.env, arm.clips, student, 1.0)
+    state = task.reset(jax.random.key(0))
+    assert task.horizon == 50 and len(task.get_obs(state)) == task.obs_size
+    held = state._replace(target=task.env.simulate(state.arm, jnp.zeros(1)).xpos[arm.env.end[0]])
+    _, reward, distance, done = task.step(held, jnp.zeros(1))
+    assert float(reward) == pytest.approx(1, abs=1e-5) and float(distance) == pytest.approx(0, abs=1e-6) and not done
+    late = state._replace(arm=state.arm.replace(age=jnp.int32(49)))
+    assert task.step(late, jnp.zeros(1))[3]
+    other = state._replace(arm=state.arm.replace(clip=jnp.int32(3)))
+    np.testing.assert_array_equal(task.get_obs(other), task.get_obs(state))
+    follow = this.reuse.Task("follow", arm.env, arm.clips, student, 1.0)
+    state = follow.reset(jax.random.key(0))
+    np.testing.assert_allclose(follow.target_at(state, 0), follow.target_at(state, 100), atol=1e-5)
+    assert np.abs(follow.target_at(state, 0) - follow.target_at(state, 50)).max() > 1e-2
+
+
+@pytest.mark.slow
+def test_reuse_writes_curves_of_both_kinds(this, arm, tmp_path):
+    assert this.train.main(words_of(arm, tmp_path / "run", "--steps", "4")) == 0
+    words = f"--checkpoint {tmp_path}/run/checkpoints/last --env-steps 64 --seeds 2 --num-envs 4 --unroll 4"
+    assert this.reuse.main([*words.split(), "--compile-cache", str(arm.folder / "compiled")]) == 0
+    found = json.loads((tmp_path / "run/reuse/reach.json").read_text())
+    assert np.shape(found["curves"]["latent"]) == np.shape(found["curves"]["raw"]) == (2, 4)
+    assert (tmp_path / "run/reuse/reach.png").stat().st_size > 2000
 
 
 # --- whole runs

@@ -72,8 +72,8 @@ def read_stac(h5, clip_frames):
     """(clips, names of bodies, names of qpos entries, frames left over) of a stac-mjx file."""
     qpos, config = read_dataset(h5, "qpos"), h5["config"][()] if "config" in h5 else b""
     text = config.decode() if isinstance(config, bytes) else str(config)
-    told = re.search(r"n_frames_per_clip:\s*(\d+)", text)
-    frames = clip_frames or (int(told[1]) if told else len(qpos))
+    match = re.search(r"n_frames_per_clip:\s*(\d+)", text)
+    frames = clip_frames or (int(match[1]) if match else len(qpos))
     if len(qpos) == 0:
         raise DataError("`qpos` is empty")
     if frames < 2:
@@ -170,7 +170,7 @@ def check(model, clip, bodies, joints, where):
     count, known = clip["xpos"].shape[1], {name: i for i, name in enumerate(body_names(model))}
     order = [known.get(name) for name in bodies] if bodies else range(model.nbody - count, model.nbody)
     pairs = [(at, body) for at, body in enumerate(order) if body is not None and body > 0]
-    if not pairs or count > model.nbody:
+    if not pairs or (count > model.nbody and not bodies):
         raise DataError(f"{where}: its {count} bodies are not the walker's {model.nbody}: another walker?")
     at, body = np.array(pairs).T
     here = positions(model, qpos[frames])

@@ -110,6 +110,21 @@ def dims(kl_per_dim, active):
     return figure
 
 
+def learning(curves, steps_per_update, goal, task):
+    """Reward per control step while learning a new task: the seeds' mean and range. curves: {kind: (seeds updates)}."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for (kind, curve), color in zip(curves.items(), (STUDENT, "tab:orange"), strict=False):
+        steps = np.arange(1, curve.shape[1] + 1) * steps_per_update / 1000
+        axis.plot(steps, curve.mean(0), color=color, lw=1.4, label=f"{kind} actions")
+        axis.fill_between(steps, curve.min(0), curve.max(0), color=color, alpha=0.2, lw=0)
+    axis.axhline(goal, color=TRUE, lw=1, ls="--", label="80 % of the better one's end")
+    axis.set(xlabel="control steps (thousands)", ylabel="reward per step (1 is best)", ylim=(0, 1))
+    axis.set_title(f"{task}: PPO in the latent space and on motor commands (range of the seeds)")
+    axis.legend(frameon=False)
+    return figure
+
+
 def stick(path, model, reference, student, rate, fps=25):
     """An animated GIF: reference (grey) and student (blue), (T nq) each, as lines between the centres of the bodies."""
     import mujoco

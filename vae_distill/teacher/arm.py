@@ -54,7 +54,7 @@ def parse(argv=None):
 
 
 def unit_motors(source):
-    """MJCF text of the walker with motors that take [-1, 1], Euler steps, without contacts and joint limits."""
+    """MJCF text of the walker for MJX: motors take [-1, 1], Euler steps, no contacts, joint limits or idle bodies."""
     try:
         spec = mujoco.MjSpec.from_file(str(source))
         model = spec.compile()
@@ -73,7 +73,14 @@ def unit_motors(source):
             motor.gear, motor.ctrlrange, motor.forcelimited = motor.gear * high, (-1, 1), False
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER  # Runge-Kutta takes four times as long
     spec.option.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_CONTACT | mujoco.mjtDisableBit.mjDSBL_CONSTRAINT)
+    # a body without a joint costs MJX as much as another: all are fused but the last, the hand; a sensor keeps it
+    spec.compiler.fusestatic = True
+    hand = model.body(model.nbody - 1).name
+    kinds = dict(type=mujoco.mjtSensor.mjSENS_FRAMEPOS, objtype=mujoco.mjtObj.mjOBJ_XBODY)
+    sensor = spec.add_sensor(name="hand", objname=hand, **kinds)
     spec.compile()
+    spec.delete(sensor)
+    spec.compiler.fusestatic = False
     return spec.to_xml()
 
 

@@ -1,0 +1,324 @@
+"""Learn a new task with a student's skills: PPO whose actions are latents, against the same PPO on raw actions.
+
+Run:
+  python vae_distill/reuse.py --checkpoint runs/x/checkpoints/best
+  python vae_distill/reuse.py --checkpoint runs/x/checkpoints/best --task follow --env-steps 1000000
+
+The decoder and the prior are frozen. With latent actions a policy's action a becomes z = prior mean + prior standard
+deviation * a (with FSQ the level next to prior mode + a), so that an untrained policy moves as the prior does, as in
+PULSE; raw actions are motor commands. Tasks
+for an arm: `reach` a random point, `follow` an ellipse through the space that the recorded hand visited. All seeds of a
+kind are one compiled program. Writes OUT/report.json and OUT/curves.png.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+import figures
+from distill import where
+from evaluate import open_run
+from teacher.walker import positions
+
+import common
+
+# PPO, as in purejaxrl
+GAMMA, LAMBDA, CLIP, VALUE_WEIGHT, MAX_NORM = 0.97, 0.95, 0.2, 0.5, 0.5
+EPOCHS, MINIBATCHES, WIDTH = 4, 4, 64
+AHEAD = (0, 2, 5, 10)  # control steps ahead at which the policy sees the target
+
+
+def parse(argv=None):
+    parser = common.ArgumentParser(__doc__)
+    add, whole = parser.add_argument, dict(type=int, metavar="N")
+    add("--checkpoint", required=True, metavar="DIR", help="folder with config.json, such as RUN/checkpoints/best")
+    add("--task", choices=["reach", "follow"], default="reach", help="the new task")
+    add("--actions", nargs="+", choices=["latent", "raw"], default=["latent", "raw"], help="what the policy commands")
+    add("--env-steps", default=500_000, help="control steps in all, per seed", **whole)
+    add("--seeds", default=5, help="runs of each kind", **whole)
+    add("--num-envs", default=64, help="parallel environments per seed", **whole)
+    add("--unroll", default=32, help="control steps of every environment between two updates", **whole)
+    add("--horizon", default=2.0, type=float, metavar="S", help="seconds of an episode")
+    add("--lr", default=1e-3, type=float, metavar="X", help="learning rate, linear to 0")
+    add("--std", default=1.0, type=float, metavar="X", help="standard deviation of an untrained policy's actions")
+    add("--out", metavar="DIR", help="folder to write into; without it RUN/reuse")
+    add("--teacher", metavar="DIR", help="a track-mjx run; without it the run's")
+    add("--walker", metavar="FILE", help="MJCF of the walker; without it the run's")
+    add("--data", nargs="+", metavar="PATH", help="reference clips; without it what the run was trained on")
+    add("--compile-cache", default="runs/compiled", metavar="DIR", help="where compiled programs are kept")
+    args = parser.parse_args(argv)
+    for name in ("env_steps", "seeds", "num_envs", "unroll", "horizon", "lr", "std"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if args.num_envs * args.unroll % MINIBATCHES:
+        parser.error(f"--num-envs times --unroll must be a multiple of the {MINIBATCHES} minibatches")
+    args.out = args.out or str(Path(args.checkpoint).resolve().parents[1] / "reuse")
+    args.clip_frames = 0
+    return args
+
+
+# --- the new task
+
+
+class TaskState(NamedTuple):
+    arm: Any  # env.State
+    target: Any  # reach: the point (3,); follow: phase and direction (2,)
+
+
+class Task:
+    """Reach a point or follow an ellipse with the hand, the walker's first end effector.
+
+    The reward is exp(-distance / scale), in (0, 1], with a tenth of the recorded hand's spread as its scale.
+    """
+
+    def __init__(self, kind, env, clips, student, horizon, seed=0):
+        rng, self.kind, self.env, self.student = np.random.default_rng(seed), kind, env, student
+        self.horizon = round(horizon * env.rate)
+        postures = clips.qpos[~clips.held_out].reshape(-1, env.model.nq)
+        self.postures = jnp.array(postures[rng.permutation(len(postures))[:1000]])
+        hand = positions(env.model, rng.uniform(postures.min(0), postures.max(0), (1000, env.model.nq)))
+        self.points = jnp.array(hand[:, env.end[0]])
+        recorded = positions(env.model, np.asarray(self.postures))[:, env.end[0]]
+        self.center = recorded.mean(0)
+        _, sizes, axes = np.linalg.svd(recorded - self.center, full_matrices=False)
+        self.axes = axes[:2] * sizes[:2, None] / np.sqrt(len(recorded))
+        self.scale = 0.1 * np.linalg.norm(np.ptp(recorded, axis=0))
+
+    @property
+    def obs_size(self):
+        return 3 * len(AHEAD) + self.student.config.proprioception_size
+
+    def reset(self, key):
+        keys = jax.random.split(key, 3)
+        qpos = self.postures[jax.random.randint(keys[0], (), 0, len(self.postures))]
+        arm = self.env.state_at(qpos, jnp.zeros(self.env.model.nv), jnp.int32(0), jnp.int32(0))
+        if self.kind == "reach":
+            target = self.points[jax.random.randint(keys[1], (), 0, len(self.points))]
+        else:
+            phase, side = jax.random.uniform(keys[1], (), maxval=2 * jnp.pi), jax.random.bernoulli(keys[2])
+            target = jnp.stack([phase, jnp.where(side, 1.0, -1.0)])
+        return TaskState(arm, target)
+
+    def target_at(self, state, ahead):
+        """Where the hand should be `ahead` control steps from now: (3,). The ellipse takes two seconds."""
+        if self.kind == "reach":
+            return state.target
+        angle = state.target[0] + state.target[1] * jnp.pi * (state.arm.age + ahead) / self.env.rate
+        return self.center + jnp.cos(angle) * self.axes[0] + jnp.sin(angle) * self.axes[1]
+
+    def get_obs(self, state):
+        """The policy's observation: targets relative to the hand, proprioception as the student sees it."""
+        hand = state.arm.xpos[self.env.end[0]]
+        targets = [(self.target_at(state, ahead) - hand) / self.scale for ahead in AHEAD]
+        return jnp.concatenate([*targets, self.student.proprioception(self.full_obs(state))])
+
+    def full_obs(self, state):
+        """An observation of the imitation task whose reference part, which prior and decoder do not see, is 0."""
+        own = self.env.proprioception(state.arm)
+        return jnp.nan_to_num(jnp.concatenate([jnp.zeros(self.env.reference_size), own]), posinf=0.0, neginf=0.0)
+
+    def step(self, state, command):
+        """(TaskState, reward, distance, done)."""
+        arm = self.env.simulate(state.arm, command)
+        state = state._replace(arm=arm)
+        distance = jnp.linalg.norm(self.target_at(state, 0) - arm.xpos[self.env.end[0]])
+        broken = ~jnp.isfinite(distance)
+        reward = jnp.where(broken, 0.0, jnp.exp(-distance / self.scale))
+        done = broken | (arm.age >= self.horizon)
+        return state, reward, jnp.where(broken, self.scale * 10, distance), done
+
+
+# --- PPO
+
+
+class ActorCritic(nn.Module):
+    """obs (B N) -> mean (B A) and log standard deviation (A,) of the action, value (B)."""
+
+    action_size: int
+    std: float
+
+    @nn.compact
+    def __call__(self, x):
+        def mlp(out, scale):
+            y = x
+            for _ in range(2):
+                y = nn.tanh(nn.Dense(WIDTH, kernel_init=nn.initializers.orthogonal(2**0.5))(y))
+            return nn.Dense(out, kernel_init=nn.initializers.orthogonal(scale))(y)
+
+        log_std = self.param("log_std", nn.initializers.constant(np.log(self.std)), (self.action_size,))
+        return mlp(self.action_size, 0.01), log_std, mlp(1, 1.0)[..., 0]
+
+
+def log_prob(action, mean, log_std):
+    return (-0.5 * jnp.square((action - mean) / jnp.exp(log_std)) - log_std - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
+
+
+class Transition(NamedTuple):
+    obs: Any
+    action: Any
+    value: Any
+    log_prob: Any
+    reward: Any
+    distance: Any
+    done: Any
+
+
+def make_train(args, task, kind):
+    """The function (key, student's parameters) -> metrics per update (reward and distance per control step)."""
+    env, student, updates = task.env, task.student, args.env_steps // (args.num_envs * args.unroll)
+    net = ActorCritic(student.config.latent_dim if kind == "latent" else env.model.nu, args.std)
+    steps = updates * EPOCHS * MINIBATCHES
+    opt = optax.chain(
+        optax.clip_by_global_norm(MAX_NORM), optax.adam(optax.linear_schedule(args.lr, 0.0, steps), eps=1e-5)
+    )
+
+    def command(params, state, action):
+        """Motor commands in [-1, 1] from a policy's action."""
+        if kind == "raw":
+            return jnp.clip(action, -1, 1)
+        obs, levels = task.full_obs(state), student.config.fsq_levels
+        prior = student.prior(params, obs)
+        if levels:
+            half = levels // 2
+            z = jnp.clip(jnp.round((prior.mode() + action) * half), -half, levels - 1 - half) / half
+        else:
+            z = prior.mean + jnp.exp(0.5 * prior.logvar) * action
+        return student.decode(params, obs, z)
+
+    def loss_fn(weights, batch, advantage, target):
+        mean, log_std, value = net.apply(weights, batch.obs)
+        ratio = jnp.exp(log_prob(batch.action, mean, log_std) - batch.log_prob)
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        actor = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - CLIP, 1 + CLIP) * advantage).mean()
+        clipped = batch.value + jnp.clip(value - batch.value, -CLIP, CLIP)
+        critic = 0.5 * jnp.maximum(jnp.square(value - target), jnp.square(clipped - target)).mean()
+        return actor + VALUE_WEIGHT * critic
+
+    def train(key, params):
+        # INIT
+        key, *keys = jax.random.split(key, 3)
+        weights = net.init(keys[0], jnp.zeros(task.obs_size))
+        states = jax.vmap(task.reset)(jax.random.split(keys[1], args.num_envs))
+
+        def update(carry, _):
+            weights, moments, states, key = carry
+            key, *keys = jax.random.split(key, 4)
+            fresh = jax.vmap(task.reset)(jax.random.split(keys[2], args.num_envs))
+
+            # COLLECT TRAJECTORIES
+            def control_step(states, key):
+                obs = jax.vmap(task.get_obs)(states)
+                mean, log_std, value = net.apply(weights, obs)
+                action = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+                states, reward, distance, done = jax.vmap(task.step)(
+                    states, jax.vmap(command, (None, 0, 0))(params, states, action)
+                )
+                states = where(done, fresh, states)
+                return states, Transition(obs, action, value, log_prob(action, mean, log_std), reward, distance, done)
+
+            states, batch = jax.lax.scan(control_step, states, jax.random.split(keys[0], args.unroll))
+
+            # CALCULATE ADVANTAGE
+            _, _, last = net.apply(weights, jax.vmap(task.get_obs)(states))
+
+            def advantage(carry, step):
+                gae, next_value = carry
+                delta = step.reward + GAMMA * next_value * (1 - step.done) - step.value
+                gae = delta + GAMMA * LAMBDA * (1 - step.done) * gae
+                return (gae, step.value), gae
+
+            _, gae = jax.lax.scan(advantage, (jnp.zeros_like(last), last), batch, reverse=True)
+
+            # UPDATE NETWORK
+            def epoch(carry, key):
+                order = jax.random.permutation(key, args.num_envs * args.unroll)
+                parts = jax.tree.map(
+                    lambda x: x.reshape(-1, *x.shape[2:])[order].reshape(MINIBATCHES, -1, *x.shape[2:]),
+                    (batch, gae, gae + batch.value),
+                )
+
+                def minibatch(carry, part):
+                    weights, moments = carry
+                    direction, moments = opt.update(jax.grad(loss_fn)(weights, *part), moments)
+                    return (optax.apply_updates(weights, direction), moments), None
+
+                return jax.lax.scan(minibatch, carry, parts)[0], None
+
+            (weights, moments), _ = jax.lax.scan(epoch, (weights, moments), jax.random.split(keys[1], EPOCHS))
+            metrics = dict(reward=batch.reward.mean(), distance=batch.distance.mean())
+            return (weights, moments, states, key), metrics
+
+        return jax.lax.scan(update, (weights, opt.init(weights), states, key), length=updates)[1]
+
+    return train
+
+
+# --- the comparison
+
+
+def compare(curves, steps_per_update):
+    """Per kind: final reward (mean of the last tenth, each seed) and control steps until 80 % of the better kind's."""
+    final = {kind: curve[:, -max(1, curve.shape[1] // 10) :].mean(1) for kind, curve in curves.items()}
+    goal = 0.8 * max(values.mean() for values in final.values())
+    rows = {}
+    for kind, curve in curves.items():
+        smooth = np.stack([np.convolve(row, np.ones(5) / 5, "valid") for row in curve])
+        reached = [
+            (int(np.argmax(row >= goal)) + 5) * steps_per_update if (row >= goal).any() else None for row in smooth
+        ]
+        rows[kind] = dict(final=final[kind].tolist(), steps_to_goal=reached)
+    return dict(goal=float(goal), kinds=rows)
+
+
+def main(argv=None):
+    args = parse(argv)
+    Path(args.compile_cache).mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(Path(args.compile_cache).resolve()))
+    student, params, env, clips, _ = open_run(args)
+    if env.free:
+        raise common.DataError("--walker: these tasks are for an arm with a fixed base")
+    task = Task(args.task, env, clips, student, args.horizon)
+    keys, curves, distances, seconds = jax.random.split(jax.random.key(0), args.seeds), {}, {}, {}
+    for kind in args.actions:
+        train = jax.jit(jax.vmap(make_train(args, task, kind), (0, None))).lower(keys, params).compile()
+        start = time.perf_counter()
+        metrics = jax.tree.map(np.asarray, train(keys, params))
+        seconds[kind] = time.perf_counter() - start
+        curves[kind], distances[kind] = metrics["reward"], metrics["distance"]
+        print(
+            f"{args.task}, {kind} actions: reward {curves[kind][:, -10:].mean():.3f}, {seconds[kind]:.0f} s", flush=True
+        )
+
+    per_update = args.num_envs * args.unroll
+    result = compare(curves, per_update)
+    for kind, row in result["kinds"].items():
+        row |= dict(seconds=seconds[kind], final_distance=(distances[kind][:, -10:].mean(1) / task.scale).tolist())
+        print(
+            f"{kind}: 80 % of the better final reward ({result['goal']:.3f}) after {row['steps_to_goal']} control steps"
+        )
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    figure = figures.learning({kind: curve for kind, curve in curves.items()}, per_update, result["goal"], args.task)
+    with common.atomic(out / f"{args.task}.png") as path:
+        figure.savefig(path, format="png")
+    with common.atomic(out / f"{args.task}.json") as path:
+        curves = {kind: curve.tolist() for kind, curve in curves.items()}
+        path.write_text(json.dumps(dict(flags=vars(args), **result, curves=curves), indent=1))
+    print(f"report: {out / args.task}.json, {args.task}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)
