@@ -129,6 +129,8 @@ class Timeline:
             if not video.streams.video:
                 raise DataError("no video stream in what there is of it")
             stream = video.streams.video[0]
+            if stream.codec_context is None:
+                raise DataError("its codec is not known")
             packets = [packet for packet in video.demux(stream) if packet.size]
             while packets and not packets[0].is_keyframe:  # from before the recording's first keyframe
                 packets.pop(0)
