@@ -21,13 +21,7 @@ import common
 # import name of each line of requirements.txt, where it is another
 IMPORTS = {"pyyaml": "yaml", "mujoco-mjx": "mujoco.mjx"}
 TESTS = ("pytest", "hypothesis", "scipy")
-
-
-def parse(argv=None):
-    parser = common.Parser(__doc__)
-    add = parser.add_argument
-    add("--requirements", default=Path(__file__).resolve().parents[1] / "requirements.txt", metavar="FILE", help="list")
-    return parser.parse_args(argv)
+NEEDS = dict(inference=8, lora=22, expert=24, all=70)  # GiB of a GPU; train.py --dry-run counts it for your flags
 
 
 def packages(file):
@@ -53,7 +47,7 @@ def packages(file):
                 warnings.simplefilter("ignore")
                 importlib.import_module(IMPORTS.get(need.name, need.name))
         except Exception as error:  # a broken binary raises anything at all
-            problems.append(f"{need.name} {version} cannot be imported ({common.brief(error)}): install it again")
+            problems.append(f"{need.name} {version} cannot be imported ({str(error)[:150]}): install it again")
             continue
         good.append(f"{need.name} {version}")
     return good, problems
@@ -67,10 +61,11 @@ def device():
     good, problems = [f"torch {torch.__version__} is built for {kind}"], []
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
-            about = torch.cuda.get_device_properties(i)
-            memory = about.total_memory / 2**30
+            properties = torch.cuda.get_device_properties(i)
+            memory = properties.total_memory / 2**30
+            fits = ", ".join(name for name, need in NEEDS.items() if memory >= need) or "nothing but the tiny size"
             bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
-            good.append(f"{about.name}: {memory:.0f} GiB, {bf16}; Pi05 fits {fits(memory)}")
+            good.append(f"{properties.name}: {memory:.0f} GiB, {bf16}; Pi05 fits {fits}")
     elif torch.backends.mps.is_available():
         good.append("Apple MPS: enough for the tiny size and for reading checkpoints")
     elif shutil.which("nvidia-smi") or Path("/dev/kfd").exists():
@@ -81,25 +76,19 @@ def device():
     return good, problems
 
 
-def fits(memory):
-    """What a GPU with `memory` GiB can do with the 3.6 billion parameters; the arithmetic is in README.md."""
-    needs = dict(inference=8, lora=22, expert=24, all=70)
-    return ", ".join(name for name, need in needs.items() if memory >= need) or "nothing but the tiny size"
-
-
 def pi05():
     """(good lines, problems): build the tiny Pi05, take one step of its loss, predict."""
-    import compat
     import torch
-    from inputs import write_toy_tokenizer
-    from model import Pi05
+    from lerobot_patch import version_of
+    from model import Pi05, Pi05Config
+    from processor import write_toy_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         write_toy_tokenizer(folder)
         stats = dict(q01=[-1.0] * 2, q99=[1.0] * 2)
         stats = {"observation.state": stats, "action": stats}
-        sizes = dict(size="tiny", chunk=4, image_size=28, prompt_tokens=64)
-        model = Pi05(["camera"], 2, 2, stats, tokenizer=folder, **sizes)
+        config = Pi05Config(["camera"], 2, 2, stats, size="tiny", chunk=4, image_size=28, prompt_tokens=64)
+        model = Pi05(config, folder)
         batch = {
             "observation.images.camera": torch.rand(1, 3, 28, 28),
             "observation.state": torch.zeros(1, 2),
@@ -109,24 +98,25 @@ def pi05():
             "noise": torch.randn(1, 4, 32),
             "time": torch.full((1,), 0.5),
         }
-        loss, _ = model(model.prepare(batch))
+        loss, _ = model(model.processor(batch))
         loss.backward()
         predicted = model.predict(batch)
     if not (loss.isfinite() and predicted.isfinite().all()):
         return [], ["Pi05 gives NaN on this machine: another torch build?"]
-    lerobot, transformers = map(compat.dotted, compat.versions())
+    lerobot, transformers = (".".join(map(str, version_of(name))) for name in ("lerobot", "transformers"))
     return [f"Pi05 of lerobot {lerobot} builds on transformers {transformers}, learns and predicts"], []
 
 
 def main(argv=None):
-    args = parse(argv)
-    problems = []
+    parser, root = common.ArgumentParser(__doc__), Path(__file__).resolve().parents[1]
+    parser.add_argument("--requirements", default=root / "requirements.txt", metavar="FILE", help="list of packages")
+    args, problems = parser.parse_args(argv), []
     print(f"ok: Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for check in (lambda: packages(args.requirements), device, pi05):
         try:
             good, bad = check()
         except Exception as error:  # a check that fails is itself a finding
-            good, bad = [], [f"{common.brief(error)}"]
+            good, bad = [], [str(error)[:200]]
         for line in good:
             print(f"ok: {line}", flush=True)
         problems += bad
@@ -137,4 +127,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

@@ -1,9 +1,11 @@
-"""Episodes -> windows and batches, always the same for the same data and flags.
+"""Episodes -> windows -> batches, always the same for the same data and flags.
 
-`EpisodeDataset` gives windows of an episode; `TrainBatches` picks one step of each window for Pi05: the images and the
-state of that step, the chunk of actions from it on, with a mask that is False past the episode's end, and the noise
-and time of the flow-matching loss. The global batch of a step depends on (seed, step) alone, everything random of a
-sample on (seed, step, its place in the global batch); a rank and a micro-step take their slice.
+`EpisodeDataset` gives windows of an episode. For Pi05 a window is the chunk of actions from one step on, with the
+images and the state of that step alone; `PolicyBatch` makes them a batch that the policy reads. The global batch of a
+step depends on (seed, step) alone, everything random of a sample on the seed, its window and its draw; a rank and a
+micro-step take their part.
+
+Letters: T steps of a window, A action dims, D dims of a vector, B batch, H W pixels.
 """
 
 import hashlib
@@ -13,28 +15,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from episodes import open_data
-from norms import load_norms  # noqa: F401, part of what this file offers, as in the seed's example
-from spec import DatasetSpec, load_spec  # noqa: F401, the same
+from compute_norms import load_norms  # noqa: F401, part of what this file offers
+from readers.dataset import open_data
+from readers.spec import DatasetSpec, load_spec  # noqa: F401, the same
 from torch.utils.data import DataLoader, Dataset
+
+from common import DataError, ignore_signals
 
 
 @dataclass
 class SequenceConfig:
-    """Windows of `seq_len` steps, `stride` apart. chunk: also the next so many actions of every step; 0: none."""
+    """Windows of `seq_len` steps that begin every `stride` steps. At an episode's end they are shorter."""
 
     seq_len: int = 32
     stride: int = 16
-    chunk: int = 0
 
     def __post_init__(self):
-        for name, least in (("seq_len", 1), ("stride", 1), ("chunk", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
-
-    def starts(self, length):
-        """First steps of an episode's windows: every step is in one, and no window lies inside the one before."""
-        return [s for s in range(0, length, self.stride) if s == 0 or s + self.seq_len - self.stride < length]
+        for name in ("seq_len", "stride"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} is {getattr(self, name)}, expected at least 1")
 
 
 class Normalizer:
@@ -73,10 +72,12 @@ class AugmentConfig:
     rotate: float = 0.0
     fixed: tuple = ("wrist",)
 
-    @classmethod
-    def openpi(cls):
-        """What openpi trains pi0.5 with: crop of 95 %, 5 degrees, colour jitter of 0.3, 0.4, 0.5."""
-        return cls(brightness=0.3, contrast=0.4, saturation=0.5, crop=0.95, rotate=5.0)
+
+AUGMENT = dict(  # openpi: what pi0.5 was trained with
+    none=None,
+    jitter=AugmentConfig(),
+    openpi=AugmentConfig(brightness=0.3, contrast=0.4, saturation=0.5, crop=0.95, rotate=5.0),
+)
 
 
 def build_augmentations(config):
@@ -90,8 +91,8 @@ def build_augmentations(config):
     def augment(images, rng, camera=""):
         rng = np.random.default_rng(rng)
         x = torch.from_numpy(np.array(images)).movedim(-1, 1)  # T 3 H W
-        whole = not x.is_floating_point()
-        x = x / 255 if whole else x.float()
+        is_uint8 = not x.is_floating_point()
+        x = x / 255 if is_uint8 else x.float()
         dx, dy, turn, *colour = rng.uniform(-1, 1, 6)
         if (config.crop < 1 or config.rotate) and not any(word in camera for word in config.fixed):
             angle, room = math.radians(config.rotate * turn), 1 - config.crop
@@ -107,7 +108,7 @@ def build_augmentations(config):
             (grey, config.saturation, colour[2]),
         ):
             x = (pivot + (x - pivot) * (1 + reach * draw)).clamp(0, 1)
-        x = (x * 255).round().byte() if whole else x
+        x = (x * 255).round().byte() if is_uint8 else x
         return x.movedim(1, -1).numpy()
 
     return augment
@@ -118,53 +119,64 @@ def shrink(frame, size):
     height, width = frame.shape[:2]
     new = max(1, height * size // max(height, width)), max(1, width * size // max(height, width))
     x = torch.from_numpy(np.array(frame)).movedim(-1, 0)[None].float() / 255
-    return F.interpolate(x, new, mode="bilinear", align_corners=False)[0].movedim(0, -1).numpy()
+    if new != (height, width):
+        x = F.interpolate(x, new, mode="bilinear", align_corners=False)  # as the policy does
+    return x[0].movedim(0, -1).numpy()
 
 
 # --- windows
 
 
-def future(actions, step, chunk):
-    """The `chunk` actions from `step` on, (chunk, A), and which of them exist; past the end the last is repeated."""
-    steps = step + np.arange(chunk)
-    rows = actions[np.minimum(steps, len(actions) - 1)]
-    mask = (steps < len(actions)) & np.isfinite(rows).all(1)  # NaN is there only where the spec allows it
-    return np.nan_to_num(rows, posinf=0.0, neginf=0.0), mask
-
-
 class EpisodeDataset(Dataset):
     """Windows of all episodes under `data_root`, or of the given `episodes`.
 
-    An item: actions (T, A), timestamps (T,), `obs.KEY` (T, D) or (T, H, W, 3), task, episode, start; with
-    sequence.chunk also chunk (T, chunk, A) and chunk_mask (T, chunk). Windows at an episode's end are shorter.
+    An item: actions (T, A), timestamps (T,), `obs.KEY` (T, D) or (T, H, W, 3), task, episode, start, noise_seed. With
+    for_policy the observations are those of the window's first step alone, (1, ...), and images are floats whose longer
+    side is image_size. An index is a number, or (number, *draw) where one window is drawn more than once.
     """
 
-    def __init__(self, spec, data_root=None, sequence=None, normalizer=None, augment_fn=None, seed=0, episodes=None):
+    def __init__(
+        self, spec, data_root=None, sequence=None, normalizer=None, augment_fn=None, seed=0, episodes=None,
+        for_policy=False, image_size=224,
+    ):  # fmt: skip
         self.spec, self.sequence = spec, sequence or SequenceConfig()
         self.normalizer, self.augment_fn, self.seed = normalizer, augment_fn, seed
-        self.episodes = open_data([str(data_root)], spec, val_share=0)[1] if episodes is None else episodes
-        self.windows = [(e, s) for e in range(len(self.episodes)) for s in self.sequence.starts(len(self.episodes[e]))]
+        self.for_policy, self.image_size = for_policy, image_size
+        self.episodes = open_data([str(data_root)], spec)[1] if episodes is None else episodes
+        counts = [-(-len(episode) // self.sequence.stride) for episode in self.episodes]
+        self.ends = np.cumsum(counts)  # the windows of episode e are numbered ends[e - 1] to ends[e] - 1
 
     def __len__(self):
-        return len(self.windows)
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def locate(self, number):
+        """Number of a window -> its episode and first step."""
+        at = int(np.searchsorted(self.ends, number, side="right"))
+        return self.episodes[at], int(number - (self.ends[at - 1] if at else 0)) * self.sequence.stride
+
+    def motion(self, number):
+        """How much the recorded chunk of a window moves, by the spread of each dim over its episode: for figures."""
+        episode, start = self.locate(number)
+        spread = episode.actions.std(0) + 1e-9
+        return float((episode.actions[start : start + self.sequence.seq_len].std(0) / spread).mean())
 
     def __getitem__(self, index):
-        number, start = self.windows[index]
-        episode = self.episodes[number]
-        here = slice(start, min(start + self.sequence.seq_len, len(episode)))
-        item = dict(actions=episode.actions[here], timestamps=episode.timestamps[here])
-        item |= {f"obs.{key}": episode.vectors[key][here] for key in self.spec.required_proprio_keys}
+        number, *draw = index if isinstance(index, tuple) else (index,)
+        episode, start = self.locate(number)
+        name = hashlib.sha256(f"{episode.id}/{start}".encode()).digest()
+        rng = np.random.default_rng([int.from_bytes(name[:8], "big"), self.seed, *draw])
+        end = min(start + self.sequence.seq_len, len(episode))
+        seen = slice(start, start + 1 if self.for_policy else end)
+        item = dict(actions=episode.actions[start:end], timestamps=episode.timestamps[start:end])
+        item |= {f"obs.{key}": episode.vectors[key][seen] for key in self.spec.required_proprio_keys}
         for key in self.spec.required_obs_keys:
-            images = np.stack([episode.frames[key][i] for i in range(here.start, here.stop)])
-            if self.augment_fn is not None:
-                images = self.augment_fn(images, np.random.default_rng([self.seed, index]), key)
-            item[f"obs.{key}"] = images
-        if self.sequence.chunk:
-            ahead = [future(episode.actions, i, self.sequence.chunk) for i in range(here.start, here.stop)]
-            item["chunk"], item["chunk_mask"] = (np.stack(part) for part in zip(*ahead, strict=True))
+            images = [episode.frames[key][i] for i in range(seen.start, seen.stop)]
+            images = np.stack([shrink(image, self.image_size) if self.for_policy else image for image in images])
+            item[f"obs.{key}"] = self.augment_fn(images, rng, key) if self.augment_fn else images
         item = self.normalizer(item) if self.normalizer else item
         item = {key: torch.from_numpy(np.array(value)) for key, value in item.items()}
-        return item | dict(task=episode.task, episode=f"{episode.source}/{episode.id}", start=start)
+        item |= dict(task=episode.task_at(start), episode=f"{episode.source}/{episode.id}", start=start)
+        return item | dict(noise_seed=int(rng.integers(2**62)))
 
 
 def pad_and_collate(items):
@@ -180,130 +192,89 @@ def pad_and_collate(items):
 
 def build_dataloader(dataset, batch_size, shuffle=True, num_workers=0, seed=0):
     """Padded batches of windows; the order depends on the seed and the number of epochs read before."""
-    order = torch.Generator().manual_seed(seed)
     return DataLoader(
-        dataset, batch_size, shuffle=shuffle, num_workers=num_workers, collate_fn=pad_and_collate, generator=order
+        dataset,
+        batch_size,
+        shuffle=shuffle,
+        num_workers=num_workers,
+        collate_fn=pad_and_collate,
+        generator=torch.Generator().manual_seed(seed),
+        worker_init_fn=ignore_signals,
     )
 
 
 # --- batches for Pi05
 
 
-class Steps(Dataset):
-    """What training and validation share: one step of an episode as a sample of Pi05."""
+class PolicyBatch:
+    """Windows for the policy -> a batch in robot units, processed if there is a processor.
 
-    def __init__(self, spec, episodes, chunk, image_size, prepare=None, augment=None):
-        self.spec, self.episodes, self.chunk, self.image_size = spec, episodes, chunk, image_size
-        self.prepare, self.augment = prepare, augment
-
-    def sample(self, episode, step, rng):
-        """Images in [0, 1], state, chunk of actions, mask, task; noise and time from `rng` (openpi's distributions)."""
-        action, mask = future(episode.actions, step, self.chunk)
-        state = np.concatenate([episode.vectors[key][step] for key in self.spec.required_proprio_keys])
-        sample = {"observation.state": np.nan_to_num(state), "action": action, "mask": mask, "task": episode.task}
-        sample["noise"] = rng.standard_normal((self.chunk, 32), np.float32)
-        sample["time"] = np.float32(0.001 + 0.999 * rng.beta(1.5, 1.0))
-        for name, key in self.spec.cameras.items():
-            image = shrink(episode.frames[key][step], self.image_size)
-            image = self.augment(image[None], rng, name)[0] if self.augment else image
-            sample[f"observation.images.{name}"] = np.ascontiguousarray(image.transpose(2, 0, 1))
-        return sample
-
-    def collate(self, samples):
-        """Samples -> a batch in robot units."""
-        batch = {key: [sample[key] for sample in samples] for key in samples[0]}
-        for key, value in batch.items():
-            if len({np.shape(part) for part in value}) > 1:
-                raise ValueError(f"{key} has other shapes in other episodes: data sets of one run need the same camera")
-        return {key: value if key == "task" else torch.from_numpy(np.stack(value)) for key, value in batch.items()}
-
-    def finish(self, samples):
-        """Samples -> what the model reads."""
-        batch = self.collate(samples)
-        return self.prepare(batch) if self.prepare else batch
-
-
-class TrainBatches(Steps):
-    """Item (step * accum + micro) is this rank's slice of the step's global batch.
-
-    Each sample is one random step of a random window, so that `seq_len` 32 and `stride` 16 read as in the seed, and
-    1 and 1 (the default) draw from all steps alike.
+    Past an episode's end the last action is repeated and `mask` (B, chunk) is False. Noise and time are drawn from each
+    item's own seed, by openpi's distributions.
     """
 
-    def __init__(self, *args, batch_size, sequence=None, seed=0, accum=1, rank=0, world=1, **kwargs):
-        super().__init__(*args, **kwargs)
-        if batch_size % (accum * world):
-            raise ValueError(f"--batch-size {batch_size} is not divisible by {accum} micro-steps x {world} processes")
-        self.batch_size, self.seed, self.accum, self.rank, self.world = batch_size, seed, accum, rank, world
-        self.sequence = sequence or SequenceConfig(1, 1)
-        self.windows = [(e, s) for e in self.episodes for s in self.sequence.starts(len(e))]
+    def __init__(self, spec, chunk, processor=None):
+        self.spec, self.chunk, self.processor = spec, chunk, processor
 
-    def __getitem__(self, item):
-        step, micro = divmod(item, self.accum)
-        draw = np.random.default_rng([self.seed, step])
-        windows, places = draw.integers(len(self.windows), size=self.batch_size), draw.random(self.batch_size)
-        size = self.batch_size // (self.accum * self.world)
-        first, samples = (micro * self.world + self.rank) * size, []
-        for i in range(first, first + size):
-            episode, start = self.windows[windows[i]]
-            length = min(self.sequence.seq_len, len(episode) - start)
-            rng = np.random.default_rng([self.seed, step, i])
-            samples.append(self.sample(episode, start + int(places[i] * length), rng))
-        return self.finish(samples)
+    def __call__(self, items):
+        batch = dict(task=[item["task"] for item in items])
+        actions, masks, noise, time = [], [], [], []
+        for item in items:
+            rows = item["actions"]
+            rows = rows[torch.arange(self.chunk).clamp(max=len(rows) - 1)]
+            masks.append((torch.arange(self.chunk) < len(item["actions"])) & rows.isfinite().all(1))
+            actions.append(rows.nan_to_num(posinf=0.0, neginf=0.0))  # NaN is there only where the spec allows it
+            rng = np.random.default_rng(item["noise_seed"])
+            noise.append(torch.from_numpy(rng.standard_normal((self.chunk, 32), np.float32)))
+            time.append(0.001 + 0.999 * rng.beta(1.5, 1.0))
+        batch |= dict(action=torch.stack(actions), mask=torch.stack(masks), noise=torch.stack(noise))
+        batch["time"] = torch.tensor(time, dtype=torch.float32)
+        states = [torch.cat([item[f"obs.{key}"][0] for key in self.spec.required_proprio_keys]) for item in items]
+        batch["observation.state"] = torch.stack(states).nan_to_num()
+        for name, key in self.spec.cameras.items():
+            images = [item[f"obs.{key}"][0].movedim(-1, 0).contiguous() for item in items]
+            if len({image.shape for image in images}) > 1:
+                raise DataError(f"camera {key} has other proportions in other episodes: convert.py --image-size")
+            batch[f"observation.images.{name}"] = torch.stack(images)
+        return self.processor(batch) if self.processor else batch
 
 
-class ValidationSteps(Steps):
-    """Every `stride`-th step of the episodes, with noise and time that depend on source, episode and step alone."""
+class GlobalBatches:
+    """Batch sampler: for each step and micro-step this rank's part of the step's global batch.
 
-    def __init__(self, *args, stride, rank=0, world=1, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.places = [(e, t) for e in self.episodes for t in range(0, len(e), stride)][rank::world]
+    Every window of the data set is drawn alike.
+    """
+
+    def __init__(self, count, batch_size, seed, first, steps, accum=1, rank=0, world=1):
+        self.count, self.batch_size, self.seed, self.first, self.steps = count, batch_size, seed, first, steps
+        self.accum, self.rank, self.world = accum, rank, world
 
     def __len__(self):
-        return len(self.places)
+        return (self.steps - self.first) * self.accum
 
-    def __getitem__(self, i):
-        episode, step = self.places[i]
-        name = hashlib.sha256(f"{episode.source}/{episode.id}/{step}".encode()).digest()
-        return self.sample(episode, step, np.random.default_rng(int.from_bytes(name[:8], "big")))
-
-    def liveliest(self):
-        """The sample whose recorded chunk moves most, each dim measured by its spread: for figures."""
-        chunks = [future(episode.actions, step, self.chunk)[0] for episode, step in self.places]
-        spread = np.concatenate(chunks).std(0) + 1e-9
-        return self[int(np.argmax([(chunk.std(0) / spread).mean() for chunk in chunks]))]
+    def __iter__(self):
+        size = self.batch_size // (self.accum * self.world)
+        for step in range(self.first, self.steps):
+            windows = np.random.default_rng([self.seed, step]).integers(self.count, size=self.batch_size)
+            for micro in range(self.accum):
+                begin = (micro * self.world + self.rank) * size
+                yield [(int(windows[i]), step, i) for i in range(begin, begin + size)]
 
 
-def prepare_dataloaders(
-    batch_size,
-    spec,
-    train,
-    held,
-    chunk,
-    image_size,
-    prepare=None,
-    augment=None,
-    sequence=None,
-    seed=0,
-    steps=1000,
-    first=0,
-    accum=1,
-    rank=0,
-    world=1,
-    workers=0,
-    val_stride=10,
-):
-    """(train loader, {source: validation loader}): this rank's micro-batches of the steps first to steps - 1."""
-    shape = (chunk, image_size, prepare)
-    batches = TrainBatches(
-        spec, train, *shape, augment, batch_size=batch_size, sequence=sequence, seed=seed, accum=accum, rank=rank,
-        world=world,
-    )  # fmt: skip
-    items = range(first * accum, steps * accum)
-    loader = DataLoader(batches, batch_size=None, sampler=items, num_workers=workers)
-    validation = {}
-    for name in dict.fromkeys(episode.source for episode in held):
-        mine = [episode for episode in held if episode.source == name]
-        part = ValidationSteps(spec, mine, *shape, stride=val_stride, rank=rank, world=world)
-        validation[name] = DataLoader(part, batch_size=max(1, batch_size // (accum * world)), collate_fn=part.finish)
-    return loader, validation
+def prepare_dataloaders(spec, train, held_out, processor, args, first=0, rank=0, world=1):
+    """(training loader, {source: validation loader}) of two lists of episodes; args: the flags of train.py."""
+    more = dict(for_policy=True, image_size=args.image_size)
+    chunks, held_out_chunks = (SequenceConfig(args.chunk, stride) for stride in (args.stride, args.val_stride))
+    augment = build_augmentations(AUGMENT[args.augment])
+    windows = EpisodeDataset(spec, sequence=chunks, augment_fn=augment, seed=args.seed, episodes=train, **more)
+    held_out = EpisodeDataset(spec, sequence=held_out_chunks, episodes=held_out, **more)
+    more = dict(collate_fn=PolicyBatch(spec, args.chunk, processor), worker_init_fn=ignore_signals)
+    more |= dict(num_workers=args.workers, pin_memory=torch.cuda.is_available())
+    sampler = GlobalBatches(len(windows), args.batch_size, args.seed, first, args.steps, args.accum, rank, world)
+    loader = DataLoader(windows, batch_sampler=sampler, **more)
+    numbers = {}
+    for number in range(len(held_out)):
+        numbers.setdefault(held_out.locate(number)[0].source, []).append(number)
+    size = max(1, args.batch_size // (args.accum * world))
+    mine = {name: of_source[rank::world] for name, of_source in numbers.items()}
+    return loader, {name: DataLoader(held_out, size, sampler=part, **more) for name, part in mine.items()}

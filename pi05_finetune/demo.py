@@ -1,73 +1,120 @@
-"""Write the demo data: 40 episodes of a gripper that goes to the block that the task names, with a camera, as npz.
+"""The demo's world, and its data: a gripper that reaches for the block that the task names and closes on it, as npz.
 
 Run:
   python pi05_finetune/demo.py --out runs/demo/pi05_finetune
 """
 
-import argparse
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 
-ABOUT = dict(version=1, episodes=40, rate=10, pixels=56, seed=0)
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+import common
+
+METADATA = dict(version=2, episodes=240, rate=10, pixels=28, seed=0)
 COLOURS = dict(red=(220, 60, 50), blue=(60, 90, 220))
 SPEC = Path(__file__).resolve().parent / "specs" / "demo.yaml"
+BLOCK, REACH = 0.25, 0.3  # half the side of a block; a gripper that closes within REACH of a block's middle holds it
+LIMIT = 40  # steps of an episode
 
 
-def draw(hand, grip, blocks):
-    """The table from above, (pixels, pixels, 3) uint8: two blocks, and a ring that gets small as the gripper closes."""
-    size = ABOUT["pixels"]
-    y, x = np.mgrid[0:size, 0:size] / (size - 1) * 2.4 - 1.2
-    image = np.full((size, size, 3), 200, np.uint8)
-    for colour, (bx, by) in blocks.items():
-        image[(abs(x - bx) < 0.16) & (abs(y - by) < 0.16)] = COLOURS[colour]
-    distance = np.hypot(x - hand[0], y - hand[1])
-    image[(distance < 0.3 - 0.12 * grip) & (distance > 0.18 - 0.12 * grip)] = 20
-    return image
+class World:
+    """Two blocks and a gripper on a table [-1, 1] x [-1, 1]. The action is the gripper's next position and opening.
+
+    The state (x, y, closed) is the last action. `grasped` is the colour of the block that the gripper first closed on,
+    "nothing" if it closed beside both, None as long as it is open. `told`: the colour that the instruction names, if it
+    is not the target's.
+    """
+
+    cameras, state_dim, action_dim = ["camera_top"], 3, 3
+
+    def __init__(self, rng, swap=False):
+        middle = rng.uniform(-0.75, 0.75, (2, 2))
+        while np.abs(middle[0] - middle[1]).max() < 2.4 * BLOCK:
+            middle = rng.uniform(-0.75, 0.75, (2, 2))
+        self.blocks = dict(zip(COLOURS, middle, strict=True))
+        self.target = str(rng.choice(list(COLOURS)))
+        self.told = next(colour for colour in COLOURS if (colour == self.target) != swap)
+        self.task = f"pick up the {self.told} block"
+        self.state, self.steps, self.grasped = np.zeros(3, np.float32), 0, None
+
+    @property
+    def ended(self):
+        return self.grasped is not None or self.steps >= LIMIT
+
+    @property
+    def success(self):
+        return self.grasped == self.target
+
+    def observe(self):
+        """({camera: (H, W, 3) uint8}, state (3,))."""
+        return dict(camera_top=self.image()), self.state
+
+    def image(self):
+        """The table from above, (pixels, pixels, 3) uint8: blocks, and a cross that shrinks as the gripper closes."""
+        size, (x0, y0, closed) = METADATA["pixels"], self.state
+        y, x = np.mgrid[0 : 3 * size, 0 : 3 * size] / (3 * size - 1) * 2.2 - 1.1  # three times as fine, then averaged
+        image = np.full((3 * size, 3 * size, 3), 200.0)
+        for colour, (bx, by) in self.blocks.items():
+            image[(abs(x - bx) < BLOCK) & (abs(y - by) < BLOCK)] = COLOURS[colour]
+        arm = 0.25 - 0.12 * closed
+        dx, dy = abs(x - x0), abs(y - y0)
+        image[((dx < 0.04) & (dy < arm)) | ((dy < 0.04) & (dx < arm))] = 20
+        return np.uint8(image.reshape(size, 3, size, 3, 3).mean((1, 3)))
+
+    def step(self, action):
+        self.steps += 1
+        before, self.state = self.state, np.clip(np.asarray(action, np.float32), [-1.2, -1.2, -0.2], [1.2, 1.2, 1.2])
+        if self.grasped is None and before[2] < 0.5 <= self.state[2]:
+            away = {c: np.abs(self.state[:2] - middle).max() for c, middle in self.blocks.items()}
+            nearest = min(away, key=away.get)
+            self.grasped = nearest if away[nearest] < REACH else "nothing"
+
+    def expert(self, rng):
+        """The actions (T, 3) of a demonstration: go to the named block, close, rest."""
+        goal, steps = self.blocks[self.target], rng.integers(10, 15)
+        s = np.arange(1, steps + 1)[:, None] / steps
+        s = 10 * s**3 - 15 * s**4 + 6 * s**5  # minimum jerk
+        reach = np.c_[goal * s, 0 * s]
+        close = np.c_[np.tile(goal, (8, 1)), np.minimum(1, np.arange(1, 9) / 4)]
+        return np.concatenate([reach, close]) + rng.normal(0, 0.005, (steps + 8, 3))
 
 
 def episode(rng):
-    """Rest, go to the named block, close, come back: arrays of one npz. The state follows the action by one step."""
-    blocks = dict(zip(COLOURS, rng.uniform(-1, 1, (2, 2)), strict=True))
-    colour = rng.choice(list(COLOURS))
-    rest = rng.uniform(-0.3, 0.3, 2)
-    points, grips = [rest, blocks[colour], blocks[colour], rest], [0, 0, 1, 1]
-    actions = []
-    for a, b, before, after in zip(points[:-1], points[1:], grips[:-1], grips[1:], strict=True):
-        s = np.arange(1, 1 + rng.integers(10, 15))[:, None]
-        s = s / len(s)
-        s = 10 * s**3 - 15 * s**4 + 6 * s**5  # minimum jerk
-        actions.append(np.c_[a + (b - a) * s, before + (after - before) * s])
-    actions = np.concatenate(actions)
-    actions = actions + rng.normal(0, 0.005, actions.shape)
-    state = np.concatenate([[[*rest, 0]], actions[:-1]])
-    frames = np.stack([draw(row[:2], row[2], blocks) for row in state])
+    """Arrays of one npz."""
+    world = World(rng)
+    actions, states, frames = world.expert(rng).astype(np.float32), [], []
+    for action in actions:
+        states.append(world.state)
+        frames.append(world.image())
+        world.step(action)
     return {
-        "actions": actions.astype(np.float32),
-        "timestamps": np.arange(len(actions)) / ABOUT["rate"],
-        "obs.joint_pos": state.astype(np.float32),
-        "obs.camera_top": frames,
-        "task": np.array(f"pick up the {colour} block"),
+        "actions": actions,
+        "timestamps": np.arange(len(actions)) / METADATA["rate"],
+        "obs.joint_pos": np.stack(states),
+        "obs.camera_top": np.stack(frames),
+        "task": np.array(world.task),
     }
 
 
 def write(folder):
     """Write the data unless it is there already. A half-written folder is never left behind."""
     folder = Path(folder)
-    about = folder / "demo.json"
-    if about.exists() and json.loads(about.read_text()) == ABOUT:
+    metadata = folder / "demo.json"
+    if metadata.exists() and json.loads(metadata.read_text()) == METADATA:
         return
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # two first starts at once
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "episodes").mkdir(parents=True)
-    rng = np.random.default_rng(ABOUT["seed"])
-    for number in range(ABOUT["episodes"]):
+    rng = np.random.default_rng(METADATA["seed"])
+    for number in range(METADATA["episodes"]):
         np.savez(temporary / "episodes" / f"episode_{number:03d}.npz", **episode(rng))
     shutil.copy(SPEC, temporary / "spec.yaml")
-    (temporary / about.name).write_text(json.dumps(ABOUT))
+    (temporary / metadata.name).write_text(json.dumps(METADATA))
     shutil.rmtree(folder, ignore_errors=True)
     try:
         temporary.rename(folder)
@@ -75,9 +122,15 @@ def write(folder):
         shutil.rmtree(temporary)
 
 
+def main(argv=None):
+    parser = common.ArgumentParser(__doc__)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; another demo's data are replaced")
+    write(parser.parse_args(argv).out)
+    return 0
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder to write; replaced if it holds another demo's data"
-    )
-    write(parser.parse_args().out)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

@@ -1,13 +1,17 @@
-"""Report on a Pi05 checkpoint: its actions against the recorded ones of held-out episodes.
+"""Report on a Pi05 checkpoint: success in closed loop, and its actions against the recorded ones of held-out episodes.
 
 Run:
-  python pi05_finetune/evaluate.py --checkpoint runs/x/checkpoints/best --out runs/x/report
+  python pi05_finetune/evaluate.py --checkpoint runs/x/checkpoints/best
+  python pi05_finetune/evaluate.py --checkpoint runs/x/checkpoints/best --data new=PATH --out report
   python pi05_finetune/evaluate.py --mock-model --data g1=PATH --out report
 
-Without --data the run's own data and split are used. Writes OUT/report.md, OUT/report.json and OUT/figures.
+Without --data it is the run's own data: the episodes that it was not trained on. Of other data every episode counts
+that is not among the training episodes. Writes report.md, report.json and figures/ to OUT.
 """
 
 import json
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,50 +20,52 @@ import numpy as np
 import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+import checkpoint as files
 import figures
-from data import ValidationSteps
-from episodes import open_data
-from metrics import references, score
+from compute_norms import compute
+from data import EpisodeDataset, PolicyBatch, SequenceConfig, shrink
+from demo import World
 from model import Pi05
-from norms import compute
+from readers.dataset import open_data
+from readers.spec import DatasetSpec
 from tqdm import tqdm
 
 import common
+from common import DataError
 
 
 def parse(argv=None):
-    parser = common.Parser(__doc__)
-    add, whole, real = parser.add_argument, dict(type=int, metavar="N"), dict(type=float, metavar="X")
-    add("--checkpoint", help="folder with pi05_finetune.json, such as RUN/checkpoints/best", metavar="DIR")
+    parser = common.ArgumentParser(__doc__)
+    add, whole = parser.add_argument, dict(type=int, metavar="N")
+    add("--checkpoint", help="policy folder, such as RUN/checkpoints/best", metavar="DIR")
     add("--mock-model", action="store_true", help="no model: recorded actions with noise, to see data and report")
     add("--data", nargs="+", metavar="PATH", help="as in train.py; without it what the run was trained on")
     add("--spec", metavar="FILE", help="as in train.py; without it the run's")
     add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
-    add("--val-share", help="share of the episodes held out; without it the run's", **real)
-    add("--val-episodes", nargs="+", metavar="IDS", help="hold out just these; without it the run's")
+    add("--env", choices=["auto", "none", "demo"], default="auto", help="closed loop; auto: the demo's, of its data")
+    add("--rollouts", default=100, help="episodes in closed loop", **whole)
+    add("--n-action-steps", help="steps of a chunk that are executed before the next prediction; half of it", **whole)
     add("--val-stride", default=10, help="steps between two predictions", **whole)
-    add("--max-episodes", help="predict for the first N held-out episodes only", **whole)
+    add("--max-episodes", help="predict for the first N episodes only", **whole)
     add("--chunk", default=50, help="actions per prediction of --mock-model", **whole)
-    add(
-        "--draws",
-        default=1,
-        help="also score the mean of N predictions from other noise, the model's expectation",
-        **whole,
-    )
+    add("--draws", default=1, help="also score the mean of N predictions from other noise: the expectation", **whole)
     add("--batch-size", default=16, help="predictions at a time", **whole)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
-    add("--seed", default=0, help="of the noise of --draws and --mock-model", **whole)
+    add("--seed", default=0, help="of worlds, and of the noise of predictions", **whole)
     args = parser.parse_args(argv)
-    if bool(args.checkpoint) == args.mock_model:
-        parser.error("give --checkpoint or --mock-model")
-    for name in ("val_stride", "max_episodes", "chunk", "draws", "batch_size"):
+    if not args.checkpoint and not args.mock_model:
+        parser.error("give --checkpoint, --mock-model, or both (the run's data, but no model)")
+    for name in ("val_stride", "max_episodes", "chunk", "draws", "batch_size", "rollouts", "n_action_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"{common.flag(name)} must be above 0")
-    args.out = common.report_folder(parser, args)
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if args.checkpoint and not args.out:
+        args.out = str(Path(args.checkpoint).resolve().parents[1] / "report")
+    if not args.out:
+        parser.error("--mock-model needs --out")
     return args
 
 
-class Mock:
+class MockModel:
     """Recorded actions plus noise of 0.1 of each dim's scale: the report must show a normalised MSE of 0.01."""
 
     def __init__(self, scale, seed):
@@ -69,43 +75,167 @@ class Mock:
         return batch["action"] + self.noise * torch.randn(batch["action"].shape, generator=self.random)
 
 
+# --- metrics. N predictions, T steps of a chunk, A action dims. Normalised: errors divided by half of the q01-to-q99
+# range of the recorded actions, per dim, so that 1 is from the middle of a dim's range to its end.
+
+
+def score(predicted, true, mask, scale, low, high):
+    """Numbers of `predicted` (N, T, A) against `true` (N, T, A) where `mask` (N, T), as a dict of plain values.
+
+    scale (A,): half the range of each dim. low, high (A,): what an action should not leave; out_of_limits is the share
+    of predicted values that do. Steps count alike.
+    """
+    error = predicted - true
+    square, normal = np.square(error)[mask], np.square(error / scale)[mask]  # n A
+    steps = np.arange(mask.shape[1])[mask.any(0)]
+    pairs = mask[:, 1:] & mask[:, :-1]
+    return dict(
+        mse_normalised=float(normal.mean()),
+        mse=float(square.mean()),
+        mae=float(np.abs(error)[mask].mean()),
+        mse_per_dim=square.mean(0).tolist(),
+        mse_normalised_per_dim=normal.mean(0).tolist(),
+        mse_normalised_by_step=[float(np.square(error[:, t] / scale)[mask[:, t]].mean()) for t in steps],
+        delta=difference(predicted / scale, pairs, 1),
+        delta_recorded=difference(true / scale, pairs, 1),
+        jerk=difference(predicted / scale, mask[:, 3:], 3),
+        jerk_recorded=difference(true / scale, mask[:, 3:], 3),
+        out_of_limits=float(((predicted < low) | (predicted > high))[mask].mean()),
+    )
+
+
+def difference(x, mask, order):
+    """Mean size of the differences of `order` over time: 1 tells how fast x moves, 3 how it jerks. None if none."""
+    return float(np.abs(np.diff(x, order, axis=1))[mask].mean()) if mask.any() else None
+
+
+def baselines(places, chunk, mean):
+    """{name: predictions (N, chunk, A)} of two policies that look at nothing. places: (episode, step) of each.
+
+    last action: the action of the step before, held (at an episode's first step: the recorded one, which flatters it).
+    """
+    last = np.stack([episode.actions[max(step - 1, 0)] for episode, step in places])
+    return {
+        "last action": np.repeat(last[:, None], chunk, axis=1),
+        "mean action": np.broadcast_to(mean, (len(places), chunk, len(mean))),
+    }
+
+
+def interval(errors, groups, draws=1000):
+    """95 % interval of the mean of `errors` (N,), by drawing whole episodes: `groups` (N,) tells which is of which."""
+    sums = np.stack([(errors[groups == g].sum(), (groups == g).sum()) for g in np.unique(groups)])
+    picked = np.random.default_rng(0).integers(len(sums), size=(draws, len(sums)))
+    means = sums[picked, 0].sum(1) / sums[picked, 1].sum(1)
+    return np.quantile(means, [0.025, 0.975]).tolist()
+
+
+def wilson(successes, count, z=1.96):
+    """95 % interval of a rate."""
+    rate, n = successes / count, count
+    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+
+
+# --- closed loop
+
+
+def rollouts(model, worlds, n_action_steps, seed):
+    """Run all worlds side by side until they have ended; each gets a new chunk every n_action_steps.
+
+    A world has `task`, `state` (S,), observe() -> ({camera: (H, W, 3) uint8}, state), step(action), `ended`, `success`.
+    Returns the paths: a list of states per world.
+    """
+    config, random = model.config, torch.Generator().manual_seed(seed)
+    paths = [[world.state] for world in worlds]
+    while running := [i for i, world in enumerate(worlds) if not world.ended]:
+        seen = [worlds[i].observe() for i in running]
+        batch = dict(task=[worlds[i].task for i in running])
+        batch["observation.state"] = torch.tensor(np.stack([state for _, state in seen]), dtype=torch.float32)
+        for name in config.cameras:
+            frames = [torch.from_numpy(shrink(images[name], config.image_size)) for images, _ in seen]
+            batch[f"observation.images.{name}"] = torch.stack(frames).movedim(-1, 1)
+        batch["noise"] = torch.randn(len(running), config.chunk, 32, generator=random)
+        chunks = model.predict(batch).numpy()
+        for i, chunk in zip(running, chunks, strict=True):
+            for action in chunk[:n_action_steps]:
+                if not worlds[i].ended:
+                    worlds[i].step(action)
+                    paths[i].append(worlds[i].state)
+    return paths
+
+
+def closed_loop(model, args):
+    """Success in the demo's world, with the right instruction and with the other block's: {name: numbers}, examples."""
+    steps, report, paths, worlds = args.n_action_steps or model.config.chunk // 2, {}, {}, {}
+    for name, swap in (("right instruction", False), ("swapped instruction", True)):
+        worlds[name] = [World(np.random.default_rng([args.seed, 1, i]), swap) for i in range(args.rollouts)]
+        paths[name] = rollouts(model, worlds[name], steps, args.seed)
+        won = sum(world.success for world in worlds[name])
+        told = sum(world.grasped == world.told for world in worlds[name])
+        report[name] = dict(
+            success=won / args.rollouts,
+            interval=wilson(won, args.rollouts),
+            grasped_the_block_told=told / args.rollouts,
+        )
+    examples = []
+    for i in range(min(6, args.rollouts)):
+        fresh = World(np.random.default_rng([args.seed, 1, i]))
+        examples.append((fresh.image(), fresh.target, {name: np.stack(paths[name][i]) for name in paths}))
+    return dict(rollouts=args.rollouts, n_action_steps=steps, **report), examples
+
+
+def closed_loop_summary(report):
+    right, swapped = report["right instruction"], report["swapped instruction"]
+    low, high = right["interval"]
+    return (
+        f"closed loop, {report['rollouts']} rollouts: grasps the named block in {100 * right['success']:.0f} % "
+        f"({100 * low:.0f} to {100 * high:.0f}); told the other colour, it grasps the block meant at first in "
+        f"{100 * swapped['success']:.0f} % (a policy that ignores the words: 50 %)"
+    )
+
+
+# --- open loop
+
+
 def open_episodes(args):
-    """(spec, training episodes, held-out episodes), as in the checkpoint's run (RUN/args.json) unless flags say so."""
-    record = Path(args.checkpoint or ".").resolve().parent.parent / "args.json"
-    try:
-        flags = json.loads(record.read_text())["flags"] if args.checkpoint and record.exists() else {}
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{record}: not the flags of a run ({error})") from None
-    data = args.data or flags.get("data")
-    if not data:
-        raise ValueError("no run's args.json is there to tell the data: give --data")
-    if args.val_share is None and args.val_episodes is None:
-        share, held = flags.get("val_share", 0.1), flags.get("val_episodes", [])
-    else:
-        share, held = 0.1 if args.val_share is None else args.val_share, args.val_episodes or []
-    spec = args.spec or (None if args.data else flags.get("spec"))
-    return open_data(data, spec, share, held)
+    """(spec, training episodes or [], episodes to report on)."""
+    saved = {}
+    if args.checkpoint:
+        file = Path(args.checkpoint) / "data.json"
+        saved = common.read_json(file) if file.exists() or not args.data else {}
+    if not args.data and not saved:
+        raise DataError("--mock-model: give --data, or a --checkpoint that tells it")
+    spec, episodes = open_data(
+        args.data or saved["data"], args.spec or (None if args.data else DatasetSpec(**saved["spec"]))
+    )
+    trained = set(saved.get("train", {}).values())
+    train = [episode for episode in episodes if episode.digest() in trained]
+    held_out = [episode for episode in episodes if episode.digest() not in trained]
+    if not held_out:
+        raise DataError("nothing to report on: the run was trained on every episode")
+    if trained:
+        print(f"{len(held_out)} episodes to report on, {len(train)} others were trained on")
+    return spec, train, held_out[: args.max_episodes]
 
 
-def check_fit(model, spec, episode):
-    """Refuse data of another robot than the checkpoint's."""
-    about, state = model.about, episode.state(spec).shape[1]
+def check_fit(config, spec, episode):
+    """Raise for data of another robot than the checkpoint's."""
     for what, here, there in (
-        ("cameras", list(spec.cameras), about["cameras"]),
-        ("state dims", state, about["state_dim"]),
-        ("action dims", spec.action_dim, about["action_dim"]),
+        ("cameras", list(spec.cameras), config.cameras),
+        ("state dims", episode.state(spec).shape[1], config.state_dim),
+        ("action dims", spec.action_dim, config.action_dim),
     ):
         if here != there:
-            raise ValueError(f"--data: its {what} are {here}, but the checkpoint has {there}")
+            raise DataError(f"--data: its {what} are {here}, but the checkpoint has {there}")
 
 
-def predictions(model, steps, batch_size, draws=1, seed=0):
-    """(predicted, mean of all draws, recorded (N, T, A), mask (N, T)) of the items of `steps`, in robot units."""
-    parts = []
-    random = torch.Generator().manual_seed(seed)
+def predictions(model, windows, batch_size, draws=1, seed=0):
+    """(predicted, mean of all draws, recorded (N, T, A), mask (N, T)) of all windows, in robot units."""
+    parts, random = [], torch.Generator().manual_seed(seed)
+    collate = PolicyBatch(windows.spec, windows.sequence.seq_len)
     shown = dict(unit="batch", disable=not sys.stderr.isatty())
-    for first in tqdm(range(0, len(steps), batch_size), **shown):
-        batch = steps.collate([steps[i] for i in range(first, min(first + batch_size, len(steps)))])
+    for first in tqdm(range(0, len(windows), batch_size), **shown):
+        batch = collate([windows[i] for i in range(first, min(first + batch_size, len(windows)))])
         drawn = [model.predict(batch)]
         for _ in range(draws - 1):
             batch["noise"] = torch.randn(batch["noise"].shape, generator=random)
@@ -116,8 +246,10 @@ def predictions(model, steps, batch_size, draws=1, seed=0):
 
 def one_episode(model, spec, episode, chunk, size, batch_size):
     """Predictions for an episode, chunk after chunk: recorded and predicted (T, A), and eight frames of a camera."""
-    steps = ValidationSteps(spec, [episode], chunk, size, stride=chunk)
-    predicted = predictions(model, steps, batch_size)[0]
+    windows = EpisodeDataset(
+        spec, sequence=SequenceConfig(chunk, chunk), episodes=[episode], for_policy=True, image_size=size
+    )
+    predicted = predictions(model, windows, batch_size)[0]
     times = np.unique(np.linspace(0, len(episode) - 1, 8).astype(int))
     shown = [(i / spec.control_freq_hz, episode.frames[spec.required_obs_keys[0]][int(i)]) for i in times]
     return episode.actions, predicted.reshape(-1, predicted.shape[-1])[: len(episode)], shown
@@ -131,102 +263,123 @@ ROWS = dict(
     mae="MAE, robot units",
     delta="step to step, normalised",
     jerk="jerk, normalised",
-    clipping="outside the limits",
+    out_of_limits="outside the limits",
 )
 
 
-def verdict(name, card):
+def summary(name, source):
     """One line on what is good and what to look at."""
-    ours, hold = card["methods"]["model"], card["methods"]["hold last"]
-    gain = hold["mse_normalised"] / max(ours["mse_normalised"], 1e-12)
-    better, worse = f"{gain:.2f} times less error than", f"{1 / gain:.2f} times the error of"
-    text = [f"{better if gain > 1 else worse} holding the last action"]
-    if "mean of draws" in card["methods"]:
-        gain = hold["mse_normalised"] / max(card["methods"]["mean of draws"]["mse_normalised"], 1e-12)
-        text.append(f"the mean of {card['draws']} draws has {1 / gain:.2f} of it")
+    ours, last = source["methods"]["model"], source["methods"]["last action"]
+    spans = ["{:.3g} ({:.3g} to {:.3g})".format(m["mse_normalised"], *m["interval"]) for m in (ours, last)]
+    text = [f"normalised MSE {spans[0]}, of the last action held {spans[1]}"]
+    if "mean of draws" in source["methods"]:
+        middle = source["methods"]["mean of draws"]["mse_normalised"]
+        text.append(f"of the mean of {source['draws']} draws {middle:.3g}")
     if ours["jerk"] is not None and ours["jerk"] > 3 * max(ours["jerk_recorded"], 1e-6):
         text.append(f"jerk is {ours['jerk'] / max(ours['jerk_recorded'], 1e-6):.1f} times the recorded one")
-    if ours["clipping"] > 0.01:
-        text.append(f"{100 * ours['clipping']:.1f} % of the values leave the limits")
-    return f"{name}: {'; '.join(text)}."
+    if ours["out_of_limits"] > 0.01:
+        text.append(f"{100 * ours['out_of_limits']:.1f} % of the values leave the limits")
+    return f"{name}: {'; '.join(text)}"
 
 
-def report(args, cards):
+def report(args, loop, sources):
     """report.md, as text."""
     lines = [f"# Report on {args.checkpoint or 'the mock model'}", ""]
-    lines += ["Normalised: divided by half of the q01-to-q99 range of the training episodes' actions, per dim."]
+    if loop:
+        lines += [closed_loop_summary(loop), "", "![closed loop](figures/closed_loop.png)", ""]
+    lines += ["Normalised: divided by half of the q01-to-q99 range of the recorded actions, per dim."]
     lines += ["Lower is better, except for step to step and jerk, which should be as recorded."]
-    lines += ["Limits: the spec's, or what the training episodes reach."]
-    for name, card in cards.items():
-        methods = card["methods"]
-        lines += ["", f"## {name}", ""]
-        size = f"{card['predictions']} predictions of {card['chunk']} steps from {card['episodes']} episodes"
-        lines += [f"{size}, {card['seconds_per_prediction']:.2g} s each with reading."]
+    lines += ["Intervals: 95 %, over episodes. Limits: the spec's, or what the recorded actions reach."]
+    for name, source in sources.items():
+        methods = source["methods"]
+        lines += ["", f"## {name}", "", summary(name, source), ""]
+        size = f"{source['predictions']} predictions of {source['chunk']} steps from {source['episodes']} episodes"
+        lines += [f"{size}, {source['seconds_per_prediction']:.2g} s each with reading."]
         lines += ["", "| | " + " | ".join(methods) + " | recorded |", "| --- " + "| ---: " * (len(methods) + 1) + "|"]
         for key, title in ROWS.items():
             values = [method[key] for method in methods.values()] + [methods["model"].get(f"{key}_recorded")]
             lines += [f"| {title} | " + " | ".join("-" if v is None else f"{v:.4g}" for v in values) + " |"]
-        lines += ["", "| dim | MSE, normalised | hold last | MSE, robot units |", "| --- | ---: | ---: | ---: |"]
-        ours, hold = methods["model"], methods["hold last"]["mse_normalised_per_dim"]
-        rows = zip(card["dims"], ours["mse_normalised_per_dim"], hold, ours["mse_per_dim"], strict=True)
+        lines += ["", "| dim | MSE, normalised | last action | MSE, robot units |", "| --- | ---: | ---: | ---: |"]
+        ours, last = methods["model"], methods["last action"]["mse_normalised_per_dim"]
+        rows = zip(source["dims"], ours["mse_normalised_per_dim"], last, ours["mse_per_dim"], strict=True)
         lines += [f"| {dim} | {a:.4g} | {b:.4g} | {c:.4g} |" for dim, a, b, c in rows]
-    lines += ["", "## In short", "", *(f"- {verdict(name, card)}" for name, card in cards.items()), ""]
-    lines += [f"![{figure}](figures/{figure}.png)" for figure in ("episode", "horizon", "per_dim")]
+    lines += ["", *(f"![{figure}](figures/{figure}.png)" for figure in ("episode", "horizon", "per_dim"))]
     return "\n".join(lines) + "\n"
 
 
 def main(argv=None):
     args = parse(argv)
-    dist = common.setup(args)
-    spec, train, held = open_episodes(args)
-    if not held:
-        raise ValueError("nothing to report on: hold out episodes with --val-share or --val-episodes")
-    held = held[: args.max_episodes]
-    norms = compute(spec, train).action
+    name = args.device
+    if name == "auto":
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if "OMP_NUM_THREADS" not in os.environ:  # a core for others
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    spec, train, held_out = open_episodes(args)
+    norms = compute(spec, train or held_out).action
     scale = (norms["q99"] - norms["q01"]) / 2
     low = norms["min"] if spec.action_min is None else np.asarray(spec.action_min)
     high = norms["max"] if spec.action_max is None else np.asarray(spec.action_max)
     if args.mock_model:
-        model, chunk, size = Mock(scale, args.seed), args.chunk, 224
+        chunk = files.read_config(args.checkpoint)["chunk"] if args.checkpoint else args.chunk
+        model, size = MockModel(scale, args.seed), 224
     else:
-        model = Pi05.from_pretrained(args.checkpoint, dist.device)
-        chunk, size = model.about["chunk"], model.about["image_size"]
-        check_fit(model, spec, train[0])
+        model = Pi05.from_pretrained(args.checkpoint, torch.device(name))
+        chunk, size = model.config.chunk, model.config.image_size
+        check_fit(model.config, spec, held_out[0])
 
-    cards, examples = {}, {}
-    for name in dict.fromkeys(episode.source for episode in held):
-        mine = [episode for episode in held if episode.source == name]
-        steps = ValidationSteps(spec, mine, chunk, size, stride=args.val_stride)
+    loop, pictures = {}, {}
+    if args.env == "auto" and not args.mock_model and spec.name == "demo" and model.config.cameras == World.cameras:
+        args.env = "demo"
+    if args.env == "demo" and not args.mock_model:
+        loop, examples = closed_loop(model, args)
+        pictures["closed_loop"] = figures.closed_loop(loop, examples)
+        print(closed_loop_summary(loop), flush=True)
+
+    sources, examples = {}, {}
+    for name in dict.fromkeys(episode.source for episode in held_out):
+        mine = [episode for episode in held_out if episode.source == name]
+        windows = EpisodeDataset(
+            spec, sequence=SequenceConfig(chunk, args.val_stride), episodes=mine, for_policy=True, image_size=size
+        )
         start = time.perf_counter()
-        predicted, middle, true, mask = predictions(model, steps, args.batch_size, args.draws, args.seed)
-        seconds = (time.perf_counter() - start) / (len(steps) * args.draws)
+        predicted, middle, true, mask = predictions(model, windows, args.batch_size, args.draws, args.seed)
+        seconds = (time.perf_counter() - start) / (len(windows) * args.draws)
+        places = [windows.locate(i) for i in range(len(windows))]
         methods = {"model": predicted} | ({"mean of draws": middle} if args.draws > 1 else {})
-        methods |= references(mine, steps.places, chunk, norms["mean"])
-        methods = {key: score(value, true, mask, scale, low, high) for key, value in methods.items()}
-        cards[name] = dict(
-            predictions=len(steps), episodes=len(mine), chunk=chunk, dims=spec.names, draws=args.draws, methods=methods,
-            seconds_per_prediction=seconds,
+        methods |= baselines(places, chunk, norms["mean"])
+        groups = np.repeat([mine.index(episode) for episode, _ in places], mask.sum(1))
+        scores = {key: score(value, true, mask, scale, low, high) for key, value in methods.items()}
+        for key, value in methods.items():
+            errors = np.square((value - true) / scale)[mask].mean(1)
+            scores[key]["interval"] = interval(errors, groups)
+        sources[name] = dict(
+            predictions=len(windows), episodes=len(mine), chunk=chunk, dims=spec.names, draws=args.draws,
+            methods=scores, seconds_per_prediction=seconds,
         )  # fmt: skip
         true, predicted, shown = one_episode(model, spec, mine[0], chunk, size, args.batch_size)
         examples[f"{name}, episode {mine[0].id}"] = true, predicted, spec.names, spec.control_freq_hz, shown
-        print(verdict(name, cards[name]), flush=True)
+        print(summary(name, sources[name]), flush=True)
 
-    out = Path(args.out)
+    out, methods = Path(args.out), {name: source["methods"] for name, source in sources.items()}
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    for name, figure in dict(
+    pictures |= dict(
         episode=figures.episodes(examples, chunk),
-        horizon=figures.horizon({name: card["methods"] for name, card in cards.items()}, spec.control_freq_hz),
-        per_dim=figures.per_dim({name: card["methods"] for name, card in cards.items()}, spec.names),
-    ).items():
+        horizon=figures.horizon(methods, spec.control_freq_hz),
+        per_dim=figures.per_dim(methods, spec.names),
+    )
+    for name, figure in pictures.items():
         with common.atomic(out / "figures" / f"{name}.png") as path:
             figure.savefig(path, format="png")
     with common.atomic(out / "report.json") as path:
-        path.write_text(json.dumps(dict(flags=vars(args), device=str(dist.device), sources=cards), indent=1))
+        path.write_text(json.dumps(dict(flags=vars(args), closed_loop=loop, sources=sources), indent=1))
     with common.atomic(out / "report.md") as path:
-        path.write_text(report(args, cards))
+        path.write_text(report(args, loop, sources))
     print(f"report: {out / 'report.md'}")
     return 0
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

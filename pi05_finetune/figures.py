@@ -27,6 +27,22 @@ def curves(log_file):
     return figure
 
 
+def plot_dims(axes, true, predicted, names, rate, chunk=None):
+    """Recorded and predicted (T, A) of the dims that move most, one per axis; predicted chunk by chunk."""
+    chunk, time = chunk or len(true), np.arange(len(true)) / rate
+    dims = sorted(np.argsort(-true.std(0), kind="stable")[: len(axes)])
+    for axis, dim in zip(axes, dims, strict=False):
+        axis.plot(time, true[:, dim], color=TRUE, lw=2.5, label="recorded")
+        for first in range(0, len(true), chunk):
+            here = slice(first, first + chunk)
+            axis.plot(time[here], predicted[here, dim], PREDICTED, lw=1.2, label=None if first else "predicted")
+        axis.set(title=names[dim], xlabel="s")
+    for axis in axes[len(dims) :]:
+        axis.axis("off")
+    axes[0].set_ylabel("action (robot units)")
+    axes[0].legend(frameon=False)
+
+
 def traces(examples):
     """Recorded and predicted actions; the six dims that move most.
 
@@ -36,17 +52,39 @@ def traces(examples):
     figure = Figure(figsize=(max(6, 2 * columns), 2.4 * len(examples) + 0.4), layout="constrained")
     axes = figure.subplots(len(examples), columns, squeeze=False)
     for row, (title, (true, predicted, names, rate)) in zip(axes, examples.items(), strict=True):
-        dims = sorted(np.argsort(-true.std(0), kind="stable")[:6])
-        time = np.arange(len(true)) / rate
-        for axis, dim in zip(row, dims, strict=False):
-            axis.plot(time, true[:, dim], color=TRUE, lw=2.5, label="recorded")
-            axis.plot(time, predicted[:, dim], color=PREDICTED, lw=1.2, label="predicted")
-            axis.set(title=f"{title}: {names[dim]}", xlabel="s")
-        for axis in row[len(dims) :]:
-            axis.axis("off")
-        row[0].set_ylabel("action (robot units)")
-    axes[0, 0].legend(frameon=False)
+        plot_dims(row, true, predicted, names, rate)
+        row[0].set_title(f"{title}: {row[0].get_title()}")
     figure.suptitle("recorded and predicted actions of held-out episodes (closer is better)")
+    return figure
+
+
+def closed_loop(report, examples):
+    """Success rates as bars; beside them the gripper's paths over the tables of six rollouts.
+
+    examples: (image (H, W, 3) of [-1.1, 1.1] squared, colour of the target, {instruction: path (T, 3)}).
+    """
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    bars, tables = figure.subfigures(1, 2, width_ratios=[1, 2.2])
+    axis, names = bars.subplots(), ("right instruction", "swapped instruction")
+    for place, (name, colour) in enumerate(zip(names, (PREDICTED, TRUE), strict=True)):
+        rate, (low, high) = report[name]["success"], report[name]["interval"]
+        axis.bar(place, rate, 0.6, color=colour)
+        axis.errorbar(place, rate, [[rate - low], [high - rate]], color="0.2", capsize=4)
+        axis.text(place, high + 0.02, f"{100 * rate:.0f} %", ha="center", fontsize=12)
+    axis.axhline(0.5, color="0.2", ls=":", lw=1)
+    axis.text(1.4, 0.51, "words ignored", ha="right")
+    axis.set_xticks(range(2), names)
+    axis.set(ylim=(0, 1.15), ylabel="grasped the block meant", title=f"success, {report['rollouts']} rollouts each")
+    for axis, (image, target, paths) in zip(tables.subplots(2, 3).flat, examples, strict=False):
+        axis.imshow(image, extent=(-1.1, 1.1, 1.1, -1.1))
+        for (name, path), style in zip(paths.items(), ("-", ":"), strict=True):
+            axis.plot(path[:, 0], path[:, 1], "k" + style, lw=1.6, label=name)
+            axis.plot(*path[-1, :2], "ko", ms=5, mfc="w" if style == ":" else "k")
+        axis.set_title(f"meant: {target}")
+        axis.set_xticks([])
+        axis.set_yticks([])
+    tables.axes[0].legend(frameon=False, fontsize=7, loc="upper left")
+    figure.suptitle("closed loop: where the gripper goes and closes; told the other colour, it should go elsewhere")
     return figure
 
 
@@ -57,36 +95,24 @@ def episodes(examples, chunk):
     is chunk after chunk, each from the recorded observation at its beginning.
     """
     figure = Figure(figsize=(14, 7.2 * len(examples)), layout="constrained")
-    for part, (title, (true, predicted, names, rate, shown)) in zip(
-        figure.subfigures(len(examples), 1, squeeze=False)[:, 0], examples.items(), strict=True
-    ):
+    parts = figure.subfigures(len(examples), 1, squeeze=False)[:, 0]
+    for part, (title, (true, predicted, names, rate, shown)) in zip(parts, examples.items(), strict=True):
         strip, plots = part.subfigures(2, 1, height_ratios=[1, 3])
         for axis, (seconds, frame) in zip(strip.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
             axis.imshow(frame)
             axis.set_title(f"{seconds:.1f} s")
             axis.axis("off")
-        time = np.arange(len(true)) / rate
-        dims = sorted(np.argsort(-true.std(0), kind="stable")[:6])
-        axes = list(plots.subplots(-(-len(dims) // 3), 3, squeeze=False).flat)
-        for axis, dim in zip(axes, dims, strict=False):
-            axis.plot(time, true[:, dim], color=TRUE, lw=2.5, label="recorded")
-            for first in range(0, len(true), chunk):
-                label = "predicted, chunk by chunk" if first == 0 else None
-                here = slice(first, first + chunk)
-                axis.plot(time[here], predicted[here, dim], color=PREDICTED, lw=1.2, label=label)
-            axis.set(title=names[dim], xlabel="s", ylabel="action (robot units)")
-        for axis in axes[len(dims) :]:
-            axis.axis("off")
-        axes[0].legend(frameon=False)
-        part.suptitle(f"{title}: recorded and predicted (closer is better)")
+        rows = -(-min(6, len(names)) // 3)
+        plot_dims(list(plots.subplots(rows, 3, squeeze=False).flat), true, predicted, names, rate, chunk)
+        part.suptitle(f"{title}: recorded and predicted chunk by chunk (closer is better)")
     return figure
 
 
 STYLES = {
     "model": dict(color=PREDICTED, lw=2),
     "mean of draws": dict(color=PREDICTED, lw=1.5, ls=":"),
-    "hold last": dict(color=TRUE, lw=2),
-    "mean": dict(color=TRUE, lw=1.5, ls="--"),
+    "last action": dict(color=TRUE, lw=2),
+    "mean action": dict(color=TRUE, lw=1.5, ls="--"),
 }
 
 
@@ -104,14 +130,14 @@ def horizon(methods, rate):
 
 
 def per_dim(methods, names):
-    """Error of each action dim beside the references'. methods: {source: {method: score}}."""
+    """Error of each action dim beside the baselines'. methods: {source: {method: score}}."""
     figure = Figure(figsize=(3.5 + 0.35 * len(names), 4.8 * len(methods)), layout="constrained")
     for axis, (title, scores) in zip(
         figure.subplots(len(methods), 1, squeeze=False)[:, 0], methods.items(), strict=True
     ):
         place = np.arange(len(names))
         axis.bar(place, scores["model"]["mse_normalised_per_dim"], color=PREDICTED, width=0.6, label="model")
-        for name, marker in (("hold last", "_"), ("mean", "x")):
+        for name, marker in (("last action", "_"), ("mean action", "x")):
             axis.plot(place, scores[name]["mse_normalised_per_dim"], marker, color="0.2", ms=9, mew=2, label=name)
         axis.set(title=title, ylabel="mean squared error (normalised)", yscale="log")
         axis.set_xticks(place, names, rotation=90 if len(names) > 8 else 0)

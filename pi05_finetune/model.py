@@ -2,39 +2,89 @@
 
 The policy is LeRobot's (pi0.5, Physical Intelligence 2025, arXiv 2504.16054): images and a prompt with task and state
 go through PaliGemma, a flow-matching expert turns noise into a chunk of actions. Here are: the loss with padded steps
-masked, noise and time that the batch brings, low-rank adapters, freezing, an average of the weights, strict loading,
-and checkpoints that LeRobot opens.
+masked, noise and time that the batch brings, low-rank adapters, freezing, and a running average of the weights.
 
-Letters: B batch, T steps of a chunk, A action dims, S state dims, C H W camera pixels.
+Letters: B batch, T steps of a chunk, A action dims, S state dims, H W camera pixels.
 """
 
 import contextlib
-import json
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
-import compat
+import checkpoint
+import lerobot_patch
 import torch
 import torch.nn.functional as F
-from inputs import Inputs, check_dims, check_tokenizer
-from safetensors.torch import load_file, save_file
+from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.policies.pi05 import modeling_pi05
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from processor import Processor, check_tokenizer
 from torch import nn
 
+from common import DataError
+
 SIZES = ("full", "tiny")
-TRAIN = ("all", "expert", "lora")
+TRAIN = ("all", "frozen-vision", "expert", "lora")
 RANKS = dict(vlm=16, expert=32)  # openpi's gemma_2b_lora and gemma_300m_lora; alpha equals the rank
-EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
-HEAD = "model.paligemma_with_expert.paligemma.lm_head.weight"  # the same tensor
+MAX_DIM = 32  # numbers that pi0.5's action heads, and its prompt, have room for
+
+
+@dataclass
+class Pi05Config:
+    """What a checkpoint's pi05_finetune.json holds."""
+
+    cameras: list  # names in the order in which the policy sees them: `observation.images.NAME`
+    state_dim: int
+    action_dim: int
+    stats: dict  # {"observation.state": {q01, q99, ...: S numbers}, "action": {...: A numbers}}
+    size: str = "full"
+    chunk: int = 50  # actions per prediction
+    image_size: int = 224
+    prompt_tokens: int = 200
+    denoise_steps: int = 10
+    state_index: list | None = None  # relative actions: see ToRelative in processor.py; None: all are absolute
+    train: str = "all"
+    ema: float = 0.0  # decay of the running average of the weights; 0: none
+
+    def __post_init__(self):
+        if not self.cameras:
+            raise DataError("Pi05 reads at least one camera: name it in the spec's required_obs_keys")
+        if max(self.action_dim, self.state_dim) > MAX_DIM:
+            dims = f"{self.action_dim} action dims and {self.state_dim} state dims"
+            raise DataError(f"{dims}: Pi05 has room for {MAX_DIM} of each; convert.py --dims selects some")
+        if self.size not in SIZES or self.train not in TRAIN:
+            raise DataError(f"size {self.size!r}, train {self.train!r}: expected one of {SIZES}, one of {TRAIN}")
+
+    def lerobot(self, device):
+        """The same as LeRobot's PI05Config."""
+        pixels = PolicyFeature(FeatureType.VISUAL, (3, self.image_size, self.image_size))
+        inputs = {f"observation.images.{name}": pixels for name in self.cameras}
+        inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (self.state_dim,))
+        config = PI05Config(
+            chunk_size=self.chunk,
+            n_action_steps=self.chunk,
+            num_inference_steps=self.denoise_steps,
+            image_resolution=(self.image_size, self.image_size),
+            tokenizer_max_length=self.prompt_tokens,
+            input_features=inputs,
+            output_features={"action": PolicyFeature(FeatureType.ACTION, (self.action_dim,))},
+            tags=[lerobot_patch.TINY_TAG] if self.size == "tiny" else None,
+            device="cpu",
+        )
+        config.device = str(device)  # LeRobot would replace the ones that it does not know
+        return config
 
 
 class LoRALinear(nn.Linear):
     """A linear layer plus the product of two thin matrices (Hu et al. 2021, arXiv 2106.09685), zero at first."""
 
-    @staticmethod
-    def adapt(linear, rank):
+    def __init__(self, linear, rank):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
         like = dict(device=linear.weight.device, dtype=linear.weight.dtype)
-        linear.__class__ = LoRALinear
-        linear.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, **like).normal_(std=0.01))
-        linear.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **like).normal_(std=0.01))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))
 
     def forward(self, x):
         return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
@@ -43,117 +93,68 @@ class LoRALinear(nn.Linear):
 class Pi05(nn.Module):
     """PI05Policy, ready to be fine-tuned.
 
-    cameras: names; the policy reads `observation.images.NAME`. state_dim, action_dim: at most 32. chunk: actions per
-    prediction. stats, tokenizer (a local folder), absolute: see Inputs; without a tokenizer (None) there is the loss of
-    batches that are ready, nothing else. old_inputs: LeRobot 0.4's letterbox of -3 and prompt with the state padded to
-    32 numbers, for checkpoints trained so. ema: decay of the average, 0 for none.
+    tokenizer: a local folder. Without one there is the loss of batches that are processed already, nothing else.
     """
 
-    def __init__(
-        self,
-        cameras,
-        state_dim,
-        action_dim,
-        stats,
-        tokenizer=None,
-        size="full",
-        chunk=50,
-        image_size=224,
-        prompt_tokens=200,
-        denoise_steps=10,
-        train="all",
-        freeze_vision=False,
-        absolute=None,
-        old_inputs=False,
-        gradient_checkpointing=False,
-        ema=0.0,
-        attention="sdpa",
-        device="cpu",
-    ):
+    def __init__(self, config, tokenizer=None, gradient_checkpointing=False, device="cpu"):
         super().__init__()
-        self.about = dict(
-            cameras=list(cameras), state_dim=state_dim, action_dim=action_dim, stats=stats, size=size, chunk=chunk,
-            image_size=image_size, prompt_tokens=prompt_tokens, denoise_steps=denoise_steps, absolute=absolute,
-            old_inputs=old_inputs,
-        )  # fmt: skip
-        self.fit = dict(train=train, freeze_vision=freeze_vision, ema=ema)
-        check_dims(cameras, state_dim, action_dim)
-        if size not in SIZES or train not in TRAIN:
-            raise ValueError(f"size {size!r}, train {train!r}: expected one of {SIZES}, one of {TRAIN}")
+        self.config = config
         if tokenizer is not None:
-            check_tokenizer(tokenizer, size)
-        compat.install(tiny=size == "tiny", attention=attention, old_inputs=old_inputs)
-        from lerobot.configs.types import FeatureType, PolicyFeature
-        from lerobot.policies.pi05.configuration_pi05 import PI05Config
-        from lerobot.policies.pi05.modeling_pi05 import PI05Policy
-
-        pixels = PolicyFeature(FeatureType.VISUAL, (3, image_size, image_size))
-        inputs = {f"observation.images.{name}": pixels for name in cameras}
-        inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (state_dim,))
-        config = PI05Config(
-            chunk_size=chunk,
-            n_action_steps=chunk,
-            num_inference_steps=denoise_steps,
-            image_resolution=(image_size, image_size),
-            tokenizer_max_length=prompt_tokens,
-            input_features=inputs,
-            output_features={"action": PolicyFeature(FeatureType.ACTION, (action_dim,))},
-            device="cpu",
-        )
-        config.device = str(device)  # LeRobot would replace the ones that it does not know
+            check_tokenizer(tokenizer, config.size)
+        policy = config.lerobot(device)
         with torch.device(device):
-            self.policy = PI05Policy(config)
+            self.policy = modeling_pi05.PI05Policy(policy)
         if gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable()
-        self.prepare = None if tokenizer is None else Inputs(config, stats, tokenizer, absolute, old_inputs)
-        self.choose(train, freeze_vision)
-        self.average, self.decay = {}, ema
-        if ema:
-            self.average = {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
+        self.processor = None
+        if tokenizer is not None:
+            self.processor = Processor(policy, config.stats, tokenizer, config.state_index)
+        self.set_trainable()
+        self.ema = {}
+        if config.ema:
+            self.ema = {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
 
     # --- what is trained
 
-    def choose(self, train, freeze_vision):
+    def set_trainable(self):
         """Which parameters get gradients. What the loss does not reach is always frozen, so DDP need not search."""
-        vlm = self.policy.model.paligemma_with_expert
+        vlm, train = self.policy.model.paligemma_with_expert, self.config.train
         language, expert = vlm.paligemma.model.language_model, vlm.gemma_expert
         if train == "lora":
+            vlm.requires_grad_(False)
             for layers, rank in ((language.layers, RANKS["vlm"]), (expert.model.layers, RANKS["expert"])):
-                for layer in layers:
-                    for linear in [*layer.self_attn.children(), *layer.mlp.children()]:
+                for owner in [part for layer in layers for part in (layer.self_attn, layer.mlp)]:
+                    for name, linear in list(owner.named_children()):
                         if isinstance(linear, nn.Linear):
-                            LoRALinear.adapt(linear, rank)
+                            setattr(owner, name, LoRALinear(linear, rank))
         if train == "expert":
             vlm.paligemma.requires_grad_(False)
-        if train == "lora":
-            for name, parameter in vlm.named_parameters():
-                parameter.requires_grad_("lora_" in name)
-        if freeze_vision:
+        if train == "frozen-vision":
             vlm.paligemma.model.vision_tower.requires_grad_(False)
         last = language.layers[-1]  # the expert reads its keys and values, nothing after them
         unread = (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp, last.post_attention_layernorm, language.norm)
         for module in (expert.lm_head, *unread):
             module.requires_grad_(False)
 
-    def shrink_frozen(self):
+    def hold_frozen_in_bf16(self):
         """Hold the matrices that are not trained in bfloat16, as autocast would read them: half the memory."""
         for parameter in self.parameters():
             if not parameter.requires_grad and parameter.ndim >= 2:
                 parameter.data = parameter.data.bfloat16()
 
     @torch.no_grad()
-    def update_average(self):
+    def update_ema(self):
         """After each optimizer step: average += (1 - decay) (weights - average)."""
-        if self.average:
-            now = [p.detach() for name, p in self.named_parameters() if name in self.average]
-            torch._foreach_lerp_(list(self.average.values()), now, 1 - self.decay)
+        if self.ema:
+            now = [p.detach() for name, p in self.named_parameters() if name in self.ema]
+            torch._foreach_lerp_(list(self.ema.values()), now, 1 - self.config.ema)
 
     @contextlib.contextmanager
-    def averaged(self):
-        """Inside, the weights are their average (if there is one)."""
+    def use_ema(self):
+        """Inside, the weights are their running average (if there is one)."""
         mine = dict(self.named_parameters())
-        before = {name: mine[name].data for name in self.average}
-        for name, value in self.average.items():
+        before = {name: mine[name].data for name in self.ema}
+        for name, value in self.ema.items():
             mine[name].data = value
         try:
             yield
@@ -164,7 +165,7 @@ class Pi05(nn.Module):
     # --- loss and prediction
 
     def forward(self, batch):
-        """batch of `prepare` -> loss, metrics. Steps past the episode's end do not count; samples weigh the same."""
+        """batch of the processor -> loss, metrics. Steps past an episode's end do not count; samples weigh the same."""
         policy = self.policy
         images, present = policy._preprocess_images(batch)
         losses = policy.model(
@@ -176,98 +177,88 @@ class Pi05(nn.Module):
             noise=batch["noise"],
             time=batch["time"],
         )  # B T 32
-        losses = losses[..., : self.about["action_dim"]].float().mean(-1)  # B T
+        losses = losses[..., : self.config.action_dim].float().mean(-1)  # B T
         mask = batch["mask"].float()
-        each = (losses * mask).sum(1) / mask.sum(1).clamp(min=1)  # B
-        loss = each.mean()
+        loss = ((losses * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
         return loss, dict(loss=loss.detach())
 
     @torch.no_grad()
     def predict(self, batch):
-        """batch with `noise`, as for `prepare` -> actions (B, T, A) in robot units, on the CPU, float32."""
+        """batch in robot units with noise (B, T, 32), as for the processor -> actions (B, T, A) float32 on the CPU."""
+        if not batch["observation.state"].isfinite().all():
+            raise ValueError("the state holds NaN or infinity: the robot would get NaN back")
         training = self.training
         self.eval()
         device = next(self.parameters()).device
-        ready = {key: value.to(device) for key, value in self.prepare(batch).items() if key != "action"}
-        actions = self.policy.predict_action_chunk(ready, noise=ready["noise"])
+        ready = {key: value.to(device) for key, value in self.processor(batch).items() if key != "action"}
+        noise = ready["noise"].clone()  # LeRobot 0.4.2 denoises in place
+        mixed = any(p.dtype == torch.bfloat16 for p in self.parameters())  # of hold_frozen_in_bf16
+        with torch.autocast(device.type, torch.bfloat16) if mixed else contextlib.nullcontext():
+            actions = self.policy.predict_action_chunk(ready, noise=noise)
         self.train(training)
-        return self.prepare.undo(actions, batch["observation.state"])
+        return self.processor.undo(actions)
 
     # --- files
 
-    def exported(self):
-        """The policy's weights as LeRobot names them: averaged, adapters merged, the tied embedding once."""
-        with self.averaged():
-            state = {name: value.detach().to("cpu", copy=True) for name, value in self.policy.state_dict().items()}
-        for name in [name for name in state if name.endswith(".lora_a")]:
-            stem = name.removesuffix("lora_a")
-            change = state.pop(stem + "lora_b").float() @ state.pop(name).float()
-            state[stem + "weight"] = state[stem + "weight"].float() + change  # bfloat16 would round it away
-        del state[EMBEDDING]  # safetensors refuses two names for one tensor
-        return {name: value.contiguous() for name, value in state.items()}
-
     def save_pretrained(self, folder):
-        """A LeRobot policy folder: config, weights, processors; beside them our configuration and the tokenizer.
-
-        Where the weights in training differ from the exported ones (average, adapters), they are in raw.safetensors.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.policy.config.save_pretrained(folder)
-        save_file(self.exported(), folder / "model.safetensors", metadata=dict(format="pt"))
-        if self.average or self.fit["train"] == "lora":
-            raw = {name: value.cpu() for name, value in self.policy.state_dict().items() if name != EMBEDDING}
-            raw |= {f"average.{name}": value.cpu() for name, value in self.average.items()}
-            save_file(raw, folder / "raw.safetensors", metadata=dict(format="pt"))
-        self.prepare.save_pretrained(folder, self.about["size"])
-        (folder / "pi05_finetune.json").write_text(json.dumps({**self.about, **self.fit}, indent=1))
+        """A LeRobot policy folder: config, weights, processors, and beside them our configuration and the tokenizer."""
+        checkpoint.save(self, folder)
 
     def load_pretrained(self, folder):
-        """Weights of a folder with model.safetensors, strictly: a missing, unexpected or misshapen tensor is an error.
-
-        A checkpoint of a run with the same --train and --ema also gives back the weights in training.
-        """
-        folder, about = Path(folder), Path(folder) / "pi05_finetune.json"
-        same = about.exists() and {**json.loads(about.read_text()), **self.fit} == json.loads(about.read_text())
-        file = folder / ("raw.safetensors" if same and (folder / "raw.safetensors").exists() else "model.safetensors")
-        if not file.exists():
-            raise ValueError(f"{folder}: no {file.name} in it; expected the folder of a Pi05 policy")
-        try:
-            state = load_file(file)
-        except Exception as error:  # safetensors has an exception of its own that is no ValueError
-            raise ValueError(f"{file}: cannot be read ({str(error)[:150]}); fetch or copy it again") from None
-        average = {name: state.pop(name) for name in list(state) if name.startswith("average.")}
-        if not any(name.startswith("model.") for name in state):  # openpi's own names
-            state = self.policy._fix_pytorch_state_dict_keys(state, self.policy.config)
-            state = {f"model.{name}": value for name, value in state.items()}
-        state.setdefault(EMBEDDING, state.get(HEAD))
-        state.setdefault(HEAD, state[EMBEDDING])
-        wanted = self.policy.state_dict()
-        fresh = {name for name in wanted if ".lora_" in name} if file.name == "model.safetensors" else set()
-        missing, unknown = sorted(set(wanted) - set(state) - fresh), sorted(set(state) - set(wanted))
-        if missing or unknown or state[HEAD] is None:
-            raise ValueError(
-                f"{file}: {len(missing)} tensors are missing ({', '.join(missing[:2]) or '-'}) and {len(unknown)} are "
-                f"unknown ({', '.join(unknown[:2]) or '-'}): not the weights of this policy"
-            )
-        wrong = [name for name in state if state[name].shape != wanted[name].shape]
-        if wrong:
-            shapes = f"{tuple(state[wrong[0]].shape)}, expected {tuple(wanted[wrong[0]].shape)}"
-            raise ValueError(f"{file}: {wrong[0]} has shape {shapes} ({len(wrong)} such): another size of the model")
-        self.policy.load_state_dict(state, strict=not fresh)
-        for name, parameter in self.named_parameters():
-            if name in self.average:
-                self.average[name].copy_(average.get(f"average.{name}", parameter.detach()))
+        """Weights of a policy folder, strictly: a tensor that is missing, unexpected or misshapen is a DataError."""
+        checkpoint.load_weights(self, folder)
         return self
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
         """The model of a checkpoint, for prediction: in eval mode, averaged and merged. Runs no code from the files."""
-        path = Path(folder) / "pi05_finetune.json"
-        try:
-            about = json.loads(path.read_text())
-            about = {key: value for key, value in about.items() if key not in ("train", "freeze_vision", "ema")}
-            model = cls(**about, tokenizer=str(Path(folder) / "tokenizer"), device=device)
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not a configuration of Pi05 ({error})") from None
-        return model.load_pretrained(folder).eval()
+        config = Pi05Config(**{**checkpoint.read_config(folder), "train": "all", "ema": 0.0})
+        model = cls(config, Path(folder) / "tokenizer", device=device).load_pretrained(folder).eval()
+        checkpoint.verify(model, folder)
+        return model
+
+
+# --- before a long run
+
+
+def check_first_step(model, batch, loss):
+    """After the first backward pass: lines on what is odd; DataError where training could only go wrong.
+
+    A policy that predicts zero has a loss of about 1 plus the mean square of the normalised actions. A loss far above
+    that means that weights and inputs do not fit each other.
+    """
+    mask = batch["mask"][..., None]
+    square = float((batch["action"].square() * mask).sum() / (mask.sum() * batch["action"].shape[-1]).clamp(min=1))
+    if not square < 10:
+        raise DataError(f"the normalised actions have a mean square of {square:.3g}, not below 1: the norms do not fit")
+    if not loss < 10 * (1 + square):
+        raise DataError(
+            f"the loss at step 0 is {loss:.3g}, a policy that predicts zero has {1 + square:.2g}: wrong --init?"
+        )
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    lines = [f"loss at step 0: {loss:.3g} (a policy that predicts zero has {1 + square:.3g})"]
+    return lines + ([f"warning: {len(idle)} trained tensors get no gradient, such as {idle[0]}"] if idle else [])
+
+
+def plan(config, amp, device):
+    """Lines on parameters, memory by part and the size of a checkpoint, counted without allocating anything."""
+    model = Pi05(config, device="meta")
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - learned
+    held = 2 if amp == "bf16" else 4  # bytes of a frozen number
+    average = 4 * learned * bool(config.ema)
+    parts = dict(weights=4 * learned + held * frozen, gradients=4 * learned, Adam=8 * learned, average=average)
+    merged = 4 * sum(m.weight.numel() for m in model.modules() if isinstance(m, LoRALinear))  # beside their bases
+    on_disk = parts["weights"] + merged + parts["Adam"] + average
+    total = sum(parts.values())
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else room
+    shown = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    lines = [
+        f"{learned:,} of {learned + frozen:,} parameters learn (--train {config.train})",
+        f"memory without activations: {total / 1e9:.1f} GB ({shown}); {device} has {room / 1e9:.1f}",
+        f"a checkpoint takes {on_disk / 1e9:.1f} GB on disk; --keep holds that many, and the best",
+    ]
+    if total > room:
+        raise DataError("; ".join([*lines, "too little memory: --amp bf16, --ema 0, --train expert or lora"]))
+    return lines

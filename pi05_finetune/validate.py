@@ -5,6 +5,7 @@ Run:
   python pi05_finetune/validate.py --data PATH --spec pi05_finetune/specs/lekiwi.yaml --report report.json
 
 Errors end with exit code 1, warnings alone with 0. The report is JSON: every problem with its episode, rule and text.
+train.py makes the same checks before its first step, on few pictures; it stops at errors and prints warnings.
 """
 
 import json
@@ -14,46 +15,51 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
-from episodes import MissingFile, check_shapes, find_spec, list_episodes, named_paths
-from norms import STILL
+from compute_norms import CONSTANT
+from readers.dataset import check_episode, find_spec, list_episodes, named_paths
+from readers.episode import MissingFile
 from tqdm import tqdm
 
 import common
+from common import DataError
 
 RULES = dict(
     missing="(warning) a file of the episode is not there: training leaves the episode out",
+    repaired="(warning) the reader left something out, or clipped it",
     readable="files are whole, with the keys, shapes and lengths of the spec; no NaN or infinity",
     boundaries="timestamps rise from step to step, with no gap of three periods",
     rate="the control rate is within the spec's tolerance",
     length="at most max_episode_steps, at least two steps",
     range="actions lie within action_min and action_max",
     task="the episode says what its task is",
+    prompt="(warning) the task is so long that its prompt may not fit --prompt-tokens",
     constant="(warning) a joint hardly moves in any episode",
     jump="(warning) an absolute action moves by more than half of its range in one step",
-    frozen="a camera shows the same frame from beginning to end, or hardly any light",
+    scale="actions span about as much as in the other episodes, and as the state (degrees for radians?)",
+    pairing="(warning) each action dim leads the state dim of its name: same sign, same order, no delay",
+    frozen="a camera shows the same frame from beginning to end, or frames of one colour",
+    camera="a camera shows what it shows in the other episodes, not what another camera shows there",
     duplicate="two episodes hold the same actions",
 )
 
 
 def parse(argv=None):
-    parser = common.Parser(__doc__)
+    parser = common.ArgumentParser(__doc__)
     add, whole = parser.add_argument, dict(type=int, metavar="N")
-    add(
-        "--data",
-        required=True,
-        nargs="+",
-        metavar="PATH",
-        help="folder of npz episodes or LeRobotDataset, or NAME=PATH",
-    )
+    add("--data", required=True, nargs="+", metavar="PATH", help="npz episodes or a LeRobotDataset, or NAME=PATH")
     add("--spec", metavar="FILE", help="YAML or JSON; without it DATA/spec.yaml, or what the first episode tells")
     add("--report", required=True, metavar="FILE", help="JSON to write")
     add("--max-episodes", help="look at the first N episodes only", **whole)
     add("--frames", default=8, help="frames per camera and episode that are decoded; 0: none", **whole)
+    add("--prompt-tokens", default=200, help="as in train.py; the length is estimated from the text", **whole)
     return parser.parse_args(argv)
 
 
+# --- one episode: each function returns a list of (rule, text)
+
+
 def check_steps(episode, spec):
-    """Problems of one episode's numbers: a list of (rule, text)."""
+    """Problems of one episode's numbers."""
     found, times, T = [], episode.timestamps, len(episode)
     gaps = np.diff(times)
     if T < 2:
@@ -61,16 +67,15 @@ def check_steps(episode, spec):
     if spec.max_episode_steps is not None and T > spec.max_episode_steps:
         found.append(("length", f"{T} steps, but the spec allows {spec.max_episode_steps}"))
     if not np.isfinite(times).all() or (gaps <= 0).any():
-        at = int(np.argmax(~(gaps > 0)))
-        found.append(
-            ("boundaries", f"timestamps do not rise at step {at + 1}: two episodes in one, or a clock set back")
-        )
+        at = int(np.argmax(~(gaps > 0))) + 1
+        found.append(("boundaries", f"timestamps do not rise at step {at}: two episodes in one, or a clock set back"))
     elif T > 1:
         rate = 1 / float(np.median(gaps))
-        wrong = abs(rate / spec.control_freq_hz - 1) * 100
-        if wrong > spec.control_freq_tolerance_pct:
+        if abs(rate / spec.control_freq_hz - 1) * 100 > spec.control_freq_tolerance_pct:
             expected = f"{spec.control_freq_hz:g} Hz +- {spec.control_freq_tolerance_pct:g} %"
-            found.append(("rate", f"{rate:.2f} Hz, but the spec says {expected}"))
+            found.append(
+                ("rate", f"timestamps tell {rate:.4g} Hz, but the spec says {expected} (are they in seconds?)")
+            )
         if gaps.max() > 3 * float(np.median(gaps)):
             at = int(gaps.argmax())
             found.append(("boundaries", f"{gaps.max():.3f} s pass between steps {at} and {at + 1}: frames were lost"))
@@ -82,36 +87,60 @@ def check_steps(episode, spec):
                 value, count = episode.actions[step, dim], int(beyond[:, dim].sum())
                 text = f"{spec.names[dim]} is {value:.4g} at step {step}, the limit is {limit[dim]:g} ({count} steps)"
                 found.append(("range", text))
-    if not episode.task.strip():
+    if not all(task.strip() for task in episode.tasks):
         found.append(("task", "no task text: Pi05 is told what to do in words"))
     return found
 
 
-def check_camera(key, frames, count):
-    """Problems of one camera, from `count` frames spread over the episode."""
-    steps = np.unique(np.linspace(0, len(frames) - 1, count).astype(int))
-    seen = [np.asarray(frames[int(i)]).astype(np.float32) for i in steps]
+def check_prompt(episode, spec, tokens):
+    state = sum(episode.vectors[key].shape[1] for key in spec.required_proprio_keys)
+    longest = max(episode.tasks, key=len)
+    estimate = len(longest) // 3 + 4 * state + 12
+    return [("prompt", f"about {estimate} tokens, --prompt-tokens {tokens}: {longest[:50]!r}")] * (estimate > tokens)
+
+
+def sample_frames(episode, key, count):
+    steps = np.unique(np.linspace(0, len(episode) - 1, count).astype(int))
+    return [np.asarray(episode.frames[key][int(i)]).astype(np.float32) for i in steps]
+
+
+def check_camera(key, seen):
+    """Problems of one camera, from frames spread over the episode."""
     if len(seen) > 1 and max(np.abs(a - seen[0]).mean() for a in seen[1:]) < 0.25:
-        return [("frozen", f"{key}: {len(seen)} frames spread over {len(frames)} steps are the same picture")]
-    if max(float(image.std()) for image in seen) < 2:
-        return [("frozen", f"{key}: every frame is of one colour (a covered lens, a missing camera)")]
+        return [("frozen", f"{key}: {len(seen)} frames spread over the episode are the same picture")]
+    plain = sum(float(image.std()) < 2 for image in seen)
+    if plain > 0.2 * len(seen):
+        return [("frozen", f"{key}: {plain} of {len(seen)} frames are of one colour (covered lens, lost frames)")]
     return []
 
 
-def check_all(episodes, spec):
-    """Problems that show only over all episodes: {source/id: list of (rule, text)}, and those of the whole."""
+# --- all episodes: each function returns {episode or "all": list of (rule, text)}
+
+
+def check_duplicates(episodes):
     found, seen = {}, {}
     for episode in episodes:
-        name, key = f"{episode.source}/{episode.id}", episode.actions.tobytes()
+        key = episode.actions.tobytes()
         if key in seen:
-            found.setdefault(name, []).append(("duplicate", f"the same actions as episode {seen[key]}"))
-        seen.setdefault(key, name)
-    rows = np.concatenate([episode.actions for episode in episodes])
+            found[episode.name] = [("duplicate", f"the same actions as {seen[key]}")]
+        seen.setdefault(key, episode.name)
+    return found
+
+
+def check_motion(episodes, spec):
+    """Joints that stand still, jumps, and episodes in another unit."""
+    found, rows = {}, np.concatenate([episode.actions for episode in episodes])
     low, high = np.nanquantile(rows, [0.01, 0.99], axis=0)
     span = np.nanmax(rows, 0) - np.nanmin(rows, 0)
-    still = span <= STILL * np.median(span)
-    text = "hardly moves: a range of {:.3g} over all episodes (others have {:.3g})"
-    whole = [("constant", f"{spec.names[i]} {text.format(span[i], np.median(span))}") for i in np.flatnonzero(still)]
+    for i in np.flatnonzero(span <= CONSTANT * np.median(span)):
+        text = f"hardly moves: a range of {span[i]:.3g} over all episodes (others have {np.median(span):.3g})"
+        found.setdefault("all", []).append(("constant", f"{spec.names[i]} {text}"))
+    reach = np.stack([np.nanmax(np.abs(episode.actions), 0) for episode in episodes])
+    usual = np.median(reach, 0) + 1e-9
+    for episode, ratio in zip(episodes, np.median(reach / usual, 1), strict=True):
+        if len(episodes) > 2 and not 1 / 20 < ratio < 20:
+            text = f"actions are {ratio:.3g} times as large as in the other episodes: another unit?"
+            found.setdefault(episode.name, []).append(("scale", text))
     for episode in episodes if spec.action_type == "absolute" else []:
         step = np.abs(np.diff(episode.actions, axis=0)) / np.maximum(high - low, 1e-9)
         far = (step > 0.5) & (high - low > 0.05 * span)  # a gripper that only opens and closes is no jump
@@ -119,55 +148,162 @@ def check_all(episodes, spec):
         far &= ~(ends[1:] & ends[:-1])
         if far.any():
             at, dim = np.argwhere(far)[0]
-            text = f"{spec.names[dim]} jumps from {episode.actions[at, dim]:.4g} to {episode.actions[at + 1, dim]:.4g}"
-            name = f"{episode.source}/{episode.id}"
-            found.setdefault(name, []).append(("jump", f"{text} at step {at + 1} ({int(far.sum())} such)"))
-    return found, whole
+            before, after = episode.actions[at, dim], episode.actions[at + 1, dim]
+            text = f"{spec.names[dim]} jumps by {after - before:.4g}, from {before:.6g} to {after:.6g}"
+            found.setdefault(episode.name, []).append(("jump", f"{text} at step {at + 1} ({int(far.sum())} such)"))
+    return found
+
+
+def pair_dims(episodes, spec):
+    """[(action dim, state dim)] of dims with one name, or of all dims where the two have as many and no names."""
+    if spec.action_names and spec.proprio_names:
+        both = [name for name in spec.action_names if name in spec.proprio_names]
+        return [(spec.action_names.index(name), spec.proprio_names.index(name)) for name in both]
+    same = episodes[0].state(spec).shape[1] == spec.action_dim
+    return [(i, i) for i in range(spec.action_dim)] if same else []
+
+
+def check_pairing(episodes, spec):
+    """Absolute actions against the state that follows them, where the two clearly go together."""
+    pairs = pair_dims(episodes, spec) if spec.action_type == "absolute" else []
+    long = [episode for episode in episodes if len(episode) > 10]
+    if not pairs or not long:
+        return {}
+    found, states = {}, [episode.state(spec) for episode in long]
+    a, s = (np.array([pair[k] for pair in pairs]) for k in (0, 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        fits = [correlate(e.actions[:-1], state[1:]) for e, state in zip(long, states, strict=True)]
+        fits = np.nan_to_num(np.stack(fits))
+        usual = np.median(fits, 0)  # A S, correlation of each action dim with each state dim one step later
+        scale = np.concatenate([episode.actions for episode in long]).std(0)[a] + 1e-9
+
+        def away(lag):  # of the state `lag` steps later
+            parts = [
+                np.abs(e.actions[1 : len(e) - 2][:, a] - state[1 + lag : len(e) - 2 + lag][:, s])
+                for e, state in zip(long, states, strict=True)
+            ]
+            return np.concatenate(parts).mean(0) / scale
+
+        earlier, same, later = away(-1), away(0), away(1)
+    for i, j in pairs:
+        name = spec.names[i]
+        if usual[i, j] < -0.8:
+            found.setdefault("all", []).append(("pairing", f"{name} moves against the state: inverted?"))
+        best = int(usual[i].argmax())
+        if usual[i, best] > 0.9 > usual[i, j] + 0.3 and usual[:, best].argmax() == i:
+            found.setdefault("all", []).append(("pairing", f"{name} goes with state dim {best}, not {j}: swapped?"))
+        for episode, fit in zip(long, fits, strict=True):
+            if usual[i, j] > 0.8 and fit[i, j] < -0.5:
+                text = f"{name} moves against the state, in the other episodes with it: inverted?"
+                found.setdefault(episode.name, []).append(("pairing", text))
+    delayed = (np.minimum(earlier, same) < 0.3 * later) & (later > 1e-6)
+    if delayed.mean() > 0.5:
+        text = "actions repeat the state of the same or an earlier step, and do not lead it: shifted in time?"
+        found.setdefault("all", []).append(("pairing", text))
+    span = [np.concatenate(parts).std(0)[k] for parts, k in (([e.actions for e in long], a), (states, s))]
+    ratio = np.median(span[0] / (span[1] + 1e-9))
+    if (np.diag(usual[np.ix_(a, s)]) > 0.8).mean() > 0.5 and not 1 / 20 < ratio < 20:
+        found.setdefault("all", []).append(("scale", f"actions span {ratio:.3g} times what the state spans: degrees?"))
+    return found
+
+
+def correlate(a, b):
+    """Columns of a (T, A) with columns of b (T, D) -> (A, D); NaN for a constant column."""
+    a, b = (x - x.mean(0) for x in (a.astype(np.float64), b.astype(np.float64)))
+    return (a.T @ b) / np.sqrt(np.outer(np.square(a).sum(0), np.square(b).sum(0)))
+
+
+def check_camera_names(thumbnails):
+    """thumbnails: {episode: {camera: mean frame (8, 8, 3)}}. An episode whose camera looks like another one's."""
+    found, cameras = {}, sorted({camera for views in thumbnails.values() for camera in views})
+    if len(thumbnails) < 3:
+        return found
+    usual = {camera: np.median([views[camera] for views in thumbnails.values()], 0) for camera in cameras}
+    for name, views in thumbnails.items():
+        for camera in cameras:
+            away = {other: np.abs(views[camera] - usual[other]).mean() for other in cameras}
+            nearest = min(away, key=away.get)
+            if away[nearest] < 0.5 * away[camera] and away[camera] > 4:
+                text = f"{camera} looks like {nearest} in the other episodes: swapped?"
+                found.setdefault(name, []).append(("camera", text))
+    return found
+
+
+def thumbnail(frames):
+    """Mean of frames (H, W, 3) by 8 x 8 blocks."""
+    mean = np.mean(frames, 0)
+    rows, columns = (np.linspace(0, side, 9).astype(int)[:-1] for side in mean.shape[:2])
+    blocks = np.add.reduceat(np.add.reduceat(mean, rows, 0), columns, 1)
+    return blocks / (mean.shape[0] * mean.shape[1] / 64)
+
+
+# --- the whole
+
+
+def examine(episodes, spec, frames=8, look_at=None, prompt_tokens=200):
+    """{episode or "all": list of (rule, text)}. Cameras are read in `look_at` episodes, spread over the set."""
+    problems, thumbnails = {}, {}
+    looked = np.unique(np.linspace(0, len(episodes) - 1, min(look_at or len(episodes), len(episodes))).astype(int))
+    for number, episode in enumerate(episodes):
+        found = check_steps(episode, spec) + check_prompt(episode, spec, prompt_tokens)
+        found += [("repaired", note) for note in episode.notes]
+        for key in spec.required_obs_keys if frames and number in looked else []:
+            seen = sample_frames(episode, key, frames)
+            found += check_camera(key, seen)
+            thumbnails.setdefault(episode.name, {})[key] = thumbnail(seen)
+        problems[episode.name] = found
+    whole = [check_duplicates(episodes), check_motion(episodes, spec), check_camera_names(thumbnails)]
+    for part in [*whole, check_pairing(episodes, spec)] if episodes else []:
+        for name, found in part.items():
+            problems.setdefault(name, []).extend(found)
+    return problems
 
 
 def is_warning(rule):
     return RULES[rule].startswith("(warning)")
 
 
-def refuse(episodes, spec):
-    """For training: raise the first error that the numbers of the episodes show."""
-    problems = [(e, rule, text) for e in episodes for rule, text in check_steps(e, spec) if not is_warning(rule)]
-    if problems:
-        episode, rule, text = problems[0]
-        more = f"{len(problems)} such problems; validate.py lists them" if len(problems) > 1 else "see validate.py"
-        raise ValueError(f"{episode.source}, episode {episode.id}: {rule}: {text} ({more})")
+def check(episodes, spec, look_at=24):
+    """For training: raise the first error, and return the warnings as lines."""
+    rows = [(name, *row) for name, found in examine(episodes, spec, 4, look_at).items() for row in found]
+    errors = [row for row in rows if not is_warning(row[1])]
+    if errors:
+        name, rule, text = errors[0]
+        more = f"{len(errors)} such problems; validate.py lists them" if len(errors) > 1 else "see validate.py"
+        raise DataError(f"{name}: {rule}: {text} ({more})")
+    warnings = [f"warning: {name}: {rule}: {text}" for name, rule, text in rows if rule != "repaired"]
+    return warnings[:5] + [f"... {len(warnings)} warnings; validate.py lists them"] * (len(warnings) > 5)
 
 
-def validate(stored, spec, frames=8, progress=iter):
-    """The report of a list of Stored episodes, as a dict."""
-    problems, whole, steps = {}, [], 0
-    for item in progress(stored):
-        name = f"{item.source}/{item.id}"
+def validate(refs, spec, frames=8, prompt_tokens=200, progress=iter):
+    """The report of a list of EpisodeRef, as a dict."""
+    broken, episodes = [], []
+    for ref in progress(refs):
+        name = f"{ref.source}, episode {ref.id}"
         try:
-            episode = check_shapes(item.load(spec), spec)
-            problems[name] = check_steps(episode, spec)
-            for key in spec.required_obs_keys if frames else []:
-                problems[name] += check_camera(key, episode.frames[key], frames)
-            whole.append(episode)
-            steps += len(episode)
+            episodes.append(check_episode(ref.load(spec), spec))
         except MissingFile as error:
-            problems[name] = [("missing", str(error))]
-        except ValueError as error:
-            problems[name] = [*problems.get(name, []), ("readable", str(error))]
-    everywhere = []
-    if whole:
-        more, everywhere = check_all(whole, spec)
-        for name, found in more.items():
-            problems[name] += found
-    rows = [dict(episode=name, rule=rule, text=text) for name, found in problems.items() for rule, text in found]
-    rows += [dict(episode="all", rule=rule, text=text) for rule, text in everywhere]
-    for row in rows:
-        row["level"] = "warning" if is_warning(row["rule"]) else "error"
-    errors = sum(row["level"] == "error" for row in rows)
+            broken.append((name, "missing", str(error)))
+        except DataError as error:
+            broken.append((name, "readable", str(error)))
+    readable = []
+    for episode in episodes:  # a video that ends early shows only when it is read
+        try:
+            [sample_frames(episode, key, 2) for key in spec.required_obs_keys if frames]
+            readable.append(episode)
+        except DataError as error:
+            broken.append((episode.name, "readable", str(error)))
+    problems = examine(readable, spec, frames, prompt_tokens=prompt_tokens)
+    rows = broken + [(name, *row) for name, found in problems.items() for row in found]
+    rows = [
+        dict(episode=name, rule=rule, text=text, level="warning" if is_warning(rule) else "error")
+        for name, rule, text in rows
+    ]
+    errors, steps = sum(row["level"] == "error" for row in rows), sum(map(len, readable))
     return dict(
-        spec=vars(spec), episodes=len(stored), readable=len(whole), steps=steps, seconds=steps / spec.control_freq_hz,
-        tasks=sorted({episode.task for episode in whole}), errors=errors, warnings=len(rows) - errors, rules=RULES,
-        problems=rows,
+        spec=vars(spec), episodes=len(refs), readable=len(readable), steps=steps, seconds=steps / spec.control_freq_hz,
+        tasks=sorted({task for episode in readable for task in episode.tasks}), errors=errors,
+        warnings=len(rows) - errors, rules=RULES, problems=rows,
     )  # fmt: skip
 
 
@@ -175,9 +311,9 @@ def main(argv=None):
     args = parse(argv)
     pairs = named_paths(args.data)
     spec = find_spec(pairs[0][1], args.spec)
-    stored = [item for name, path in pairs for item in list_episodes(name, path)][: args.max_episodes]
+    refs = [ref for name, path in pairs for ref in list_episodes(name, path)][: args.max_episodes]
     shown = dict(unit="episode", disable=not sys.stderr.isatty())
-    report = validate(stored, spec, args.frames, lambda items: tqdm(items, **shown))
+    report = validate(refs, spec, args.frames, args.prompt_tokens, lambda items: tqdm(items, **shown))
     Path(args.report).parent.mkdir(parents=True, exist_ok=True)
     with common.atomic(args.report) as path:
         path.write_text(json.dumps(report, indent=1, default=str))
@@ -193,4 +329,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

@@ -1,6 +1,5 @@
 """pi05_finetune: Pi05 on stock transformers, what it reads, readers, validator, norms, batches, loop, verbs."""
 
-import hashlib
 import itertools
 import json
 import math
@@ -12,15 +11,21 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import av
+import h5py
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, launch, load, shared
+from conftest import ROOT, launch, load, log_of, shared, weights_of
 
-MORE = "compat inputs spec episodes norms validate metrics convert compute_norms evaluate demo check_env".split()
+HOME = ROOT / "pi05_finetune"
+SCRIPTS = "checkpoint compute_norms convert demo evaluate lerobot_patch processor validate".split()
+READERS = [f"readers.{name}" for name in "dataset episode hdf5 lerobot npz spec video".split()]
 CORE = "model."
 VLM = "model.paligemma_with_expert.paligemma.model."
 EXPERT = "model.paligemma_with_expert.gemma_expert."
@@ -29,13 +34,18 @@ EXPERT = "model.paligemma_with_expert.gemma_expert."
 @pytest.fixture(scope="module")
 def this():
     os.environ["HF_HUB_OFFLINE"] = "1"
-    return load("pi05_finetune", *MORE)
+    modules = vars(load("pi05_finetune", *SCRIPTS, *READERS))
+    return SimpleNamespace(**{name.rpartition(".")[2]: module for name, module in modules.items()})
+
+
+def refuses(message):
+    return pytest.raises(sys.modules["common"].DataError, match=message)
 
 
 @pytest.fixture(scope="module")
 def toy(this, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    this.inputs.write_toy_tokenizer(folder)
+    this.processor.write_toy_tokenizer(folder)
     return folder
 
 
@@ -44,14 +54,18 @@ def statistics(dims, low=-1.0, high=1.0):
     return {name: [value] * dims for name, value in row.items()}
 
 
-def tiny(this, toy, state_dim=3, action_dim=3, scale=0.15, **kwargs):
+def tiny(this, toy, state_dim=3, action_dim=3, scale=0.15, gradient_checkpointing=False, **kwargs):
     """A tiny Pi05 whose every weight is random: as built, gates and adapters are zero and hide mistakes."""
     stats = {"observation.state": statistics(state_dim), "action": statistics(action_dim)}
-    more = dict(stats=stats, size="tiny", chunk=4, image_size=28, prompt_tokens=64, tokenizer=toy)
-    model = this.model.Pi05(["top", "wrist"], state_dim, action_dim, **{**more, **kwargs})
+    more = dict(stats=stats, size="tiny", chunk=4, image_size=28, prompt_tokens=64) | kwargs
+    config = this.model.Pi05Config(["top", "wrist"], state_dim, action_dim, **more)
+    model = this.model.Pi05(config, toy, gradient_checkpointing)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(std=scale, generator=generator)
+    for name, parameter in model.named_parameters():
+        if name in model.ema:
+            model.ema[name].copy_(parameter.data)
     return model.eval()
 
 
@@ -147,7 +161,7 @@ def velocity(w, images, tokens, seen, x_t, t, depth=2, d=16):
     return x @ w[CORE + "action_out_proj.weight"].T + w[CORE + "action_out_proj.bias"]
 
 
-def weights_of(model):
+def doubles_of(model):
     return {name: value.double() for name, value in model.policy.state_dict().items()}
 
 
@@ -158,8 +172,8 @@ def in_double(ready):
 def test_loss_and_actions_are_those_of_an_independent_computation(this, toy):
     """The layer over stock transformers, the joint forward and the cached denoising, against float64 written out."""
     model, batch = tiny(this, toy), observation()
-    ready = model.prepare(batch)
-    w, images, depth = weights_of(model), in_double(ready), 2
+    ready = model.processor(batch)
+    w, images, depth = doubles_of(model), in_double(ready), 2
     tokens, seen = ready["observation.language.tokens"], ready["observation.language.attention_mask"]
     noise, t = batch["noise"].double(), batch["time"].double()
     action = F.pad(ready["action"].double(), (0, 29))
@@ -177,7 +191,7 @@ def test_loss_and_actions_are_those_of_an_independent_computation(this, toy):
 
 
 def test_state_dict_keys_are_lerobots(this, toy):
-    """A key that is named otherwise would not load from pi05_base, or not into LeRobot."""
+    """Every tensor has the name that pi05_base on the hub has, so that either opens the other's."""
     mlp = [f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")]
     layer = [f"self_attn.{n}_proj.weight" for n in "qkvo"] + mlp
     two = ("input_layernorm", "post_attention_layernorm")
@@ -203,14 +217,11 @@ def test_state_dict_keys_are_lerobots(this, toy):
     assert set(tiny(this, toy).policy.state_dict()) == expected
 
 
-def test_attention_kernels_agree_and_padding_is_not_seen(this, toy):
+def test_padding_is_not_seen_and_every_input_matters(this, toy):
+    """Padded tokens change nothing; images, prompt, noise and time do."""
     model, batch = tiny(this, toy), observation()
-    ready = model.prepare(batch)
-    loss = model(ready)[0]
-    this.compat.STATE.attention = "eager"
-    torch.testing.assert_close(model(ready)[0], loss, rtol=1e-5, atol=1e-6)
-    this.compat.STATE.attention = "sdpa"
-    seen = ready["observation.language.attention_mask"]
+    ready = model.processor(batch)
+    loss, seen = model(ready)[0], ready["observation.language.attention_mask"]
     other = torch.where(seen, ready["observation.language.tokens"], 77)
     assert not torch.equal(other, ready["observation.language.tokens"])
     torch.testing.assert_close(model({**ready, "observation.language.tokens": other})[0], loss, rtol=1e-5, atol=1e-6)
@@ -222,7 +233,7 @@ def test_attention_kernels_agree_and_padding_is_not_seen(this, toy):
 
 
 def test_the_layer_touches_nothing_outside_pi05(this, toy):
-    """Another policy or another user of transformers in the same process would meet our classes."""
+    """Other policies and other users of transformers in the same process keep the stock classes."""
     import transformers
     from lerobot.policies.pi05 import modeling_pi05
     from transformers.models.gemma import modeling_gemma
@@ -236,9 +247,17 @@ def test_the_layer_touches_nothing_outside_pi05(this, toy):
     assert modeling_pi0.GemmaForCausalLM is transformers.GemmaForCausalLM
 
 
+def test_building_a_second_model_changes_nothing_in_the_first(this, toy):
+    """Sizes stand in a model's own config: nothing is kept from one to the next."""
+    model, batch = tiny(this, toy), observation()
+    expected = model.predict(batch)
+    tiny(this, toy, image_size=56, chunk=6, state_index=[0, 1, -1])
+    assert torch.equal(model.predict(batch), expected)
+
+
 def test_bf16_autocast_keeps_heads_in_float32_and_stays_close(this, toy):
     model, batch = tiny(this, toy), observation()
-    ready = model.prepare(batch)
+    ready = model.processor(batch)
     plain = model(ready)[0]
     seen = []
     hook = model.policy.model.action_out_proj.register_forward_hook(lambda m, i, out: seen.append(out.dtype))
@@ -254,44 +273,35 @@ def test_bf16_autocast_keeps_heads_in_float32_and_stays_close(this, toy):
 
 LEARNS = {
     "all": lambda name: True,
+    "frozen-vision": lambda name: ".vision_tower." not in name,
     "expert": lambda name: ".paligemma." not in name,
     "lora": lambda name: ".lora_" in name or ".paligemma_with_expert." not in name,
 }
 
 
 @pytest.mark.parametrize("train", LEARNS)
-@pytest.mark.parametrize("freeze_vision", [False, True])
-def test_gradients_reach_exactly_what_learns(this, toy, train, freeze_vision):
-    """DDP would hang or need a search on a parameter without gradient; a frozen one that moves spoils the mode."""
-    model = tiny(this, toy, train=train, freeze_vision=freeze_vision).train()
-    model(model.prepare(observation()))[0].backward()
+def test_gradients_reach_exactly_what_learns(this, toy, train):
+    """Each parameter that learns gets a gradient, as DDP needs it; what is frozen gets none."""
+    model = tiny(this, toy, train=train).train()
+    model(model.processor(observation()))[0].backward()
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learned == {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     wanted = {name for name, _ in model.named_parameters() if LEARNS[train](name)}
-    if freeze_vision:
-        wanted = {name for name in wanted if ".vision_tower." not in name}
-    unused = {name for name in wanted - learned}
-    last = (
-        "layers.1.self_attn.q_proj",
-        "layers.1.self_attn.o_proj",
-        "layers.1.mlp.",
-        "layers.1.post_attention_layernorm",
-        "language_model.norm",
-    )
+    parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.", "post_attention_layernorm")
+    last = tuple(f"layers.1.{part}" for part in parts) + ("language_model.norm",)
     assert learned <= wanted
+    unused = wanted - learned
     assert all(("paligemma" in n and any(part in n for part in last)) or "lm_head" in n for n in unused), unused
 
 
 def test_adapters_start_as_nothing_and_merge_into_the_weights(this, toy, tmp_path):
+    """Fresh adapters change no loss; an exported model holds their product and none of them."""
     plain, batch = tiny(this, toy), observation()
     plain.save_pretrained(tmp_path / "base")
-    model = this.model.Pi05(
-        ["top", "wrist"], 3, 3, plain.about["stats"], tokenizer=toy, size="tiny", chunk=4, image_size=28,
-        prompt_tokens=64, train="lora",
-    ).load_pretrained(tmp_path / "base")  # fmt: skip
-    torch.testing.assert_close(model(model.prepare(batch))[0], plain(plain.prepare(batch))[0])
-    ranks = {p.shape[0] for name, p in model.named_parameters() if name.endswith("lora_a")}
-    assert ranks == {16, 32}
+    config = this.model.Pi05Config(**{**vars(plain.config), "train": "lora"})
+    model = this.model.Pi05(config, toy).load_pretrained(tmp_path / "base")
+    torch.testing.assert_close(model(model.processor(batch))[0], plain(plain.processor(batch))[0])
+    assert {p.shape[0] for name, p in model.named_parameters() if name.endswith("lora_a")} == {16, 32}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -306,26 +316,25 @@ def test_checkpointing_gives_the_same_gradients(this, toy):
     grads = []
     for more in ({}, dict(gradient_checkpointing=True)):
         model = tiny(this, toy, **more).train()
-        model(model.prepare(observation()))[0].backward()
+        model(model.processor(observation()))[0].backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-7)
 
 
-def test_average_is_the_running_one_and_is_what_is_exported(this, toy, tmp_path):
+def test_ema_is_the_running_average_and_is_what_is_exported(this, toy, tmp_path):
     model = tiny(this, toy, ema=0.9)
     name = "policy.model.action_in_proj.weight"
     parameter = dict(model.named_parameters())[name]
-    expected = model.average[name].clone().copy_(parameter.data)
-    model.average[name].copy_(parameter.data)
+    expected = parameter.data.clone()
     for step in range(3):
         parameter.data.add_(step + 1.0)
-        model.update_average()
+        model.update_ema()
         expected = 0.9 * expected + 0.1 * parameter.data
-    torch.testing.assert_close(model.average[name], expected)
+    torch.testing.assert_close(model.ema[name], expected)
     before = parameter.data.clone()
-    with model.averaged():
+    with model.use_ema():
         torch.testing.assert_close(parameter.data, expected)
     assert torch.equal(parameter.data, before)
     model.save_pretrained(tmp_path)
@@ -339,68 +348,92 @@ def test_average_is_the_running_one_and_is_what_is_exported(this, toy, tmp_path)
 def prompt_of(model, batch, tokenizer):
     from transformers import AutoTokenizer
 
-    ready = model.prepare(batch)
+    ready = model.processor(batch)
     tokens, seen = ready["observation.language.tokens"], ready["observation.language.attention_mask"]
     decode = AutoTokenizer.from_pretrained(str(tokenizer)).decode
     return [decode(row[mask], skip_special_tokens=True) for row, mask in zip(tokens, seen, strict=True)]
 
 
 def test_prompt_holds_task_and_state_in_256_bins(this, toy):
-    """The text of a whole prompt, with a state beyond [-1, 1] on both sides; LeRobot 0.4 would add 29 times 128."""
+    """The text of a whole prompt, with a state beyond [-1, 1] on both sides."""
     batch = observation()
     batch["observation.state"] = torch.tensor([[-1.0, 0.0, 0.999], [-1.5, 0.5, 7.0]])
     batch["task"] = ["pick_up\nthe cup ", "öffne 1"]
     one, two = prompt_of(tiny(this, toy), batch, toy)
     assert one == "Task: pick up the cup, State: 0 128 255;\nAction: "
     assert two == "Task: öffne 1, State: -1 192 255;\nAction: "
-    old = tiny(this, toy, old_inputs=True, prompt_tokens=200)
-    assert prompt_of(old, batch, toy)[0] == "Task: pick up the cup, State: 0 128 255" + " 128" * 29 + ";\nAction: "
 
 
 def test_border_of_images_is_black(this, toy):
-    """LeRobot 0.4 pads with -3 where black is -1."""
-    for old, value in ((False, -1.0), (True, -3.0)):
-        model = tiny(this, toy, old_inputs=old)
-        wide = torch.rand(1, 3, 14, 28)
-        images, present = model.policy._preprocess_images({f"observation.images.{n}": wide for n in ("top", "wrist")})
-        assert images[0].shape == (1, 3, 28, 28) and present[0].all()
-        assert (images[0][:, :, :7] == value).all() and (images[0][:, :, 21:] == value).all()
-        torch.testing.assert_close(images[0][:, :, 7:21], wide * 2 - 1)
+    """A wide image stands between two stripes of -1, which is black; its own pixels are kept."""
+    model, wide = tiny(this, toy), torch.rand(1, 3, 14, 28)
+    images, present = model.policy._preprocess_images({f"observation.images.{n}": wide for n in ("top", "wrist")})
+    assert images[0].shape == (1, 3, 28, 28) and present[0].all()
+    assert (images[0][:, :, :7] == -1).all() and (images[0][:, :, 21:] == -1).all()
+    torch.testing.assert_close(images[0][:, :, 7:21], wide * 2 - 1)
 
 
 def test_a_prompt_that_does_not_fit_is_an_error(this, toy):
-    batch = observation()
+    """In a batch, and for a task whose prompt would not fit with some state."""
+    model, batch = tiny(this, toy), observation()
     batch["task"] = ["x" * 60, "y"]
-    with pytest.raises(ValueError, match="fills all 64 tokens: raise --prompt-tokens"):
-        tiny(this, toy).prepare(batch)
+    with refuses("fills all 64 tokens: raise --prompt-tokens"):
+        model.processor(batch)
+    model.processor.check_prompts(["lift"], model.config.stats)
+    with refuses("fills all 64 tokens"):
+        model.processor.check_prompts(["lift", "x" * 40], model.config.stats)
 
 
 def test_relative_actions_go_out_and_come_back(this, toy):
-    """Normalised action = (action - state) in its range, except for the absolute dim; prediction undoes it."""
-    model, batch = tiny(this, toy, absolute=[2]), observation()
-    ready = model.prepare(batch)
+    """Normalised action = (action - state dim of its name) in its range; -1 stays absolute; undone once."""
+    model, batch = tiny(this, toy, state_index=[1, 0, -1]), observation()
+    ready = model.processor(batch)
     expected = batch["action"].clone()
-    expected[..., :2] -= batch["observation.state"][:, None, :2]
+    expected[..., :2] -= batch["observation.state"][:, None, [1, 0]]
     torch.testing.assert_close(ready["action"], expected)
-    torch.testing.assert_close(model.prepare.undo(ready["action"], batch["observation.state"]), batch["action"])
+    torch.testing.assert_close(model.processor.undo(ready["action"]), batch["action"])
+    with refuses("whole chunks"):
+        model.processor.undo(ready["action"])
+
+
+def test_the_batch_that_is_predicted_for_stays_as_it_was(this, toy):
+    """Asked twice with one batch, the answer is the same; a state with NaN is refused."""
+    model, batch = tiny(this, toy), observation()
+    noise = batch["noise"].clone()
+    assert torch.equal(model.predict(batch), model.predict(batch)) and torch.equal(batch["noise"], noise)
+    batch["observation.state"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the state holds NaN"):
+        model.predict(batch)
 
 
 def test_loader_processes_get_no_weights(this, toy):
-    """The callable that loaders keep must stay small: a started process would get a copy of the model."""
-    assert len(pickle.dumps(vars(tiny(this, toy).prepare))) < 200_000
+    """The processor that loaders keep is small: a process that is started gets a copy of it."""
+    assert len(pickle.dumps(vars(tiny(this, toy).processor))) < 200_000
 
 
 def test_tokenizers_are_checked(this, toy, tmp_path):
-    check = this.inputs.check_tokenizer
+    check = this.processor.check_tokenizer
     for folder, size, message in (
         (None, "full", "--tokenizer is needed"),
         (toy, "full", "about 257,000"),
         (tmp_path / "absent", "tiny", "no such folder; expected PaliGemma"),
         (tmp_path, "tiny", "cannot be read"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with refuses(message):
             check(folder, size)
-    assert len(check(toy, "tiny")) == 356 + 246  # of 0 to 255 the digits were there
+    check(toy, "tiny")
+    check(None, "tiny")
+
+
+def test_the_toy_tokenizer_knows_the_words_of_the_tasks(this, tmp_path):
+    from transformers import AutoTokenizer
+
+    this.processor.write_toy_tokenizer(tmp_path, ["pick up the red block", "push"])
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path))
+    text = "Task: pick up the red block, State: 12 255;"
+    tokens = tokenizer(text).input_ids
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == text
+    assert {"red", "block", "255"} <= set(tokenizer.convert_ids_to_tokens(tokens))
 
 
 @pytest.mark.parametrize(
@@ -408,29 +441,52 @@ def test_tokenizers_are_checked(this, toy, tmp_path):
     [(([], 3, 3), "at least one camera"), ((["a"], 3, 33), "room for 32"), ((["a"], 40, 3), "room for 32")],
 )
 def test_dims_that_pi05_cannot_hold(this, words, message):
-    with pytest.raises(ValueError, match=message):
-        this.inputs.check_dims(*words)
+    with refuses(message):
+        this.model.Pi05Config(*words, stats={})
 
 
 # --- files
 
 
-def test_lerobot_opens_a_checkpoint_and_predicts_the_same(this, toy, tmp_path, capsys):
+KINDS = dict(
+    absolute={}, relative=dict(state_index=[0, 1, -1]), averaged=dict(ema=0.9, state_index=[0, -1, 2]),
+    lora=dict(train="lora"), lora_averaged_relative=dict(train="lora", ema=0.5, state_index=[-1, 1, 2]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lerobot_opens_a_checkpoint_and_predicts_the_same(this, toy, tmp_path, kind):
     """PI05Policy.from_pretrained and LeRobot's own loading of the processors, as a robot's program does it."""
     from lerobot.policies.factory import make_pre_post_processors
     from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 
-    stats = {"observation.state": statistics(3), "action": statistics(3, -1.0, 3.0)}
-    model, batch = tiny(this, toy, stats=stats), observation()
+    stats = {"observation.state": statistics(3, 0.0, 2.0), "action": statistics(3, -1.0, 3.0)}
+    model, batch = tiny(this, toy, stats=stats, **KINDS[kind]), observation()
+    for value in model.ema.values():
+        value.add_(0.05)
     model.save_pretrained(tmp_path / "c")
-    expected = model.predict(batch)
+    with model.use_ema():
+        expected = model.predict(batch)
+    torch.testing.assert_close(
+        this.model.Pi05.from_pretrained(tmp_path / "c").predict(batch), expected, atol=1e-4, rtol=0
+    )
     policy = PI05Policy.from_pretrained(tmp_path / "c")
     own = dict(tokenizer_processor=dict(tokenizer_name=str(tmp_path / "c" / "tokenizer")))
     before, after = make_pre_post_processors(policy.config, str(tmp_path / "c"), preprocessor_overrides=own)
     raw = {key: value for key, value in batch.items() if key.startswith("observation.") or key == "task"}
-    actions = after(policy.predict_action_chunk(before(raw), noise=batch["noise"]))
-    torch.testing.assert_close(actions, expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(this.model.Pi05.from_pretrained(tmp_path / "c").predict(batch), expected)
+    actions = policy.predict_action_chunk(before(raw), noise=batch["noise"].clone())
+    torch.testing.assert_close(after(actions), expected, rtol=0, atol=1e-4)
+    if "state_index" in KINDS[kind]:  # one action of a chunk, relative to a state that is no longer there
+        before(raw)
+        with refuses("whole chunks"):
+            after(actions[:, 0])
+
+
+def test_the_exported_config_has_no_more_than_an_older_lerobot_knows(this, toy, tmp_path):
+    """Fields at their default are left out: 0.4.2 refuses those that came with 0.4.4."""
+    tiny(this, toy).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["chunk_size"] == 4 and not {"freeze_vision_encoder", "train_expert_only"} & set(fields)
 
 
 def break_missing(folder):
@@ -449,6 +505,14 @@ def break_shape(folder):
     save_file(state, folder / "model.safetensors")
 
 
+def break_value(folder):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    state["model.action_out_proj.bias"] += 1
+    save_file(state, folder / "model.safetensors")
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -458,18 +522,29 @@ def truncate(file):
     [
         (break_missing, "1 tensors are missing .*action_in_proj.bias"),
         (break_shape, r"action_in_proj.bias has shape \(7,\), expected \(64,\)"),
+        (break_value, "golden prediction comes out"),
         (lambda f: truncate(f / "model.safetensors"), "model.safetensors: cannot be read"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda f: (f / "pi05_finetune.json").write_text("{"), "pi05_finetune.json"),
         (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer.*no such folder"),
     ],
 )
-def test_damaged_checkpoints_are_refused(this, toy, tmp_path, damage, message):
+def test_corrupt_checkpoints_are_refused(this, toy, tmp_path, damage, message):
     """LeRobot's own loader prints a warning and goes on with random weights."""
     tiny(this, toy).save_pretrained(tmp_path)
     damage(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         this.model.Pi05.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_robot_are_named(this, toy, tmp_path):
+    """--init compares cameras and dims with what its folder tells; a folder of LeRobot's tells none."""
+    tiny(this, toy).save_pretrained(tmp_path)
+    other = tiny(this, toy, state_dim=4)
+    with refuses("has state_dim 3, but this run 4"):
+        other.load_pretrained(tmp_path)
+    (tmp_path / "pi05_finetune.json").unlink()
+    other.load_pretrained(tmp_path)
 
 
 def test_weights_under_openpis_names_load(this, toy, tmp_path):
@@ -485,6 +560,7 @@ def test_weights_under_openpis_names_load(this, toy, tmp_path):
 
 
 # --- spec and readers
+
 
 SPEC = dict(
     name="arm", action_dim=3, control_freq_hz=10, required_obs_keys=["camera"], required_proprio_keys=["joint_pos"],
@@ -519,7 +595,7 @@ def test_spec_reads_every_field_of_the_seed(this, tmp_path):
     fields = dict(
         name="lekiwi", version="2", control_freq_hz=30.0, control_freq_tolerance_pct=15.0, required_obs_keys=["c"],
         required_proprio_keys=["p"], action_dim=2, action_names=["a", "b"], action_type="delta", action_min=[-1, -2],
-        action_max=[1, 2], max_episode_steps=600, allow_nan=True, clip_actions=True,
+        action_max=[1, 2], max_episode_steps=600, allow_nan=True, clip_actions=True, proprio_names=["a"],
     )  # fmt: skip
     lines = "\n".join(f"{name}: {json.dumps(value)}" for name, value in fields.items())
     for name, text in (("s.json", json.dumps(fields)), ("s.yaml", lines)):
@@ -541,13 +617,14 @@ def test_spec_reads_every_field_of_the_seed(this, tmp_path):
         (dict(control_freq_hz=0), "a rate above 0"),
         (dict(clip_actions=True, action_min=None), "clip_actions"),
         (dict(required_obs_keys="camera"), "a list of names"),
-        (None, "missing 2 required"),
+        (dict(required_obs_keys=["images.top", "top"]), "two cameras of images.top, top have one name"),
+        (None, "lacks name, action_dim"),
     ],
 )
 def test_wrong_spec_is_named(this, tmp_path, change, message):
     fields = SPEC | change if change else {k: v for k, v in SPEC.items() if k not in ("name", "action_dim")}
     (tmp_path / "spec.yaml").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         this.spec.load_spec(tmp_path / "spec.yaml")
 
 
@@ -556,22 +633,84 @@ def test_npz_frames_are_read_one_by_one_and_right(this, tmp_path):
     arrays = an_episode()
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "e.npz", **arrays)
-        this.episodes.npz_array.cache_clear()
-        (stored,) = this.episodes.list_episodes("x", tmp_path)
+        this.npz.npz_map.cache_clear()
+        (stored,) = this.dataset.list_episodes("x", tmp_path)
         episode = stored.load(None)
         frames = episode.frames["camera"]
         for i in (7, 0, 19):
             np.testing.assert_array_equal(frames[i], arrays["obs.camera"][i])
         np.testing.assert_array_equal(episode.vectors["joint_pos"], arrays["obs.joint_pos"])
-        assert episode.task == "task 0 ü" and len(episode) == 20
-        this.episodes.npz_array.cache_clear()
+        assert episode.task_at(0) == "task 0 ü" and len(episode) == 20
+        this.npz.npz_map.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "task, expected",
+    [
+        (np.array(["lift"]), ["lift"]),
+        (np.array(b"lift"), ["lift"]),
+        (np.array("\ufefflift"), ["lift"]),
+        (np.array(["lift"] * 20), ["lift"]),
+        (np.array(["lift"] * 5 + ["put down"] * 15), ["lift"] * 5 + ["put down"] * 15),
+        (np.array(["a", "b"]), "`task` has shape"),
+        (np.array(3.0), "`task` has shape"),
+    ],
+)
+def test_tasks_are_texts(this, tmp_path, task, expected):
+    """One text or one per step, also as bytes; anything else is named."""
+    data = write_data(tmp_path / "d", e0=change(task=task))
+    ref = this.dataset.list_episodes("x", data)[0]
+    if isinstance(expected, str):
+        with refuses(f"ep0.npz: {expected}"):
+            ref.load(None)
+    else:
+        episode = ref.load(None)
+        assert episode.tasks == expected and episode.task_at(19) == expected[-1]
+
+
+def test_files_are_found_and_others_named(this, tmp_path):
+    """Files of a Mac are no data; links are followed; pointers, empty files, doubles are named; = may be in a path."""
+    data = write_data(tmp_path / "lr=0.1")
+    (data / "episodes" / "._ep0.npz").write_bytes(b"x")
+    assert this.dataset.named_paths([str(data)]) == [("lr=0.1", str(data))]
+    assert this.dataset.named_paths([f"a={data}"]) == [("a", str(data))]
+    assert len(this.dataset.list_episodes("x", data)) == 4
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "episodes").symlink_to(data / "episodes")
+    assert len(this.dataset.list_episodes("x", tmp_path / "linked")) == 4
+    (data / "episodes" / "ep1.NPZ").write_bytes(b"x")
+    with refuses("two files are called ep1"):
+        this.dataset.list_episodes("x", data)
+    (data / "episodes" / "ep1.NPZ").unlink()
+    for content, message in ((b"", "an empty file"), (b"version https://git-lfs.github.com/spec/v1\n", "LFS pointer")):
+        (data / "episodes" / "ep1.npz").write_bytes(content)
+        with refuses(f"ep1.npz: .*{message}"):
+            this.dataset.open_data([str(data)])
+
+
+@pytest.mark.parametrize(
+    "times", [np.zeros(20), np.float32(1.7e9 + np.arange(20) / 10), np.arange(20) * 1e8, np.arange(20) * 100.0]
+)
+def test_timestamps_in_other_units_are_named(this, tmp_path, times):
+    """All zero, float32 seconds of the epoch, nanoseconds, milliseconds: no rate is made of them."""
+    data = write_data(tmp_path / "d", e0=change(timestamps=times))
+    (data / "spec.yaml").unlink()
+    with refuses("timestamps"):
+        this.dataset.find_spec(data)
+
+
+def test_one_observation_more_than_actions_is_left_out(this, tmp_path):
+    """T + 1 observations for T actions are common; the last one is left out, and it is said once."""
+    longer = an_episode(21)
+    spoilt = {name: longer[name] for name in ("obs.joint_pos", "obs.camera")}
+    data, said = write_data(tmp_path / "d", e0=change(**spoilt)), []
+    _, episodes = this.dataset.open_data([f"a={data}"], say=said.append)
+    assert len(episodes[0]) == len(episodes[0].frames["camera"]) == 20 and len(said) == 2
+    assert "a: joint_pos has one row more" in said[0]
 
 
 def write_lerobot_v21(folder, episodes):
     """A minimal v2.1 set with a state and no camera, from its description."""
-    import pyarrow
-    import pyarrow.parquet
-
     (folder / "meta").mkdir(parents=True)
     feature = dict(dtype="float32", shape=[3], names=["x", "y", "gripper"])
     info = dict(
@@ -586,11 +725,11 @@ def write_lerobot_v21(folder, episodes):
     (folder / "meta" / "episodes.jsonl").write_text("\n".join(lines))
     (folder / "data" / "chunk-000").mkdir(parents=True)
     for i, arrays in enumerate(episodes):
-        n = len(arrays["actions"])
+        n = len(arrays["actions"])  # the second episode has two tasks
         table = {
             "action": arrays["actions"].tolist(), "observation.state": arrays["obs.joint_pos"].tolist(),
             "timestamp": arrays["timestamps"].tolist(), "frame_index": list(range(n)), "episode_index": [i] * n,
-            "task_index": [i % 2] * n,
+            "task_index": [i % 2] * (n - 1) + [0],
         }  # fmt: skip
         file = folder / "data" / "chunk-000" / f"episode_{i:06d}.parquet"
         pyarrow.parquet.write_table(pyarrow.table(table), file)
@@ -598,25 +737,128 @@ def write_lerobot_v21(folder, episodes):
 
 
 def test_lerobot_reads_to_the_same_arrays(this, tmp_path):
+    """Numbers, names, and a task per row where it changes; what is not whole is named by its own file."""
     arrays = [an_episode(12, 0), an_episode(9, 1)]
     root = write_lerobot_v21(tmp_path / "d", arrays)
-    stored = this.episodes.list_episodes("x", root)
-    for item, want, task in zip(stored, arrays, ("push", "pull"), strict=True):
-        episode = item.load(None)
+    refs = this.dataset.list_episodes("x", root)
+    for ref, want, tasks in zip(refs, arrays, (["push"], ["pull"] * 8 + ["push"]), strict=True):
+        episode = ref.load(None)
         np.testing.assert_array_equal(episode.actions, want["actions"])
         np.testing.assert_array_equal(episode.vectors["state"], want["obs.joint_pos"])
         np.testing.assert_allclose(episode.timestamps, want["timestamps"])
-        assert episode.task == task and item.action_names == ["x", "y", "gripper"]
+        assert episode.tasks == tasks and ref.action_names == ["x", "y", "gripper"]
     next(root.glob("data/**/*_000001.parquet")).unlink()
-    spec, train, held = this.episodes.open_data([f"x={root}"], None, 0, say=lambda text: None)
-    assert [e.id for e in train] == ["0"] and not held and spec.control_freq_hz == 10
+    spec, train = this.dataset.open_data([f"x={root}"], say=lambda text: None)
+    assert [e.id for e in train] == ["0"] and spec.control_freq_hz == 10
+    assert spec.proprio_names == ["x", "y", "gripper"]
     truncate(next(root.glob("data/**/*_000000.parquet")))
-    this.episodes.read_table.cache_clear()
-    with pytest.raises(ValueError, match="episode_000000.parquet: not a whole parquet"):
-        this.episodes.open_data([f"x={root}"])
+    this.lerobot.read_table.cache_clear()
+    with refuses("episode_000000.parquet: not a whole parquet"):
+        this.dataset.open_data([f"x={root}"])
+    (root / "meta" / "tasks.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with refuses("tasks.jsonl: a Git LFS pointer"):
+        this.dataset.list_episodes("x", root)
     (root / "meta" / "info.json").write_text("{}")
-    with pytest.raises(ValueError, match="info.json: not the description"):
-        this.episodes.list_episodes("x", root)
+    with refuses("info.json: not the description"):
+        this.dataset.list_episodes("x", root)
+
+
+def write_lerobot_v30(folder, lengths=(6, 8), names=("action", "observation.state", "observation.images.top"), **spans):
+    """A v3.0 set with one video of both episodes, whose first pixel counts the frames. spans: columns to replace."""
+    action, state, camera = names
+    (folder / "meta" / "episodes").mkdir(parents=True)
+    video = folder / "videos" / camera / "chunk-000" / "file-000.mp4"
+    video.parent.mkdir(parents=True)
+    with av.open(str(video), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options=dict(g="2", crf="0"))
+        stream.width = stream.height = 32
+        for i in range(sum(lengths)):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * i, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    vector = dict(dtype="float32", shape=[3], names=["x", "y", "gripper"])
+    info = dict(codebase_version="v3.0", fps=10, features={action: vector, state: vector})
+    info["features"][camera] = dict(dtype="video", shape=[32, 32, 3], names=["height", "width", "channels"])
+    path = "chunk-{chunk_index:03d}/file-{file_index:03d}"
+    info |= dict(data_path=f"data/{path}.parquet", video_path="videos/{video_key}/" + path + ".mp4")
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    starts = np.cumsum((0, *lengths[:-1])) / 10
+    rows = {
+        "episode_index": range(len(lengths)), "length": lengths,
+        "data/chunk_index": [0] * 2, "data/file_index": [0] * 2,
+        f"videos/{camera}/chunk_index": [0] * 2, f"videos/{camera}/file_index": [0] * 2,
+        f"videos/{camera}/from_timestamp": starts, f"videos/{camera}/to_timestamp": starts + np.array(lengths) / 10,
+    }  # fmt: skip
+    rows |= {name.replace("videos/", f"videos/{camera}/"): value for name, value in spans.items()}
+    tables = {"meta/episodes/chunk-000/file-000.parquet": rows}
+    tables["meta/tasks.parquet"] = dict(task=["push"], task_index=[0])
+    actions = np.arange(sum(lengths) * 3).reshape(-1, 3).astype(np.float32)
+    index = np.concatenate([np.arange(n) for n in lengths])
+    tables["data/chunk-000/file-000.parquet"] = {
+        action: actions.tolist(), state: actions.tolist(), "timestamp": index / 10, "frame_index": index,
+        "episode_index": np.repeat(range(len(lengths)), lengths), "task_index": [0] * len(index),
+    }  # fmt: skip
+    for name, columns in tables.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({k: list(v) for k, v in columns.items()}), folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names", [("action", "observation.state", "observation.images.top"), ("actions", "state", "top")]
+)
+@pytest.mark.parametrize("late", [0.0, 0.1])
+def test_an_episode_of_v30_is_its_own_frames(this, tmp_path, names, late):
+    """Cut by from_timestamp and the number of rows, also where to_timestamp is the last frame's; openpi's names."""
+    ends = {"videos/to_timestamp": np.array([0.6, 1.4]) - late}
+    root = write_lerobot_v30(tmp_path / "d", names=names, **ends)
+    spec, episodes = this.dataset.open_data([str(root)])
+    camera = names[2].removeprefix("observation.")
+    assert spec.required_obs_keys == [camera] and spec.required_proprio_keys == ["state"]
+    for episode, first, count in zip(episodes, (0, 6), (6, 8), strict=True):
+        frames = episode.frames[camera]
+        assert len(frames) == count and episode.tasks == ["push"]
+        for i in (3, 0, count - 1):
+            assert abs(frames[i].mean() - 10 * (first + i)) < 3
+
+
+@pytest.mark.parametrize(
+    "spans, message",
+    [
+        ({"videos/from_timestamp": [0.0, 0.0], "videos/to_timestamp": [0.0, 0.0]}, "episodes 0 and 1 overlap"),
+        ({"videos/to_timestamp": [1.7, 1.4]}, "spans 17 frames .* but the episode has 6 rows"),
+        ({"length": [6, 17]}, "8 rows, but meta/episodes says 17"),
+    ],
+)
+def test_spans_that_contradict_the_rows_are_named(this, tmp_path, spans, message):
+    root = write_lerobot_v30(tmp_path / "d", **spans)
+    with refuses(message):
+        this.dataset.open_data([str(root)])
+
+
+@pytest.mark.parametrize("space", ["bt709", "bt470bg"])
+@pytest.mark.parametrize("full", [False, True])
+def test_colours_are_those_that_the_tags_tell(this, tmp_path, space, full):
+    """A red of (220, 20, 20) comes back within 5 levels, whatever the matrix and range of the stream."""
+    code, path = dict(bt709=1, bt470bg=5)[space], tmp_path / "v.mp4"
+    kr, kb = dict(bt709=(0.2126, 0.0722), bt470bg=(0.299, 0.114))[space]
+    r, g, b = 220 / 255, 20 / 255, 20 / 255
+    luma = kr * r + (1 - kr - kb) * g + kb * b
+    chroma = (b - luma) / (2 * (1 - kb)), (r - luma) / (2 * (1 - kr))
+    y, u, v = (
+        (luma * 255, *(128 + 255 * c for c in chroma)) if full else (16 + 219 * luma, *(128 + 224 * c for c in chroma))
+    )
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options=dict(crf="0"))
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = code, 2 if full else 1
+        planes = np.concatenate([np.full(1024, y), np.full(256, u), np.full(256, v)])
+        frame = av.VideoFrame.from_ndarray(np.uint8(np.round(planes)).reshape(48, 32), format="yuv420p")
+        frame.colorspace, frame.color_range = code, 2 if full else 1
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    image = this.video.Video(str(path)).at(0.0, 0.05)
+    assert np.abs(image.mean((0, 1)) - [220, 20, 20]).max() < 5
 
 
 def change(**arrays):
@@ -665,8 +907,10 @@ BROKEN = {
     "no task": (change(task=np.array(" ")), "task", "no task text"),
     "frozen camera": (spoil("obs.camera", slice(None), value=an_episode()["obs.camera"][0]), "frozen", "same picture"),
     "covered lens": (spoil("obs.camera", slice(None), value=3), "frozen", "same picture"),
-    "duplicate": (lambda old: an_episode(15, 1), "duplicate", "the same actions as episode data/ep0|ep1"),
-    "jump": (spoil("actions", 8, 0, value=5), "jump", "x jumps from"),
+    "duplicate": (lambda old: an_episode(15, 1), "duplicate", "the same actions as data, episode ep"),
+    "jump": (spoil("actions", 8, 0, value=5), "jump", "x jumps by 5"),
+    "other unit": (lambda old: {**old, "actions": old["actions"] * np.float32(57.3)}, "scale", "times as large"),
+    "dark frames": (spoil("obs.camera", slice(9, None), value=0), "frozen", "of 8 frames are of one colour"),
 }
 
 
@@ -675,16 +919,18 @@ def test_validator_finds_each_fault(this, tmp_path, name):
     """One episode is spoilt in one way: just this rule speaks, of just this episode, and the exit code tells."""
     damage, rule, text = BROKEN[name]
     data = write_data(tmp_path / "data", e0=damage)
+    if name == "other unit":
+        (data / "spec.yaml").write_text(json.dumps(SPEC | dict(action_min=None, action_max=None)))
     code = this.validate.main(["--data", str(data), "--report", str(tmp_path / "report.json")])
     report = json.loads((tmp_path / "report.json").read_text())
     found = [row for row in report["problems"] if row["rule"] == rule]
     assert len(found) == 1 and re.search(text, found[0]["text"]), report["problems"]
-    assert {row["rule"] for row in report["problems"]} <= {rule, "jump"}
+    assert {row["rule"] for row in report["problems"]} <= {rule, "jump", "scale", "pairing"}
     assert code == (0 if this.validate.is_warning(rule) else 1)
-    if rule not in ("frozen", "duplicate", "jump"):
-        with pytest.raises(ValueError):
-            spec, train, held = this.episodes.open_data([str(data)])
-            this.validate.refuse(train + held, spec)
+    if rule != "jump":
+        with refuses("."):
+            spec, episodes = this.dataset.open_data([str(data)])
+            this.validate.check(episodes, spec)
 
 
 def test_validator_passes_good_data_and_counts(this, tmp_path):
@@ -705,35 +951,45 @@ def test_validator_passes_good_data_and_counts(this, tmp_path):
     assert row["rule"] == "constant" and row["text"].startswith("gripper hardly moves")
 
 
-def test_truncated_npz_is_named(this, tmp_path):
-    data = write_data(tmp_path / "data")
-    truncate(data / "episodes" / "ep2.npz")
-    this.episodes.npz_array.cache_clear()
-    with pytest.raises(ValueError, match="ep2.npz: "):
-        this.episodes.open_data([str(data)])
+def test_clipping_is_told(this, tmp_path):
+    """clip_actions trains on clipped values; the report says so."""
+    data = write_data(tmp_path / "data", e0=spoil("actions", 5, 1, value=11))
+    (data / "spec.yaml").write_text(json.dumps(SPEC | dict(clip_actions=True)))
+    assert this.validate.main(["--data", str(data), "--report", str(tmp_path / "r.json")]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["problems"]
+    assert [row["rule"] for row in rows if row["rule"] != "jump"] == ["repaired"] and "clip" in rows[0]["text"]
 
 
 def test_split_by_hash_and_by_name(this, tmp_path):
+    """The split belongs to the recording: another NAME of the data set holds out the same episodes."""
     data = write_data(tmp_path / "data", lengths=[5] * 30)
+
+    def held(words, *more):
+        return [e.key for e in this.dataset.split(this.dataset.open_data(words)[1], *more)[1]]
+
+    one, other = held([f"a={data}"], 0.25), held([f"b={data}"], 0.25)
+    assert 2 < len(one) < 15 and [key[2:] for key in one] == [key[2:] for key in other]
+    both = held([f"a={data}", f"b={data}"], 0.25, ["b=ep3,7"])
+    assert [key for key in both if key[0] == "a"] == one and [key for key in both if key[0] == "b"] == [
+        "b/ep3",
+        "b/ep7",
+    ]
+    padded = write_data(tmp_path / "padded", lengths=[5] * 4)
+    for i in range(4):
+        (padded / "episodes" / f"ep{i}.npz").rename(padded / "episodes" / f"{i + 30:06d}.npz")
+    words = [f"a={data}", f"p={padded}"]
+    assert held(words, 0, ["31-32"]) == ["p/000031", "p/000032"]
+    for more, message in ((["99"], "no episode is called 99"), (["p=2"], "no episode of p is called 2")):
+        with refuses(message):
+            held(words, 0.1, more)
     wider = write_data(tmp_path / "wider", e1=lambda old: {**old, "obs.joint_pos": old["obs.joint_pos"][:, :2]})
-    share = [f"ep{i}" for i in range(30) if digest_share("a", f"ep{i}") < 0.25]
-    _, train, held = this.episodes.open_data([f"a={data}"], None, 0.25)
-    assert sorted(e.id for e in held) == sorted(share) and len(train) + len(held) == 30 and 2 < len(share) < 15
-    _, _, held = this.episodes.open_data([f"a={data}", f"b={data}"], None, 0.25, ["b=ep3,ep7"])
-    assert sorted(e.id for e in held if e.source == "a") == sorted(share)
-    assert sorted(e.id for e in held if e.source == "b") == ["ep3", "ep7"]
     for words, message in (
-        (([str(data)], None, 0.1, ["99"]), "no episode of data is called 99"),
-        (([str(data), str(data)],), "two data sets are called data"),
-        (([str(tmp_path / "absent")],), "no such folder"),
-        (([str(wider)],), "episode ep1: `obs.joint_pos` has 2 dims, but 3 in episode ep0"),
+        ([str(data), str(data)], "two data sets are called data"),
+        ([str(tmp_path / "absent")], "no such folder"),
+        ([str(wider)], "episode ep1: `obs.joint_pos` has 2 dims, but 3 in wider, episode ep0"),
     ):
-        with pytest.raises(ValueError, match=message):
-            this.episodes.open_data(*words)
-
-
-def digest_share(source, episode):
-    return int.from_bytes(hashlib.sha256(f"{source}/{episode}".encode()).digest()[:8], "big") / 2**64
+        with refuses(message):
+            this.dataset.open_data(words)
 
 
 # --- norms
@@ -744,7 +1000,7 @@ def test_statistics_against_numpy_and_their_floors(this):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(2000, 4)) * [1, 5, 1e-6, 0] + [0, 1, 2, 3]
     rows[:14, 2] += 0.5
-    stats, warnings = this.norms.measure(rows, ["a", "b", "rare", "still"])
+    stats, warnings = this.compute_norms.measure(rows, ["a", "b", "rare", "still"])
     for name, expected in (
         ("mean", rows.mean(0)), ("min", rows.min(0)), ("max", rows.max(0)),
     ):  # fmt: skip
@@ -762,39 +1018,32 @@ def test_norms_are_of_training_episodes_and_refuse_other_data(this, tmp_path):
     data = write_data(tmp_path / "data", lengths=[20] * 6)
     words = ["--data", f"a={data}", "--val-episodes", "ep5", "--out", str(tmp_path / "norms")]
     assert this.compute_norms.main(words) == 0
-    norms = this.norms.load_norms(tmp_path / "norms")
-    spec, train, _ = this.episodes.open_data([f"a={data}"], None, 0, ["ep5"])
+    norms = this.compute_norms.load_norms(tmp_path / "norms")
+    train = opened(this, data, ["ep5"])[1]
     rows = np.concatenate([an_episode(20, i)["actions"] for i in range(5)])
     np.testing.assert_allclose(norms.action_mean, rows.mean(0), rtol=1e-4, atol=1e-6)
     states = np.concatenate([an_episode(20, i)["obs.joint_pos"] for i in range(5)])
     np.testing.assert_allclose(norms.proprio_std["joint_pos"], states.std(0), rtol=1e-4)
     norms.check(train, 4, None)
-    for other, what in (
-        (this.episodes.open_data([f"a={data}"], None, 0, ["ep4"])[1], "data_hash"),
-        (this.episodes.open_data([f"b={data}"], None, 0, ["ep5"])[1], "data_hash"),
-    ):
-        with pytest.raises(ValueError, match=what):
-            norms.check(other, 4, None)
-    with pytest.raises(ValueError, match="relative"):
-        norms.check(train, 4, [2])
-    file = data / "episodes" / "ep1.npz"
-    np.savez(file, **spoil("actions", 3, 0, value=0.123)(an_episode(20, 1)))
-    changed = this.episodes.open_data([f"a={data}"], None, 0, ["ep5"])[1]
-    with pytest.raises(ValueError, match="another data set"):
-        norms.check(changed, 4, None)
+    with refuses("data_hash .* another data set, split"):
+        norms.check(opened(this, data, ["ep4"])[1], 4, None)
+    with refuses("relative"):
+        norms.check(train, 4, [0, 1, -1])
+    np.savez(data / "episodes" / "ep1.npz", **spoil("actions", 3, 0, value=0.123)(an_episode(20, 1)))
+    with refuses("another data set"):
+        norms.check(opened(this, data, ["ep5"])[1], 4, None)
     for more, message in ((["--proprio-keys", "joint_vel"], "the spec requires joint_pos"), ([], "holds other files")):
         (tmp_path / "norms" / "mine.txt").write_text("")
-        with pytest.raises(ValueError, match=message):
+        with refuses(message):
             this.compute_norms.main([*words, *more])
     truncate(tmp_path / "norms" / "norms.npz")
-    with pytest.raises(ValueError, match="not norms.npz and metadata.json"):
-        this.norms.load_norms(tmp_path / "norms")
+    with refuses("not norms.npz and metadata.json"):
+        this.compute_norms.load_norms(tmp_path / "norms")
 
 
 def test_relative_statistics_are_of_action_minus_state(this, tmp_path):
-    data = write_data(tmp_path / "data")
-    spec, train, _ = this.episodes.open_data([str(data)], None, 0)
-    norms = this.norms.compute(spec, train, None, 3, [2])
+    spec, train, _ = opened(this, write_data(tmp_path / "data"))
+    norms = this.compute_norms.compute(spec, train, None, 3, [0, 1, -1])
     rows = []
     for episode in train:
         for k in range(3):
@@ -804,11 +1053,55 @@ def test_relative_statistics_are_of_action_minus_state(this, tmp_path):
     np.testing.assert_allclose(norms.action["max"], np.max(rows, 0), rtol=1e-5)
 
 
+def shuffled_state(arrays):
+    return {**arrays, "obs.joint_pos": arrays["obs.joint_pos"][:, [2, 0, 1]]}
+
+
+@pytest.mark.parametrize(
+    "spec, damage, relative, expected",
+    [
+        ({}, None, [], [0, 1, -1]),
+        ({}, None, ["x"], [-1, 1, 2]),
+        ({}, None, ["elbow"], "the action dims are x, y, gripper"),
+        (dict(proprio_names=["gripper", "x", "y"]), shuffled_state, [], [1, 2, -1]),
+        (dict(proprio_names=["gripper", "x", "z"]), shuffled_state, [], "the state has no dim y, only gripper, x, z"),
+        ({}, shuffled_state, [], "x follows state dim 1, not 0: the state's order does not fit"),
+        ({}, lambda old: {**old, "obs.joint_pos": old["obs.joint_pos"][:, :2]}, [], "cannot be paired"),
+        (dict(action_type="delta"), None, [], "differences already"),
+        (dict(action_names=None), None, [], "nothing tells which dim is a gripper"),
+    ],
+)
+def test_relative_pairs_dims_by_name_or_refuses(this, tmp_path, spec, damage, relative, expected):
+    """No joint minus another one, no difference minus a position, no gripper made relative unseen."""
+    more = {f"e{i}": damage for i in range(4)} if damage else {}
+    data = write_data(tmp_path / "data", **more)
+    (data / "spec.yaml").write_text(json.dumps(SPEC | spec))
+    spec, train, _ = opened(this, data)
+    if isinstance(expected, str):
+        with refuses(expected):
+            this.compute_norms.relative_index(relative, spec, train)
+    else:
+        assert this.compute_norms.relative_index(relative, spec, train) == expected
+        assert this.compute_norms.relative_index(None, spec, train) is None
+
+
 # --- windows and batches
 
 
-def opened(this, folder, **kwargs):
-    return this.episodes.open_data([f"a={folder}"], None, kwargs.pop("val_share", 0), **kwargs)
+def opened(this, folder, val_episodes=(), val_share=0):
+    """(spec, training episodes, held-out episodes)."""
+    spec, episodes = this.dataset.open_data([f"a={folder}"])
+    return spec, *this.dataset.split(episodes, val_share, val_episodes)
+
+
+def windows_of(this, spec, episodes, chunk=4, stride=1, **more):
+    sequence = this.data.SequenceConfig(chunk, stride)
+    more = dict(image_size=28, for_policy=True) | more
+    return this.data.EpisodeDataset(spec, sequence=sequence, episodes=episodes, **more)
+
+
+def batch_of(this, windows, indices, chunk=4):
+    return this.data.PolicyBatch(windows.spec, chunk)([windows[i] for i in indices])
 
 
 def test_the_seeds_example_works_as_written(this, tmp_path):
@@ -835,7 +1128,7 @@ def test_the_seeds_example_works_as_written(this, tmp_path):
     )
     loader = d.build_dataloader(dataset, batch_size=4, shuffle=True, num_workers=0, seed=42)
     batches = list(loader)
-    assert sum(len(batch["lengths"]) for batch in batches) == len(dataset) == 2 + 1 + 4
+    assert sum(len(batch["lengths"]) for batch in batches) == len(dataset) == 3 + 2 + 5
     for batch in batches:
         lengths = batch["lengths"]
         assert batch["actions"].shape == (len(lengths), lengths.max(), 3)
@@ -851,39 +1144,53 @@ def test_the_seeds_example_works_as_written(this, tmp_path):
         assert one["task"] == two["task"] and all(torch.equal(one[k], two[k]) for k in one if torch.is_tensor(one[k]))
 
 
-@pytest.mark.parametrize("seq_len, stride", [(1, 1), (4, 2), (5, 5), (32, 16), (3, 7)])
-def test_windows_cover_every_step_without_one_inside_another(this, seq_len, stride):
-    for length in range(1, 40):
-        starts = this.data.SequenceConfig(seq_len, stride).starts(length)
-        windows = [range(s, min(s + seq_len, length)) for s in starts]
-        steps = {i for window in windows for i in window}
-        assert steps == set(range(length)) or stride > seq_len
-        assert all(a.stop < b.stop for a, b in zip(windows[:-1], windows[1:], strict=True))
-    with pytest.raises(ValueError, match="stride is 0"):
+def test_every_step_begins_one_window(this, tmp_path):
+    """With stride 1 each recorded step is drawn alike; windows end with their episode."""
+    spec, train, _ = opened(this, write_data(tmp_path / "data", lengths=(6, 9)))
+    windows = windows_of(this, spec, train)
+    places = [windows.locate(i) for i in range(len(windows))]
+    assert [(e.id, t) for e, t in places] == [("ep0", t) for t in range(6)] + [("ep1", t) for t in range(9)]
+    assert [len(windows[i]["actions"]) for i in range(6)] == [4, 4, 4, 3, 2, 1]
+    with refuses("stride is 0"):
         this.data.SequenceConfig(4, 0)
 
 
-def test_chunks_of_future_actions_stop_at_the_episodes_end(this):
-    actions = np.arange(12, dtype=np.float32).reshape(6, 2)
-    actions[5, 0] = np.nan
-    for step in range(6):
-        chunk, mask = this.data.future(actions, step, 4)
-        for k in range(4):
-            there = step + k < 6 and step + k != 5
-            assert mask[k] == there
-            if there:
-                np.testing.assert_array_equal(chunk[k], actions[step + k])
-        assert np.isfinite(chunk).all()
+def test_a_batch_for_the_policy_is_what_was_recorded(this, tmp_path):
+    """Image, state, chunk, mask and task of one sample belong together; past the end the last action is repeated."""
+    spec, train, _ = opened(this, write_data(tmp_path / "data", lengths=(6, 9)))
+    windows = windows_of(this, spec, train)
+    batch = batch_of(this, windows, range(len(windows)))
+    for i in range(len(windows)):
+        episode, step = windows.locate(i)
+        left = min(4, len(episode) - step)
+        np.testing.assert_array_equal(batch["observation.state"][i], episode.vectors["joint_pos"][step])
+        np.testing.assert_array_equal(batch["action"][i, :left], episode.actions[step : step + left])
+        assert (batch["action"][i, left:] == torch.from_numpy(episode.actions[-1])).all()
+        assert batch["mask"][i].tolist() == [k < left for k in range(4)] and batch["task"][i] == episode.task_at(step)
+        image = torch.from_numpy(episode.frames["camera"][step]).movedim(-1, 0) / 255
+        torch.testing.assert_close(batch["observation.images.camera"][i], image)
 
 
-def test_global_batch_is_the_same_on_any_number_of_ranks_and_micro_steps(this, toy, tmp_path):
+def test_a_step_that_is_not_finite_does_not_count(this, tmp_path):
+    """allow_nan: the loss leaves such steps out, and no NaN reaches the policy."""
+    data = write_data(tmp_path / "data", e0=spoil("actions", 2, 0, value=np.nan))
+    (data / "spec.yaml").write_text(json.dumps(SPEC | dict(allow_nan=True)))
+    spec, train, _ = opened(this, data)
+    batch = batch_of(this, windows_of(this, spec, train), [0])
+    assert batch["mask"][0].tolist() == [True, True, False, True] and batch["action"].isfinite().all()
+
+
+def test_global_batch_is_the_same_on_any_number_of_ranks_and_micro_steps(this, tmp_path):
     spec, train, _ = opened(this, write_data(tmp_path / "data"))
-    augment = this.data.build_augmentations(this.data.AugmentConfig.openpi())
+    augment = this.data.build_augmentations(this.data.AUGMENT["openpi"])
 
     def batch(step, accum, world, seed=3):
-        more = dict(batch_size=8, seed=seed, accum=accum, world=world, augment=augment)
-        ranks = [this.data.TrainBatches(spec, train, 4, 28, rank=rank, **more) for rank in range(world)]
-        parts = [rank[step * accum + micro] for micro in range(accum) for rank in ranks]
+        windows = windows_of(this, spec, train, seed=seed, augment_fn=augment)
+        ranks = [
+            list(this.data.GlobalBatches(len(windows), 8, seed, step, step + 1, accum, rank, world))
+            for rank in range(world)
+        ]
+        parts = [batch_of(this, windows, ranks[rank][micro]) for micro in range(accum) for rank in range(world)]
         tasks = sum((part.pop("task") for part in parts), [])
         return tasks, {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
@@ -893,52 +1200,25 @@ def test_global_batch_is_the_same_on_any_number_of_ranks_and_micro_steps(this, t
         assert same == tasks and equal(other, whole)
     assert not torch.equal(batch(6, 1, 1)[1]["action"], whole["action"])
     assert not torch.equal(batch(5, 1, 1, seed=4)[1]["noise"], whole["noise"])
-    with pytest.raises(ValueError, match="not divisible"):
-        this.data.TrainBatches(spec, train, 4, 28, batch_size=8, accum=3)
-
-
-def test_samples_are_recorded_steps(this, tmp_path):
-    """Image, state, chunk, mask and task of one sample belong together, and every step is drawn."""
-    spec, train, _ = opened(this, write_data(tmp_path / "data", lengths=(6, 9)))
-    batches, seen = this.data.TrainBatches(spec, train, 4, 28, batch_size=64), set()
-    for item in range(4):
-        batch = batches[item]
-        for i in range(64):
-            state = batch["observation.state"][i].numpy()
-            places = [
-                (n, t)
-                for n, e in enumerate(train)
-                for t, row in enumerate(e.vectors["joint_pos"])
-                if (row == state).all()
-            ]
-            ((number, step),) = places
-            episode = train[number]
-            left = min(4, len(episode) - step)
-            np.testing.assert_array_equal(batch["action"][i, :left], episode.actions[step : step + left])
-            assert batch["mask"][i].sum() == left and batch["task"][i] == f"task {number} ü"
-            seen.add((number, step))
-    assert seen == {(0, t) for t in range(6)} | {(1, t) for t in range(9)}
 
 
 def test_noise_and_time_have_openpis_distributions(this, tmp_path):
     from scipy.stats import beta, kstest, norm
 
     spec, train, _ = opened(this, write_data(tmp_path / "data"))
-    batch = this.data.TrainBatches(spec, train, 4, 28, batch_size=500)[0]
+    batch = batch_of(this, windows_of(this, spec, train), [(i % 70, 0, i) for i in range(500)])
     assert kstest((batch["time"].numpy() - 0.001) / 0.999, beta(1.5, 1).cdf).pvalue > 1e-3
     assert kstest(batch["noise"].numpy().ravel()[:20_000], norm.cdf).pvalue > 1e-3
 
 
-def test_validation_is_fixed_and_shared_without_repeats(this, tmp_path):
-    spec, train, held = opened(this, write_data(tmp_path / "data"), val_episodes=["ep2,ep3"])
-    whole = this.data.ValidationSteps(spec, held, 4, 28, stride=3)
-    parts = [this.data.ValidationSteps(spec, held, 4, 28, stride=3, rank=rank, world=3) for rank in range(3)]
-    assert len(whole) == 10 + 4 == sum(map(len, parts))
-    for i in range(len(whole)):
-        one, two = whole[i], parts[i % 3][i // 3]
-        assert one["time"] == two["time"] and (one["noise"] == two["noise"]).all()
-        assert (one["action"] == two["action"]).all()
-    assert not (whole[0]["noise"] == whole[1]["noise"]).all()
+def test_validation_noise_belongs_to_the_step(this, tmp_path):
+    """It does not change with the other episodes of the split, nor from one reading to the next."""
+    spec, train, held = opened(this, write_data(tmp_path / "data"), ["ep2,ep3"])
+    whole, part = windows_of(this, spec, held, stride=3), windows_of(this, spec, held[1:], stride=3)
+    assert len(whole) == 10 + 4 and len(part) == 4
+    one, two = batch_of(this, whole, range(10, 14)), batch_of(this, part, range(4))
+    assert one.pop("task") == two.pop("task") and equal(one, two)
+    assert not torch.equal(one["noise"][0], one["noise"][1])
 
 
 def test_augmentation_is_what_it_says(this):
@@ -957,7 +1237,7 @@ def test_augmentation_is_what_it_says(this):
         inside = (after > 0) & (after < 1)
         slope = (after - mean)[inside] / np.where(before == mean, np.nan, before - mean)[inside]
         assert np.nanstd(slope) < 1e-3 and 0.6 < np.nanmean(slope) < 1.4
-    full = build(config.openpi())
+    full = build(this.data.AUGMENT["openpi"])
     np.testing.assert_array_equal(full(images, 5), full(images, 5))
     assert (full(images, 5) != full(images, 6)).any() and full(images, 5).dtype == np.uint8
     moved, kept = (build(config(brightness=0, contrast=0, crop=0.8, rotate=10))(images, 5, c) for c in ("top", "wrist"))
@@ -1021,37 +1301,107 @@ def test_npz_to_lerobot_and_back(this, tmp_path, images):
         assert error.max() == 0 if images else error.mean() < 4
     spec = this.spec.load_spec(tmp_path / "back" / "spec.yaml")
     assert spec.control_freq_hz == 10 and spec.required_obs_keys == ["images.camera"]
-    with pytest.raises(ValueError, match="is there already"):
+    with refuses("is there already"):
         converted(this, "--data", data, "--to", "npz", "--out", tmp_path / "back")
 
 
-def test_dims_by_name_and_hdf5(this, tmp_path):
-    import h5py
-
+def test_dims_by_name(this, tmp_path):
+    """--dims keeps dims of the actions, and of the vectors that have the same names, in their own order."""
     root = write_lerobot_v21(tmp_path / "d", [an_episode(12, 0)])
     converted(this, "--data", root, "--to", "npz", "--dims", "grip*", "x", "--out", tmp_path / "n")
     arrays = np.load(tmp_path / "n" / "episodes" / "000000.npz")
     np.testing.assert_array_equal(arrays["actions"], an_episode(12, 0)["actions"][:, [0, 2]])
     np.testing.assert_array_equal(arrays["obs.state"], an_episode(12, 0)["obs.joint_pos"][:, [0, 2]])
-    with pytest.raises(ValueError, match="--dims elbow: no such dim among x, y, gripper"):
+    info = json.loads((root / "meta" / "info.json").read_text())
+    info["features"]["observation.state"]["names"] = ["gripper", "x", "other"]
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    converted(this, "--data", root, "--to", "npz", "--dims", "grip*", "x", "--out", tmp_path / "o")
+    arrays = np.load(tmp_path / "o" / "episodes" / "000000.npz")
+    np.testing.assert_array_equal(arrays["obs.state"], an_episode(12, 0)["obs.joint_pos"][:, [1, 0]])
+    with refuses("--dims elbow: no such dim among x, y, gripper"):
         converted(this, "--data", root, "--to", "npz", "--dims", "elbow", "--out", tmp_path / "m")
     assert not (tmp_path / "m").exists() and not list(tmp_path.glob(".m*"))
-    with h5py.File(tmp_path / "demo.hdf5", "w") as h5:
+
+
+def write_hdf5(file, **more):
+    with h5py.File(file, "w") as h5:
         for name in ("demo_10", "demo_2"):
-            h5[f"data/{name}/actions"] = an_episode(9)["actions"].astype(np.float64)
-            h5[f"data/{name}/states"] = np.ones((9, 5))
-            h5[f"data/{name}/obs/agentview_image"] = an_episode(9)["obs.camera"]
-    words = ["--data", tmp_path / "demo.hdf5", "--to", "npz", "--out", tmp_path / "h"]
-    with pytest.raises(ValueError, match="give --rate"):
+            demo = {
+                "actions": an_episode(9)["actions"].astype(np.float64),
+                "states": np.ones((9, 5)),
+                "rewards": np.ones(9),
+            }
+            demo |= {"obs/eef": np.ones((9, 3)), "obs/agentview_image": an_episode(9)["obs.camera"], **more}
+            for key, value in demo.items():
+                h5[f"data/{name}/{key}"] = value
+    return file
+
+
+def test_hdf5_of_robomimic(this, tmp_path, capsys):
+    """Simulator state and rewards are no state; depth is left out and named; the file's own rate is read."""
+    depth = {"obs/agentview_depth": np.ones((9, 28, 28, 1), np.float32)}
+    depth["obs/side_image"] = np.moveaxis(an_episode(9)["obs.camera"], -1, 1) / np.float32(255)
+    file = write_hdf5(tmp_path / "demo.hdf5", **depth)
+    words = ["--data", file, "--to", "npz", "--out", tmp_path / "h"]
+    with refuses("give --rate"):
         converted(this, *words)
-    converted(this, *words, "--rate", 20, "--task", "lift", "--image-size", 14)
+    with h5py.File(file, "a") as h5:
+        h5["data"].attrs["env_args"] = json.dumps(dict(env_kwargs=dict(control_freq=20)))
+    converted(this, *words, "--task", "lift", "--image-size", 14)
+    assert "agentview_depth (9, 28, 28, 1) is no colour camera" in capsys.readouterr().out
+    spec = this.spec.load_spec(tmp_path / "h" / "spec.yaml")
+    assert spec.required_proprio_keys == ["eef"] and spec.required_obs_keys == ["agentview_image", "side_image"]
     arrays = np.load(tmp_path / "h" / "episodes" / "demo_2.npz")
     np.testing.assert_allclose(arrays["actions"], an_episode(9)["actions"])
+    np.testing.assert_array_equal(arrays["obs.side_image"], arrays["obs.agentview_image"])
     assert str(arrays["task"]) == "lift" and arrays["timestamps"][1] == 0.05
-    assert arrays["obs.agentview_image"].shape == (9, 14, 14, 3) and arrays["obs.states"].shape == (9, 5)
+    assert arrays["obs.agentview_image"].shape == (9, 14, 14, 3)
+
+
+def test_hdf5_of_aloha_and_other_files(this, tmp_path):
+    """A folder of ALOHA's files with images as JPEG; what holds neither layout says what it holds."""
+    import io
+
+    from PIL import Image
+
+    (tmp_path / "aloha").mkdir()
+    with h5py.File(tmp_path / "aloha" / "episode_0.hdf5", "w") as h5:
+        h5["action"], h5["observations/qpos"] = an_episode(9)["actions"], an_episode(9)["obs.joint_pos"]
+        packed = []
+        for i in range(9):
+            Image.fromarray(np.full((16, 16, 3), 20 * i, np.uint8)).save(buffer := io.BytesIO(), "JPEG")
+            packed.append(np.frombuffer(buffer.getvalue(), np.uint8))
+        size = max(map(len, packed))
+        h5["observations/images/top"] = np.stack([np.pad(row, (0, size - len(row))) for row in packed])
+    converted(this, "--data", tmp_path / "aloha", "--rate", 50, "--task", "t", "--to", "npz", "--out", tmp_path / "n")
+    (file,) = (tmp_path / "n" / "episodes").glob("*.npz")
+    arrays = np.load(file)
+    np.testing.assert_array_equal(arrays["obs.qpos"], an_episode(9)["obs.joint_pos"])
+    assert np.abs(arrays["obs.images.top"].mean((1, 2, 3)) - 20 * np.arange(9)).max() < 2
+    with h5py.File(tmp_path / "other.hdf5", "w") as h5:
+        h5["trajectory"] = np.ones(3)
     (tmp_path / "bad.hdf5").write_bytes(b"not hdf5")
-    with pytest.raises(ValueError, match="bad.hdf5: not a robosuite"):
-        converted(this, "--data", tmp_path / "bad.hdf5", "--rate", 20, "--to", "npz", "--out", tmp_path / "b")
+    for name, message in (("other", "holds trajectory; expected `data`"), ("bad", "bad.hdf5: not a whole HDF5 file")):
+        with refuses(message):
+            converted(this, "--data", tmp_path / f"{name}.hdf5", "--rate", 9, "--to", "npz", "--out", tmp_path / "b")
+
+
+def test_hdf5_that_was_never_written_is_not_zeros(this, tmp_path):
+    """HDF5 gives zeros for chunks that a dead writer left out, and for views of files that are gone."""
+    for name in ("chunks", "view"):
+        with h5py.File(tmp_path / f"{name}.hdf5", "w") as h5:
+            demo = h5.create_group("data/demo_1")
+            if name == "chunks":
+                demo.create_dataset("actions", (20, 3), "f4", chunks=(5, 3))[:10] = 1
+            else:
+                layout = h5py.VirtualLayout((20, 3), "f4")
+                layout[:] = h5py.VirtualSource("gone.hdf5", "x", (20, 3))
+                demo.create_virtual_dataset("actions", layout)
+        message = (
+            "2 of 4 chunks were never written" if name == "chunks" else "a view of .*gone.hdf5, which is not there"
+        )
+        with refuses(message):
+            converted(this, "--data", tmp_path / f"{name}.hdf5", "--rate", 9, "--to", "npz", "--out", tmp_path / "o")
 
 
 # --- the report
@@ -1063,40 +1413,85 @@ def test_scores_against_a_case_done_by_hand(this):
     mask = np.ones((2, 5), bool)
     mask[1, 3:] = False
     predicted[1, 3:] = 1e6
-    score = this.metrics.score(predicted, true, mask, np.array([1.0, 20.0]), np.array([0, 0]), np.array([5, 60.0]))
+    score = this.evaluate.score(predicted, true, mask, np.array([1.0, 20.0]), np.array([0, 0]), np.array([5, 60.0]))
     assert score["mse"] == pytest.approx((0.25 + 4) / 2) and score["mae"] == pytest.approx(1.25)
     assert score["mse_normalised"] == pytest.approx((0.25 + 0.01) / 2)
     assert score["mse_normalised_per_dim"] == pytest.approx([0.25, 0.01])
     assert score["mse_normalised_by_step"] == pytest.approx([0.13] * 5)
     assert score["delta"] == pytest.approx((1 + 0.5) / 2) and score["jerk"] == pytest.approx(0)
-    assert score["clipping"] == pytest.approx(1 / 16)  # 5.5 is above 5, once
+    assert score["out_of_limits"] == pytest.approx(1 / 16)  # 5.5 is above 5, once
     bumpy = true.copy()
     bumpy[:, 2] += 1
-    jerk = this.metrics.score(bumpy, true, mask, np.ones(2), np.zeros(2), np.ones(2) * 99)["jerk"]
+    jerk = this.evaluate.score(bumpy, true, mask, np.ones(2), np.zeros(2), np.ones(2) * 99)["jerk"]
     assert jerk == pytest.approx(3)  # 1, -3, 3, -1 is the third difference of a spike: -3 and 3 are whole inside
 
 
-def test_references_see_the_past_only(this, tmp_path):
+def test_baselines_see_the_past_only(this, tmp_path):
     spec, train, _ = opened(this, write_data(tmp_path / "data"))
-    places = [(train[0], 0), (train[0], 7), (train[2], 3)]
-    made = this.metrics.references(train, places, 4, np.array([1.0, 2, 3]))
-    np.testing.assert_array_equal(made["hold last"][1], np.repeat(train[0].actions[6:7], 4, 0))
-    np.testing.assert_array_equal(made["hold last"][0], np.repeat(train[0].actions[:1], 4, 0))
-    assert (made["mean"] == [1, 2, 3]).all() and made["mean"].shape == (3, 4, 3)
+    made = this.evaluate.baselines([(train[0], 0), (train[0], 7), (train[2], 3)], 4, np.array([1.0, 2, 3]))
+    np.testing.assert_array_equal(made["last action"][1], np.repeat(train[0].actions[6:7], 4, 0))
+    np.testing.assert_array_equal(made["last action"][0], np.repeat(train[0].actions[:1], 4, 0))
+    assert (made["mean action"] == [1, 2, 3]).all() and made["mean action"].shape == (3, 4, 3)
+
+
+def test_intervals_are_over_episodes(this):
+    """Equal errors within an episode add no certainty: the interval is that of the episodes' means."""
+    few = this.evaluate.interval(np.repeat([1.0, 2, 3, 4], 50), np.repeat(range(4), 50))
+    many = this.evaluate.interval(np.repeat([1.0, 2, 3, 4], 50), np.arange(200))
+    assert few[1] - few[0] > 5 * (many[1] - many[0]) and few[0] < 2.5 < few[1]
+    low, high = this.evaluate.wilson(8, 10)
+    assert low == pytest.approx(0.490, abs=1e-3) and high == pytest.approx(0.943, abs=1e-3)
 
 
 def test_mock_report_shows_the_error_it_was_given(this, tmp_path):
     data = write_data(tmp_path / "data", lengths=[40] * 6)
     words = ["--mock-model", "--data", f"a={data}", "--out", str(tmp_path / "r"), "--val-stride", "2", "--chunk", "8"]
-    assert this.evaluate.main([*words, "--val-share", "0.4", "--device", "cpu", "--draws", "4"]) == 0
-    card = json.loads((tmp_path / "r" / "report.json").read_text())["sources"]["a"]
-    assert card["methods"]["model"]["mse_normalised"] == pytest.approx(0.01, rel=0.1)
-    assert card["methods"]["mean of draws"]["mse_normalised"] == pytest.approx(0.0025, rel=0.1)
+    assert this.evaluate.main([*words, "--device", "cpu", "--draws", "4"]) == 0
+    source = json.loads((tmp_path / "r" / "report.json").read_text())["sources"]["a"]
+    assert source["methods"]["model"]["mse_normalised"] == pytest.approx(0.01, rel=0.1)
+    assert source["methods"]["mean of draws"]["mse_normalised"] == pytest.approx(0.0025, rel=0.1)
     text = (tmp_path / "r" / "report.md").read_text()
-    assert "| MSE, normalised | 0.0" in text and "| gripper | " in text
+    assert "| MSE, normalised | 0.0" in text and "| gripper | " in text and source["episodes"] == 6
     assert len(list((tmp_path / "r" / "figures").glob("*.png"))) == 3
     with pytest.raises(SystemExit):
         this.evaluate.main(["--out", str(tmp_path / "r")])
+
+
+class Expert:
+    """Goes to the block that the task names, or always to the red one, and closes there."""
+
+    def __init__(self, worlds, listens):
+        self.config, self.worlds, self.listens = (
+            SimpleNamespace(cameras=["camera_top"], image_size=28, chunk=10),
+            worlds,
+            listens,
+        )
+
+    def predict(self, batch):
+        chunks, running = [], [world for world in self.worlds if not world.ended]
+        for world, task in zip(running, batch["task"], strict=True):
+            goal = world.blocks[next(c for c in world.blocks if c in task) if self.listens else "red"]
+            chunks.append([[*goal, closed] for closed in (0, 0, 1, 1, 1)])
+        return torch.tensor(np.array(chunks))
+
+
+@pytest.mark.parametrize("listens, right, swapped", [(True, 1.0, 0.0), (False, 0.5, 0.5)])
+def test_closed_loop_tells_who_listens(this, listens, right, swapped):
+    """A policy that follows the words succeeds, and fails when they are swapped; one that does not is at chance."""
+    for swap, expected in ((False, right), (True, swapped)):
+        worlds = [this.demo.World(np.random.default_rng([7, i]), swap) for i in range(60)]
+        this.evaluate.rollouts(Expert(worlds, listens), worlds, 5, 0)
+        assert all(world.ended for world in worlds)
+        assert np.mean([world.success for world in worlds]) == pytest.approx(expected, abs=0.2 * (expected == 0.5))
+
+
+def test_the_demos_demonstrations_succeed(this):
+    for i in range(20):
+        rng = np.random.default_rng(i)
+        world = this.demo.World(rng)
+        for action in world.expert(rng):
+            world.step(action)
+        assert world.success and world.image().shape == (28, 28, 3)
 
 
 # --- the loop
@@ -1104,73 +1499,67 @@ def test_mock_report_shows_the_error_it_was_given(this, tmp_path):
 
 def flags(folder, out, *more):
     sizes = "--size tiny --image-size 28 --chunk 4 --prompt-tokens 64 --val-episodes ep3 --val-stride 5"
-    times = "--steps 6 --batch-size 4 --log-every 2 --eval-every 3 --save-every 3 --warmup 1 --lr 1e-3 --device cpu"
+    times = "--steps 6 --batch-size 4 --log-every 3 --eval-every 3 --save-every 3 --warmup 1 --lr 1e-3 --device cpu"
     return ["--data", f"a={folder}", "--out", str(out), *sizes.split(), *times.split(), *map(str, more)]
-
-
-def weights(out, step=6):
-    from safetensors.torch import load_file
-
-    return load_file(out / "checkpoints" / f"step_{step:07d}" / "model.safetensors")
 
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def logged(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize(
     "more",
     [
         ["--augment", "openpi", "--ema", 0.5],
-        ["--train", "lora", "--relative", "--amp", "bf16", "--seq-len", 8, "--stride", 4],
-        ["--train", "expert", "--freeze-vision", "--ema", 0, "--gradient-checkpointing"],
+        ["--train", "lora", "--relative", "--amp", "bf16", "--stride", 4],
+        ["--train", "expert", "--ema", 0, "--gradient-checkpointing"],
     ],
 )
 def test_run_resume_and_what_it_leaves(this, tmp_path, more):
-    """Lost after step 3 and resumed equals uninterrupted, bit for bit: weights in training, average and log."""
+    """Lost after step 3 and resumed equals uninterrupted, bit for bit: exported weights, weights in training, log."""
     folder, one, two = write_data(tmp_path / "data"), tmp_path / "one", tmp_path / "two ü"
     assert this.train.main(flags(folder, one, *more)) == 0
     shutil.copytree(one, two, symlinks=True)
     shutil.rmtree(two / "checkpoints" / "step_0000006")
-    with pytest.raises(ValueError, match="--lr was"):
+    with refuses("--lr"):
         this.train.main(flags(folder, two, *more, "--resume", "--lr", 1))
-    assert this.train.main(flags(folder, two, *more, "--resume")) == 0
-    assert equal(weights(two), weights(one)) and not equal(weights(two), weights(two, 3))
-    assert [line["step"] for line in logged(two)] == [line["step"] for line in logged(one)]
-    assert logged(two)[-1]["val/loss"] == logged(one)[-1]["val/loss"]
-    raw = [run / "checkpoints" / "last" / "raw.safetensors" for run in (one, two)]
-    assert raw[0].exists() == ("expert" not in more)
-    if raw[0].exists():
-        assert raw[0].read_bytes() == raw[1].read_bytes()
+    assert this.train.main(flags(folder, two, *more, "--resume", "--accum", 1)) == 0
+    assert weights_of(two) == weights_of(one) and log_of(two) == log_of(one)
+    states = [torch.load(run / "checkpoints" / "last" / "resume.pt", weights_only=True) for run in (one, two)]
+    assert equal(states[0]["weights"], states[1]["weights"]) and bool(states[0]["weights"]) == ("expert" not in more)
     model = this.model.Pi05.from_pretrained(two / "checkpoints" / "best")
-    spec, _, held = opened(this, folder, val_episodes=["ep3"])
-    steps = this.data.ValidationSteps(spec, held, 4, 28, stride=5)
-    assert model.predict(steps.collate([steps[0]])).isfinite().all()
+    spec, _, held = opened(this, folder, ["ep3"])
+    assert model.predict(batch_of(this, windows_of(this, spec, held), [0])).isfinite().all()
     names = {path.name for path in (two / "figures").glob("*")}
     assert names == {"curves.png", "traces.png"} and (two / "norms" / "norms.npz").exists()
+
+
+def test_a_resumed_run_keeps_its_data_and_says_what_changed(this, tmp_path, capsys):
+    """A new episode is not used, a changed split is not taken, the normalisation stays; each is one line."""
+    folder, one, two = write_data(tmp_path / "data"), tmp_path / "one", tmp_path / "two"
+    assert this.train.main(flags(folder, one)) == 0
+    shutil.copytree(one, two, symlinks=True)
+    shutil.rmtree(two / "checkpoints" / "step_0000006")
+    np.savez(folder / "episodes" / "ep9.npz", **{**an_episode(25, 9), "actions": an_episode(25, 9)["actions"] * 3})
+    capsys.readouterr()
+    assert this.train.main([*flags(folder, two, "--resume"), "--val-episodes", "ep0"]) == 0
+    assert "1 episodes are new and not used" in capsys.readouterr().out
+    assert weights_of(two) == weights_of(one)
 
 
 def test_accumulation_trains_the_same_model(this, tmp_path):
     folder = write_data(tmp_path / "data")
     for name, more in (("one", []), ("four", ["--accum", 4])):
         assert this.train.main(flags(folder, tmp_path / name, "--ema", 0, *more)) == 0
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "four")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=2e-4)
-    assert logged(tmp_path / "one")[-1]["val/loss"] == pytest.approx(
-        logged(tmp_path / "four")[-1]["val/loss"], rel=1e-3
-    )
+    one, four = (log_of(tmp_path / name)[-1]["val/loss"] for name in ("one", "four"))
+    assert one == pytest.approx(four, rel=1e-3)
 
 
 def test_loss_falls(this, tmp_path):
     folder = write_data(tmp_path / "data")
     times = ["--steps", 60, "--eval-every", 60, "--save-every", 60, "--log-every", 10, "--lr", 3e-3, "--batch-size", 8]
     this.train.main(flags(folder, tmp_path / "out", *times))
-    losses = [line["train/loss"] for line in logged(tmp_path / "out")]
+    losses = [line["train/loss"] for line in log_of(tmp_path / "out")]
     assert np.mean(losses[-2:]) < 0.8 * losses[0]
 
 
@@ -1179,50 +1568,107 @@ def widened(arrays):
 
 
 def test_what_a_run_refuses(this, toy, tmp_path):
-    """Norms of another data set, a changed data set, a missing tokenizer, too many dims: before anything is written."""
+    """Norms of another data set, a missing tokenizer, too many dims, a long prompt: before anything is trained."""
     folder, out = write_data(tmp_path / "data"), tmp_path / "out"
     words = ["--data", f"a={folder}", "--val-episodes", "ep0", "--out", str(tmp_path / "n")]
     assert this.compute_norms.main(words) == 0
     wide = write_data(tmp_path / "wide", lengths=(20, 20, 20, 20), **{f"e{i}": widened for i in range(4)})
     fields = SPEC | dict(action_dim=33, action_names=None, action_min=None, action_max=None)
     (wide / "spec.yaml").write_text(json.dumps(fields))
+    long = write_data(tmp_path / "long", e1=change(task=np.array("x1" * 30)))
     for words, message in (
         (flags(folder, out, "--norms", tmp_path / "n"), "another data set, split"),
-        (flags(folder, out, "--data-hash", "0123"), "the data changed"),
         (flags(folder, out, "--size", "full"), "--tokenizer is needed"),
         (flags(folder, out, "--size", "full", "--tokenizer", toy), "about 257,000"),
         (flags(folder, out, "--tokenizer", tmp_path / "absent"), "no such folder"),
         (flags(wide, out), "33 action dims and 3 state dims"),
-        (
-            flags(folder, out, "--absolute", "elbow", "--relative"),
-            "--absolute elbow: the action dims are x, y, gripper",
-        ),
-        (flags(folder, out, "--batch-size", 3, "--accum", 2), "not divisible"),
+        (flags(folder, out, "--relative", "elbow"), "--relative elbow: the action dims are x, y, gripper"),
+        (flags(long, out), "the prompt of task 'x1x1.* raise --prompt-tokens"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with refuses(message):
             this.train.main(words)
         assert not (out / "checkpoints").exists()
         shutil.rmtree(out, ignore_errors=True)
 
 
-@pytest.mark.parametrize("flag, value", [("--chunk", 0), ("--image-size", 30), ("--ema", 1), ("--val-stride", 0)])
-def test_flags_out_of_range(this, capsys, flag, value):
+@pytest.mark.parametrize(
+    "words",
+    [["--chunk", 0], ["--image-size", 30], ["--ema", 1], ["--val-stride", 0], ["--batch-size", 3, "--accum", 2]],
+)
+def test_flags_out_of_range(this, capsys, words):
     with pytest.raises(SystemExit) as ended:
-        this.train.parse(["--data", "x", flag, str(value)])
-    assert ended.value.code == 2 and flag in capsys.readouterr().err
+        this.train.parse(["--data", "x", *map(str, words)])
+    assert ended.value.code == 2 and words[0] in capsys.readouterr().err
 
 
-def test_report_of_a_run_has_its_split(this, tmp_path):
+def test_dry_run_tells_sizes_and_time_and_keeps_nothing(this, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = flags(write_data(tmp_path / "data"), tmp_path / "out", "--dry-run", "--steps", 3600)
+    assert this.train.main(words) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "301,408 of 408,032 parameters learn" in shown and "a checkpoint takes" in shown and "hours for 3,600" in shown
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"data"}
+
+
+def test_the_full_size_is_planned_without_being_built(this):
+    """The arithmetic of README.md, on the meta device: --train expert writes less than 35 GB, lora fits 22 GB."""
+    stats = {"observation.state": statistics(7), "action": statistics(7)}
+    shown = {}
+    for train in ("all", "expert", "lora"):
+        config = this.model.Pi05Config(["top"], 7, 7, stats, train=train, ema=0.99)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(this.model.os, "sysconf", lambda name: 2**20)
+            shown[train] = " ".join(this.model.plan(config, "bf16", torch.device("cpu")))
+    memory = {name: float(re.search(r"activations: ([0-9.]+) GB", text)[1]) for name, text in shown.items()}
+    disk = {name: float(re.search(r"takes ([0-9.]+) GB", text)[1]) for name, text in shown.items()}
+    assert memory["all"] == pytest.approx(65.6, abs=0.5) and memory["lora"] < 22 and disk["expert"] < 35
+    config = this.model.Pi05Config(["top"], 7, 7, stats, ema=0.99)
+    with pytest.MonkeyPatch.context() as patch, refuses("too little memory"):
+        patch.setattr(this.model.os, "sysconf", lambda name: 2**16)
+        this.model.plan(config, "bf16", torch.device("cpu"))
+
+
+def test_first_step_is_checked(this, toy):
+    """Norms that do not fit, and weights that do not fit the inputs, end the run before its first update."""
+    model = tiny(this, toy)
+    batch = model.processor(observation())
+    loss, _ = model(batch)
+    loss.backward()
+    (line,) = this.model.check_first_step(model, batch, loss * 0 + 1.5)
+    assert line.startswith("loss at step 0: 1.5")
+    with refuses("the norms do not fit"):
+        this.model.check_first_step(model, {**batch, "action": batch["action"] * 100}, loss)
+    with refuses("wrong --init"):
+        this.model.check_first_step(model, batch, loss * 0 + 1e4)
+    model.zero_grad()
+    assert "trained tensors get no gradient" in this.model.check_first_step(model, batch, loss * 0 + 1)[1]
+
+
+def test_report_takes_what_was_not_trained_on(this, tmp_path, capsys):
+    """The run's own data by their content, also under other names; new data whole, without further flags."""
     folder, out = write_data(tmp_path / "data"), tmp_path / "out"
     this.train.main(flags(folder, out))
     words = ["--checkpoint", str(out / "checkpoints" / "last"), "--out", str(tmp_path / "r"), "--device", "cpu"]
-    assert this.evaluate.main([*words, "--val-stride", "4"]) == 0
-    card = json.loads((tmp_path / "r" / "report.json").read_text())["sources"]["a"]
-    assert card["episodes"] == 1 and card["predictions"] == 3 and set(card["methods"]) == {"model", "hold last", "mean"}
+    words += ["--val-stride", "4"]
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "episodes" / "ep0.npz").rename(tmp_path / "copy" / "episodes" / "first.npz")
+    new = write_data(tmp_path / "new")
+    for i in range(4):
+        np.savez(new / "episodes" / f"ep{i}.npz", **an_episode(12, 20 + i))
+    for more, name, episodes in (
+        ([], "a", 1),
+        (["--data", f"b={tmp_path / 'copy'}"], "b", 1),
+        (["--data", str(new)], "new", 4),
+    ):
+        assert this.evaluate.main([*words, *more]) == 0
+        source = json.loads((tmp_path / "r" / "report.json").read_text())["sources"][name]
+        assert source["episodes"] == episodes and set(source["methods"]) == {"model", "last action", "mean action"}
+    assert this.evaluate.main([*words, "--mock-model"]) == 0
     other = write_data(tmp_path / "other")
-    fields = SPEC | dict(required_proprio_keys=["joint_pos", "joint_pos"])
-    (other / "spec.yaml").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="state dims are 6, but the checkpoint has 3"):
+    (other / "spec.yaml").write_text(json.dumps(SPEC | dict(required_proprio_keys=["joint_pos", "joint_pos"])))
+    with refuses("state dims are 6, but the checkpoint has 3"):
         this.evaluate.main([*words, "--data", str(other)])
 
 
@@ -1266,43 +1712,51 @@ print("reductions", sum(calls))
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    """SIGKILL in mid-run, then --resume: the same weights, bit for bit; SIGTERM saves and exits with 75."""
-    folder, script = write_data(tmp_path / "data"), ROOT / "pi05_finetune" / "train.py"
-    more = ["--steps", 60, "--save-every", 10, "--eval-every", 20]
-    done = launch(script, *flags(folder, tmp_path / "one", *more))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, ranks):
+    """SIGKILL, or SIGTERM to the whole group, loader processes included: 75, saved, resumed to equal weights."""
+    folder, script = write_data(tmp_path / "data"), HOME / "train.py"
+    more = ["--steps", 40, "--save-every", 10, "--eval-every", 20, "--workers", 2]
+    done = launch(script, *flags(folder, tmp_path / "one", *more), ranks=ranks)
     assert done.returncode == 0, done.stderr
-    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75)):
+    for number in (signal.SIGKILL, signal.SIGTERM) if ranks == 1 else (signal.SIGTERM,):
         out = tmp_path / f"run{int(number)}"
-        words = [sys.executable, script, *flags(folder, out, *more)]
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        deadline = time.monotonic() + 120
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"] * (ranks > 1)
+        words = [sys.executable, *torchrun, script, *flags(folder, out, *more)]
+        process = subprocess.Popen(
+            words, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
+        )
+        deadline = time.monotonic() + 200
         while not (out / "checkpoints" / "step_0000010").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(number)
-        assert process.wait(60) == code
-        assert not (out / "checkpoints" / "step_0000060").exists()
-        done = launch(script, *flags(folder, out, *more, "--resume"))
+        os.killpg(process.pid, number)
+        code = process.wait(100)
+        assert code == (-9 if number == signal.SIGKILL else 75) or ranks > 1
+        assert number == signal.SIGKILL or (out / "checkpoints" / "last").exists()
+        assert not (out / "checkpoints" / "step_0000040").exists()
+        done = launch(script, *flags(folder, out, *more, "--resume"), ranks=ranks)
         assert done.returncode == 0, done.stderr
-        assert equal(weights(out, 60), weights(tmp_path / "one", 60))
-        assert [line["step"] for line in logged(out)] == [line["step"] for line in logged(tmp_path / "one")]
+        assert weights_of(out) == weights_of(tmp_path / "one") and log_of(out) == log_of(tmp_path / "one")
 
 
 @pytest.mark.slow
-def test_loader_processes_give_the_same_run(tmp_path):
-    folder, script = write_data(tmp_path / "data"), ROOT / "pi05_finetune" / "train.py"
-    for name, workers in (("none", 0), ("two", 2)):
-        done = launch(script, *flags(folder, tmp_path / name, "--workers", workers))
-        assert done.returncode == 0, done.stderr
-    assert equal(weights(tmp_path / "none"), weights(tmp_path / "two"))
+def test_compiled_and_logged_to_wandb_offline(tmp_path):
+    """--compile and --wandb run; loader processes give the same weights as none."""
+    folder, script = write_data(tmp_path / "data"), HOME / "train.py"
+    for name, more in (("plain", []), ("workers", ["--workers", 2]), ("both", ["--compile", "--wandb", "test"])):
+        done = launch(script, *flags(folder, tmp_path / name, *more), timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert weights_of(tmp_path / "plain") == weights_of(tmp_path / "workers")
+    plain, both = (log_of(tmp_path / name)[-1]["val/loss"] for name in ("plain", "both"))
+    assert plain == pytest.approx(both, rel=1e-2) and list((tmp_path / "both").glob("wandb/offline-run*"))
 
 
 @pytest.mark.slow
 def test_errors_are_one_line(tmp_path):
     """Of the verbs too; nothing is left half-made."""
-    folder, home = write_data(tmp_path / "data"), ROOT / "pi05_finetune"
+    folder = write_data(tmp_path / "data")
     broken = write_data(tmp_path / "broken", e1=spoil("actions", 4, 2, value=np.nan))
-    good = launch(home / "train.py", *flags(folder, tmp_path / "good"))
+    good = launch(HOME / "train.py", *flags(folder, tmp_path / "good"))
     assert good.returncode == 0, good.stderr
     truncate(tmp_path / "good" / "checkpoints" / "last" / "model.safetensors")
     (tmp_path / "file").write_text("")
@@ -1312,16 +1766,15 @@ def test_errors_are_one_line(tmp_path):
         ("train.py", flags(tmp_path / "absent", out), "no such folder"),
         ("train.py", flags(folder, tmp_path / "file" / "c"), "file"),
         ("train.py", flags(broken, out), "episode ep1: actions hold NaN or infinity at step 4, dim 2"),
-        ("train.py", ["--hlep"], "did you mean --help"),
         ("evaluate.py", ["--checkpoint", last, "--out", out], "model.safetensors: cannot be read"),
         ("evaluate.py", ["--checkpoint", tmp_path / "absent", "--data", folder, "--out", out], "absent"),
         ("validate.py", ["--data", tmp_path / "absent", "--report", out], "no such folder"),
         ("compute_norms.py", ["--data", folder, "--out", "/dev/full/x"], "/dev/full"),
         ("convert.py", ["--data", folder, "--to", "npz", "--out", tmp_path / "file"], "is there already"),
-        ("download_mechalabs.py", ["--out", out], "CRPlab/MechaLabs: cannot be fetched"),
+        ("readers/download_mechalabs.py", ["--out", out], "CRPlab/MechaLabs: cannot be fetched"),
     ]
     for script, words, text in cases:
-        done = launch(home / script, *words, env=dict(HF_HUB_OFFLINE="1"))
+        done = launch(HOME / script, *words, env=dict(HF_HUB_OFFLINE="1"))
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         assert done.returncode == 2 and len(lines) == 1 and text in lines[0], (script, done.stderr[-3000:])
         assert not out.exists()
@@ -1334,7 +1787,7 @@ def test_folder_copied_into_another_project_runs_its_demo(tmp_path):
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "pi05_finetune", host / "third_party" / "pi05", ignore=ignore)
     shutil.copy(ROOT / "common.py", host / "third_party")
-    for name in ("model.py", "data.py", "common.py", "figures.py", "demo.py", "inputs.py", "spec.py"):
+    for name in ("model.py", "data.py", "common.py", "figures.py", "demo.py", "processor.py", "checkpoint.py"):
         (host / name).write_text("raise SystemExit('the host project was imported')\n")
     more = ["--steps", 4, "--eval-every", 2, "--save-every", 2, "--log-every", 2]
     done = launch(host / "third_party" / "pi05" / "train.py", *more, cwd=host, env=dict(PYTHONPATH=str(host)))
@@ -1345,7 +1798,7 @@ def test_folder_copied_into_another_project_runs_its_demo(tmp_path):
 @pytest.mark.slow
 def test_environment_check(tmp_path):
     """All is well here; a package that is missing or too old is named with its cure."""
-    script = ROOT / "pi05_finetune" / "check_env.py"
+    script = HOME / "check_env.py"
     done = launch(script)
     assert done.returncode == 0 and "Pi05 of lerobot" in done.stdout and "all is well" in done.stdout, done.stdout
     (tmp_path / "r.txt").write_text("numpy<1  # old\nnot-there-at-all\n\nh5py\n")
@@ -1361,19 +1814,20 @@ def test_environment_check(tmp_path):
 def test_real_g1_frames_and_numbers(this):
     """LeRobot v2.1 and v3.0 hold the same two episodes: same frames, in any order of reading, same numbers."""
     g1 = shared("g1_lerobot_v21")
-    old = {e.id: e for e in this.episodes.open_data([f"g1={g1 / 'original'}"], None, 0, say=lambda text: None)[1]}
-    spec, new, _ = this.episodes.open_data([str(g1 / "converted" / "lerobot_v30")], None, 0)
+    old = {e.id: e for e in this.dataset.open_data([f"g1={g1 / 'original'}"], say=lambda text: None)[1]}
+    spec, new = this.dataset.open_data([str(g1 / "converted" / "lerobot_v30")])
     assert len(old) == 14 and spec.control_freq_hz == 30 and spec.names[0] == "kLeftShoulderPitch"
     for episode, name in zip(new, ("29", "30"), strict=True):
         np.testing.assert_array_equal(episode.actions, old[name].actions)
-        assert episode.task == old[name].task == "Pick up the yellow bottle on the table."
+        assert episode.tasks == old[name].tasks == ["Pick up the yellow bottle on the table."]
         video = g1 / "original" / "videos" / "chunk-000" / "observation.images.cam_high" / f"episode_0000{name}.mp4"
         with av.open(str(video)) as container:
             first = itertools.islice(container.decode(video=0), 60)
-            plain = [frame.to_ndarray(format="rgb24") for frame in first]
+            plain = [frame.to_ndarray(format="rgb24").astype(int) for frame in first]
         for i in (50, 3, 4, 59, 0):
-            for source in (episode, old[name]):
-                np.testing.assert_array_equal(source.frames["images.cam_high"][i], plain[i])
+            read = episode.frames["images.cam_high"][i]
+            np.testing.assert_array_equal(old[name].frames["images.cam_high"][i], read)
+            assert np.abs(read - plain[i]).mean() < np.abs(read - plain[(i + 5) % 60]).mean()
 
 
 def test_real_v30_opens_in_lerobot_with_our_numbers(this):
@@ -1382,15 +1836,15 @@ def test_real_v30_opens_in_lerobot_with_our_numbers(this):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     theirs = LeRobotDataset("x", root=root, video_backend="pyav")
-    _, (_, ours), _ = this.episodes.open_data([str(root)], None, 0)
+    _, (_, ours) = this.dataset.open_data([str(root)])
     first = 221
     for step in (0, 100):
         item = theirs[first + step]
         np.testing.assert_array_equal(item["action"], ours.actions[step])
         np.testing.assert_array_equal(item["observation.state"], ours.vectors["state"][step])
-        assert item["task"] == ours.task
+        assert [item["task"]] == ours.tasks
         frame = torch.from_numpy(ours.frames["images.cam_high"][step].copy()).permute(2, 0, 1) / 255
-        assert (item["observation.images.cam_high"] - frame).abs().mean() < 0.01
+        assert (item["observation.images.cam_high"] - frame).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("name", ["reachy2_lerobot_v30/converted", "g1_lerobot_v21/converted", "robosuite_hdf5_sim"])
@@ -1400,9 +1854,9 @@ def test_other_real_sets_are_read_or_named(this, tmp_path, name):
         words = ["--data", next(folder.rglob("demo.hdf5")), "--rate", 20, "--task", "lift", "--to", "npz"]
         converted(this, *words, "--out", tmp_path / "n")
         folder = tmp_path / "n"
-    spec, train, _ = this.episodes.open_data([f"x={folder}"], None, 0)
+    spec, train = this.dataset.open_data([f"x={folder}"])
     assert sum(map(len, train)) > 300 and not spec.required_obs_keys
-    with pytest.raises(ValueError, match="at least one camera"):
+    with refuses("at least one camera"):
         this.train.main(["--data", f"x={folder}", "--out", str(tmp_path / "o"), "--size", "tiny", "--device", "cpu"])
 
 
@@ -1417,10 +1871,10 @@ def test_real_g1_validates_trains_and_reports(this, tmp_path):
     times = "--steps 30 --batch-size 8 --lr 2e-3 --warmup 5 --log-every 5"
     more = ["--norms", str(tmp_path / "n"), "--out", str(tmp_path / "run")]
     assert this.train.main([*split, *words.split(), *times.split(), *more]) == 0
-    losses = logged(tmp_path / "run")
+    losses = log_of(tmp_path / "run")
     assert losses[-1]["train/loss"] < 0.9 * losses[0]["train/loss"]
     last = str(tmp_path / "run" / "checkpoints" / "last")
     words = ["--checkpoint", last, "--out", str(tmp_path / "r"), "--device", "cpu", "--val-stride", "40"]
     assert this.evaluate.main(words) == 0
-    card = json.loads((tmp_path / "r" / "report.json").read_text())["sources"]["g1"]
-    assert np.isfinite(card["methods"]["model"]["mse_normalised"]) and len(card["dims"]) == 26
+    source = json.loads((tmp_path / "r" / "report.json").read_text())["sources"]["g1"]
+    assert np.isfinite(source["methods"]["model"]["mse_normalised"]) and len(source["dims"]) == 26

@@ -15,8 +15,9 @@ import time
 
 import torch
 from timing import load
+from transformers.models.gemma.modeling_gemma import eager_attention_forward
 
-pi05 = load("pi05_finetune", "compat", "inputs")
+pi05 = load("pi05_finetune", "lerobot_patch", "processor")
 # between the tiny size and the real one, so that arithmetic and not Python is measured
 MEDIUM = {
     "gemma_2b": dict(width=256, depth=4, mlp_dim=1024, num_heads=8, num_kv_heads=1, head_dim=32),
@@ -28,10 +29,10 @@ MEDIUM_VISION = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=4
 def build(args, **more):
     row = {name: [value] * 7 for name, value in dict(mean=0, std=1, min=-1, max=1, q01=-1, q99=1).items()}
     stats = {"observation.state": row, "action": row}
-    size = "full" if args.size == "full" else "tiny"
     torch.manual_seed(0)
-    more = dict(size=size, chunk=50, image_size=224, device=args.device) | more
-    return pi05.model.Pi05(["top", "wrist"], 7, 7, stats, **more).train()
+    kwargs = dict(gradient_checkpointing=more.pop("gradient_checkpointing", False), device=args.device)
+    more = dict(size="full" if args.size == "full" else "tiny", chunk=50, image_size=224) | more
+    return pi05.model.Pi05(pi05.model.Pi05Config(["top", "wrist"], 7, 7, stats, **more), **kwargs).train()
 
 
 def a_batch(args):
@@ -46,7 +47,7 @@ def a_batch(args):
 
 
 class Ours:
-    """The loop of pi05_finetune/train.py: scaler, clipping, log, average."""
+    """The loop of pi05_finetune/train.py: clipping, log, running average."""
 
     attention = "sdpa"
 
@@ -54,18 +55,16 @@ class Ours:
         self.args, self.model = args, build(args, gradient_checkpointing=checkpointing, ema=ema)
         self.learned = [p for p in self.model.parameters() if p.requires_grad]
         self.opt = torch.optim.AdamW(self.learned, lr=2.5e-5, betas=(0.9, 0.95), fused=args.device != "cpu")
-        self.amp, self.scaler = pi05.train.common.autocast(args, torch.device(args.device))
+        self.amp = torch.autocast(args.device, torch.bfloat16, enabled=args.amp == "bf16")
 
     def step(self, batch):
         with self.amp:
             loss, _ = self.model(batch)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.opt)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.learned, 1.0)
-        self.scaler.step(self.opt)
-        self.scaler.update()
+        self.opt.step()
         self.opt.zero_grad(set_to_none=True)
-        self.model.update_average()
+        self.model.update_ema()
 
 
 class LeRobots:
@@ -97,9 +96,14 @@ class LeRobots:
 
 @contextlib.contextmanager
 def attention(kind):
-    pi05.compat.STATE.attention = kind
+    """eager: transformers' own attention, which materialises its float32 softmax, as LeRobot calls it."""
+    patch = pi05.lerobot_patch
+    ours = patch.attention
+    patch.attention = patch.modeling_gemma.eager_attention_forward = (
+        eager_attention_forward if kind == "eager" else ours
+    )
     yield
-    pi05.compat.STATE.attention = "sdpa"
+    patch.attention = patch.modeling_gemma.eager_attention_forward = ours
 
 
 def peak(runner, batch):
@@ -155,27 +159,6 @@ def compare(args, rows, checkpointing):
     rows.append((f"{kind}, {what}", f"{memory['ours']:.0f} MiB", f"{memory['lerobot']:.0f} MiB", f"{ratio:.2f}"))
 
 
-def arithmetic():
-    """GB of weights, gradients, Adam's two moments and the average of the real size, counted on the meta device."""
-    print("\n| real size | parameters | learn | bytes | GB, without activations | openpi says |")
-    print("| --- | ---: | ---: | --- | ---: | ---: |")
-    args = argparse.Namespace(size="full", device="meta")
-    for name, train, ema, openpi in (
-        ("--train all", "all", 0.99, "> 70"),
-        ("--train all --ema 0", "all", 0, "> 70"),
-        ("--train expert", "expert", 0.99, ""),
-        ("--train lora", "lora", 0.99, "> 22.5"),
-    ):
-        model = build(args, train=train)
-        total = sum(p.numel() for p in model.parameters())
-        learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        each = 16 + 4 * (ema > 0)  # float32 weight, gradient, two moments, average
-        size = (each * learn + 2 * (total - learn)) / 1e9
-        words = f"{each} learning, 2 frozen (--amp bf16)"
-        print(f"| {name} | {total:,} | {learn:,} | {words} | {size:.1f} | {openpi} |")
-    print(f"| inference in bfloat16 | {total:,} | 0 | 2 | {2 * total / 1e9:.1f} | > 8 |")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
@@ -188,14 +171,13 @@ def main():
     torch.set_num_threads(args.threads)
     rows = []
     if args.size == "medium":
-        pi05.compat.TINY, pi05.compat.TINY_VISION = MEDIUM, MEDIUM_VISION
+        pi05.lerobot_patch.TINY, pi05.lerobot_patch.TINY_VISION = MEDIUM, MEDIUM_VISION
     for checkpointing in (False, True):
         compare(args, rows, checkpointing)
     print(f"\ntorch {torch.__version__}, {args.device}, {args.threads} thread(s), amp {args.amp}\n")
     print("| what | ours | LeRobot's | ratio |\n| --- | ---: | ---: | ---: |")
     for row in rows:
         print("| " + " | ".join(row) + " |")
-    arithmetic()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""Policy folders: weights under LeRobot's names, strict loading, what a resumed run needs, a golden prediction.
+
+| file | holds |
+| --- | --- |
+| config.json, policy_*processor.json | what LeRobot opens |
+| model.safetensors | the weights for prediction: averaged, adapters merged |
+| pi05_finetune.json, tokenizer/ | what Pi05.from_pretrained opens |
+| golden.json | the prediction for an artificial observation; it is compared when the folder is opened |
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from common import DataError, read_json
+
+EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+HEAD = "model.paligemma_with_expert.paligemma.lm_head.weight"  # the same tensor
+GOLDEN_TOLERANCE = 0.1  # of half an action's range: bfloat16 and other kernels stay below
+
+
+def export_state_dict(model):
+    """The policy's weights as LeRobot names them: averaged, adapters merged, the tied embedding once."""
+    with model.use_ema():
+        state = {name: value.detach().to("cpu", copy=True) for name, value in model.policy.state_dict().items()}
+    for name in [name for name in state if name.endswith(".lora_a")]:
+        stem = name.removesuffix("lora_a")
+        change = state.pop(stem + "lora_b").float() @ state.pop(name).float()
+        state[stem + "weight"] = state[stem + "weight"].float() + change  # bfloat16 would round it away
+    del state[EMBEDDING]  # safetensors refuses two names for one tensor
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def save(model, folder):
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.policy.config.save_pretrained(folder)
+    fields = read_json(folder / "config.json")
+    default = json.loads(json.dumps(vars(PI05Config(device="cpu")), default=str))
+    kept = ("type", "input_features", "output_features", "normalization_mapping", "device", "tags")
+    fields = {k: v for k, v in fields.items() if k in kept or k not in default or default[k] != v}
+    (folder / "config.json").write_text(json.dumps(fields, indent=1))  # an older LeRobot lacks the newest fields
+    save_file(export_state_dict(model), folder / "model.safetensors", metadata=dict(format="pt"))
+    model.processor.save_pretrained(folder, model.config.size)
+    (folder / "pi05_finetune.json").write_text(json.dumps(vars(model.config), indent=1))
+    with model.use_ema():
+        golden = golden_prediction(model)
+    (folder / "golden.json").write_text(json.dumps(golden.tolist()))
+
+
+def training_state(model):
+    """What a resumed run needs beside the exported weights: weights in training, bases of the adapters."""
+    if not model.ema and model.config.train != "lora":
+        return {}
+    wanted = {name for name, p in model.policy.named_parameters() if p.requires_grad}
+    wanted |= {name.replace("lora_a", "weight") for name in wanted if name.endswith("lora_a")}
+    state = {name: p.detach() for name, p in model.policy.named_parameters() if name in wanted}
+    return state | {f"ema.{name}": value for name, value in model.ema.items() if "lora_" in name}
+
+
+@torch.no_grad()
+def load_training_state(model, state):
+    """Continue with the weights of training_state; the average is then what load_weights read, adapters apart."""
+    parameters = dict(model.policy.named_parameters())
+    for name, value in state.items():
+        (model.ema[name[4:]] if name.startswith("ema.") else parameters[name]).copy_(value)
+
+
+def read_config(folder):
+    """The fields of pi05_finetune.json."""
+    path = Path(folder) / "pi05_finetune.json"
+    fields = read_json(path)
+    if not isinstance(fields, dict) or not {"cameras", "stats", "state_index"} <= set(fields):
+        raise DataError(f"{path}: not a configuration of Pi05")
+    return fields
+
+
+def load_weights(model, folder):
+    """Weights of model.safetensors under LeRobot's or openpi's names; the running average starts from them."""
+    folder = Path(folder)
+    file = folder / "model.safetensors"
+    if not file.exists():
+        raise DataError(f"{folder}: no {file.name} in it; expected the folder of a Pi05 policy")
+    own = folder / "pi05_finetune.json"
+    before = read_json(own) if own.exists() else {}
+    for name in ("size", "image_size", "cameras", "state_dim", "action_dim"):
+        here = getattr(model.config, name)
+        if before.get(name, here) != here:
+            cure = f"; without {own.name} in that folder the weights are loaded all the same"
+            raise DataError(f"{folder}: has {name} {before[name]}, but this run {here}{cure}")
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read ({str(error)[:150]}); fetch or copy it again") from None
+    if not any(name.startswith("model.") for name in state):  # openpi's own names
+        state = model.policy._fix_pytorch_state_dict_keys(state, model.policy.config)
+        state = {f"model.{name}": value for name, value in state.items()}
+    state.setdefault(EMBEDDING, state.get(HEAD))
+    state.setdefault(HEAD, state[EMBEDDING])
+    wanted = model.policy.state_dict()
+    adapters = {name for name in wanted if ".lora_" in name}
+    missing, unknown = sorted(set(wanted) - set(state) - adapters), sorted(set(state) - set(wanted))
+    if missing or unknown or state[HEAD] is None:
+        raise DataError(
+            f"{file}: {len(missing)} tensors are missing ({', '.join(missing[:2]) or '-'}) and {len(unknown)} are "
+            f"unknown ({', '.join(unknown[:2]) or '-'}): not the weights of this policy"
+        )
+    wrong = [name for name in state if state[name].shape != wanted[name].shape]
+    if wrong:
+        shapes = f"{tuple(state[wrong[0]].shape)}, expected {tuple(wanted[wrong[0]].shape)}"
+        raise DataError(f"{file}: {wrong[0]} has shape {shapes} ({len(wrong)} such): another size of the model")
+    bad = [name for name, value in state.items() if not value.isfinite().all()]
+    if bad:
+        raise DataError(f"{file}: {bad[0]} holds NaN or infinity ({len(bad)} such)")
+    model.policy.load_state_dict(state, strict=not adapters)
+    for name, parameter in model.named_parameters():
+        if name in model.ema:
+            model.ema[name].copy_(parameter.detach())
+
+
+# --- the golden prediction
+
+
+@torch.no_grad()
+def golden_prediction(model):
+    """Actions (T, A), as shares of half their normalised range, for an observation that formulas make."""
+    config = model.config
+    q01, q99 = (torch.tensor(config.stats["action"][name]) for name in ("q01", "q99"))
+    low, high = (torch.tensor(config.stats["observation.state"][name]) for name in ("q01", "q99"))
+    ramp = torch.linspace(0, 1, config.image_size)
+    batch = {f"observation.images.{name}": ramp.expand(1, 3, config.image_size, -1) for name in config.cameras}
+    batch |= {"observation.state": ((low + high) / 2)[None], "task": ["do it"]}
+    batch["noise"] = torch.sin(torch.arange(config.chunk * 32.0)).reshape(1, config.chunk, 32)
+    return (model.predict(batch)[0] / ((q99 - q01) / 2)).numpy()
+
+
+def verify(model, folder):
+    """Raise where the model of a checkpoint no longer gives the prediction that was stored with it."""
+    path = Path(folder) / "golden.json"
+    if path.exists():
+        error = float(np.abs(golden_prediction(model) - np.asarray(read_json(path))).max())
+        if not error < GOLDEN_TOLERANCE:
+            cure = "another version of lerobot, transformers or of these files?"
+            raise DataError(f"{folder}: its golden prediction comes out {error:.2g} of the range away: {cure}")

@@ -1,0 +1,127 @@
+"""HDF5 of robosuite and robomimic (`data/demo_*`) and of ALOHA (`action`, `observations`, one file per episode)."""
+
+import functools
+import io
+import json
+import math
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from common import DataError
+
+from .episode import Episode, EpisodeRef, as_images, as_rows, check_file, short, trim
+
+
+def list_hdf5(source, files, rate, say=print):
+    """The episodes of HDF5 files. rate: steps per second, or None to take the file's own."""
+    episodes = []
+    for file in files:
+        with opened(file) as h5:
+            there = ", ".join(sorted(h5)) or "nothing"
+            own = rate or control_freq(h5)
+            if own is None:
+                raise DataError(f"{file}: does not tell its control rate: give --rate (robosuite 20, ALOHA 50)")
+            if "data" in h5 and isinstance(h5["data"], h5py.Group):
+                names = sorted(h5["data"], key=lambda name: int("0" + "".join(filter(str.isdigit, name))))
+                stem = f"{file.stem}_" if len(files) > 1 else ""
+                episodes += [
+                    EpisodeRef(source, f"{stem}{name}", functools.partial(read_demo, source, file, f"data/{name}", own))
+                    for name in names
+                ]
+            elif "action" in h5 and "observations" in h5:
+                episodes.append(
+                    EpisodeRef(source, file.stem, functools.partial(read_demo, source, file, "/", own))
+                )  # fmt: skip
+            else:
+                raise DataError(
+                    f"{file}: holds {there}; expected `data` (robosuite, robomimic), or `action` and `observations`"
+                    " (ALOHA)"
+                )
+    return episodes
+
+
+def opened(file):
+    check_file(file)
+    try:
+        return h5py.File(file)
+    except BlockingIOError:
+        raise DataError(f"{file}: another process has it open for writing: close it there first") from None
+    except OSError as error:
+        raise DataError(f"{file}: not a whole HDF5 file ({short(error)})") from None
+
+
+def control_freq(h5):
+    """Steps per second as robomimic writes them (`env_args`), or None."""
+    try:
+        return float(json.loads(h5["data"].attrs["env_args"])["env_kwargs"]["control_freq"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def check_written(dataset, file):
+    """Raise where HDF5 would give zeros for what was never written or is not there."""
+    if dataset.is_virtual:
+        for part in dataset.virtual_sources():
+            name = Path(file).parent / part.file_name
+            if part.file_name != "." and not name.exists():
+                raise DataError(f"`{dataset.name}` is a view of {name}, which is not there")
+    elif dataset.chunks and dataset.size:
+        total = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
+        stored = dataset.id.get_num_chunks()
+        if stored < total:
+            raise DataError(f"`{dataset.name}`: {total - stored} of {total} chunks were never written")
+    elif dataset.size and dataset.id.get_storage_size() == 0:
+        raise DataError(f"`{dataset.name}` was never written")
+
+
+def numbers(dataset, file):
+    check_written(dataset, file)
+    try:
+        return dataset[:]
+    except OSError as error:
+        cure = "; pip install hdf5plugin for its filter" if "filter" in str(error) else ""
+        raise DataError(f"`{dataset.name}` cannot be read ({short(error)}{cure})") from None
+
+
+def decoded(array):
+    """Images that ALOHA keeps as JPEG bytes (T, bytes) -> (T, H, W, 3) uint8."""
+    from PIL import Image
+
+    return np.stack([np.asarray(Image.open(io.BytesIO(row.tobytes())).convert("RGB")) for row in array])
+
+
+def read_demo(source, file, path, rate, keys):
+    """One demonstration: actions, what has a row per step, and the images of `obs` or `observations`."""
+    try:
+        with opened(file) as h5:
+            demo, arrays = h5[path], {}
+            name = "actions" if "actions" in demo else "action"
+            if name not in demo:
+                raise DataError(f"has no `actions`, only {', '.join(sorted(demo))}")
+            actions = as_rows(numbers(demo[name], file), name)
+            episode = Episode(source, "", actions, np.arange(len(actions)) / rate, {}, {}, [""])
+            for group, prefix in ((demo, ""), (demo.get("obs"), ""), (demo.get("observations"), "")):
+                arrays |= {f"{prefix}{key}": item for key, item in (group or {}).items()}
+            arrays |= {f"images.{key}": item for key, item in (arrays.pop("images", None) or {}).items()}
+            for key, item in arrays.items():
+                if key == name or not isinstance(item, h5py.Dataset) or (keys is not None and key not in keys):
+                    continue
+                if item.ndim >= 3 or (key.startswith("images.") and item.ndim == 2):
+                    images = numbers(item, file)
+                    images = decoded(images) if images.ndim == 2 else as_images(images, key)
+                    if images is None:
+                        episode.notes.append(f"{key} {item.shape} is no colour camera (depth?) and is left out")
+                    else:
+                        episode.frames[key] = images
+                elif item.ndim in (1, 2) and abs(len(item) - len(actions)) <= 1 and item.dtype.kind in "fiub":
+                    episode.vectors[key] = as_rows(numbers(item, file), key)
+    except DataError as error:
+        raise DataError(f"{file}, {path}: {error}".replace(f"{file}, {path}: {file}", str(file))) from None
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"{file}, {path}: {short(error)}") from None
+    episode.id = Path(path).name or file.stem
+    trim(episode, episode.vectors)
+    trim(episode, episode.frames)
+    return episode
