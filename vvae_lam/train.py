@@ -74,7 +74,7 @@ def parse(argv=None):
     add("--commitment-weight", default=0.25, help="pulls vectors to their codes", **real)
     add("--quantize-after", default=0.1, help="quantize once the code sensitivity is above this", **real)
     add("--overfit", action="store_true", help="learn one batch by heart; exit code 1 if MSE < 0.01, MAE < 0.05 fail")
-    add("--seed", default=0, help="of weights, batches, augmentation and dropout", **whole)
+    add("--seed", default=0, help="of weights, batches, augmentation and noise", **whole)
 
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help=f"folder of this run; without it the next free runs/{HERE.name}/NNN")
