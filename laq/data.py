@@ -168,8 +168,10 @@ def is_labelled(clip, share):
 
 
 def action_moments(sources, share):
-    """Mean and standard deviation (A,) each of the actions that training may see, from up to 256 clips a source."""
+    """Mean and standard deviation (A,) each of the actions that training may see; (0,) if the share is 0."""
     A, found = action_dim(sources), []
+    if share == 0:
+        return torch.zeros(0), torch.ones(0)
     for source in sources:
         for clip in [clip for clip in source.train if is_labelled(clip, share)][:256]:
             actions = between(clip, np.arange(len(clip) - source.gap(clip)), source.gap(clip))

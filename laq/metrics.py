@@ -78,8 +78,30 @@ def entropy(p):
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
+def validation_metrics(rows, K, quantizing):
+    """rows: [(errors (n 3), codes (n N), actions (n A))] of a rank -> metrics, codes and actions of all ranks' pairs.
+
+    No metrics without rows; none of codes before quantization starts.
+    """
+    parts = [rows]
+    if torch.distributed.is_initialized():
+        parts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, rows)
+    rows = [row for part in parts for row in part]
+    if not rows:
+        return {}, None, None
+    errors, codes, actions = (np.concatenate(column) for column in zip(*rows, strict=True))
+    found = reconstruction_metrics(errors)
+    if not quantizing:
+        del found["code_sensitivity"]
+        return found, codes, actions
+    return found | codebook_metrics(codes, K), codes, actions
+
+
 def advice(metrics, K):
     """What a run should be told, in a line: "good enough to label ..." or what is missing and what helps."""
+    if "mse" not in metrics:
+        return "no held-out pair could be read"
     if "usage" not in metrics:
         return "not yet: the codes have not started; train on"
     wrong = []

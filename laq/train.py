@@ -22,7 +22,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one f
 import demo
 import figures
 from data import action_moments, augment, prepare_dataloaders
-from metrics import advice, codebook_metrics, reconstruction_metrics
+from metrics import advice, validation_metrics
 from model import LAQ, LAQConfig
 from sources import read_sources, restore_split
 
@@ -100,9 +100,8 @@ def parse(argv=None):
     for name in "jitter val_share workers lr_end warmup weight_decay motion_weight label_share seed".split():
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
-    for name in "crop jitter val_share label_share".split():
-        if getattr(args, name) > 1:
-            parser.error(f"--{name.replace('_', '-')} must be at most 1")
+    if max(args.crop, args.jitter, args.val_share, args.label_share) > 1:
+        parser.error("--crop, --jitter, --val-share and --label-share must be at most 1")
     if args.image_size % args.patch or args.patch % 4:
         parser.error(f"--image-size {args.image_size} must be a multiple of --patch {args.patch}, and that of 4")
     micro_steps = args.accum * int(os.environ.get("WORLD_SIZE", 1))
@@ -154,9 +153,9 @@ def validate(model, loaders, device, amp):
     A source of which no pair can be read has no metrics.
     """
     model.eval()
-    metrics, examples, N = {}, {}, model.config.code_seq_len
+    metrics, examples = {}, {}
     for name, loader in loaders.items():
-        rows, example = [], None
+        rows = []
         for batch in loader:
             draw = batch.pop("draw").to(device)
             batch = augment({key: value.to(device) for key, value in batch.items()})
@@ -166,31 +165,16 @@ def validate(model, loaders, device, amp):
                 shuffled = model.decode(first, model.quantizer.sample(draw))
             errors = torch.stack([(x.float() - second).square().mean((1, 2, 3)) for x in (decoded, shuffled, first)], 1)
             actions = batch["actions"].where(batch["has_actions"][:, None], torch.nan)
-            rows.append(torch.cat([errors, codes, actions], 1).cpu())
-            if example is None:
+            rows.append([x.cpu().numpy() for x in (errors, codes, actions)])
+            if name not in examples:
                 i = errors[:, 2].argsort()[int(0.9 * len(first))]  # among the largest motions
-                example = figures.effects(model, first[i], second[i], decoded[i], codes[i])
-        table = torch.cat(rows) if rows else None
-        if torch.distributed.is_initialized():
-            parts = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, table)
-            table = torch.cat(rows) if (rows := [part for part in parts if part is not None]) else None
-        if table is None:
-            continue
-        found = reconstruction_metrics(table[:, :3].numpy())
-        codes, actions = table[:, 3 : 3 + N].long().numpy(), table[:, 3 + N :].numpy()
-        if model.quantizer.quantizing:
-            found |= codebook_metrics(codes, model.config.codebook_size)
-        else:
-            found.pop("code_sensitivity")
+                examples[name] = figures.effects(model, first[i], second[i], decoded[i], codes[i])
+        found, codes, actions = validation_metrics(rows, model.config.codebook_size, model.quantizer.quantizing)
         metrics |= {f"val/{name}/{key}": value for key, value in found.items()}
-        if example is not None:
-            examples[name] = dict(example, all_codes=codes, actions=actions)
+        examples.get(name, {}).update(all_codes=codes, actions=actions)
     model.train()
     errors = [value for name, value in metrics.items() if name.endswith("/mse")]
-    if errors:
-        metrics["val/mse"] = sum(errors) / len(errors)
-    return metrics, examples
+    return metrics | ({"val/mse": sum(errors) / len(errors)} if errors else {}), examples
 
 
 def main(argv=None):
@@ -212,13 +196,12 @@ def main(argv=None):
         model = LAQ.from_pretrained(checkpoint).train()
         lines = restore_split(sources, common.read_json(checkpoint / "data.json"))
     else:
-        moments = action_moments(sources, args.label_share) if args.label_share else None
+        mean, std = action_moments(sources, args.label_share)
         sizes = "image_size patch dim depth code_seq_len codebook_size code_dim motion_weight".split()
-        config = {name: getattr(args, name) for name in sizes}
-        model, lines = LAQ(LAQConfig(**config, action_dim=len(moments[0]) if moments else 0)), []
-        if moments:
-            model.action_mean.copy_(moments[0])
-            model.action_std.copy_(moments[1])
+        config = LAQConfig(**{name: getattr(args, name) for name in sizes}, action_dim=len(mean))
+        model, lines = LAQ(config), []
+        model.action_mean.copy_(mean)
+        model.action_std.copy_(std)
         if args.init:
             model.load_pretrained(args.init)
     model.to(device)
@@ -245,32 +228,16 @@ def main(argv=None):
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # --- data
-    batches, validation = prepare_dataloaders(
-        sources,
-        args.batch_size,
-        args.image_size,
-        seed=args.seed,
-        steps=args.steps,
-        first=first,
-        accum=args.accum,
-        rank=rank,
-        world=world,
-        workers=args.workers,
-        val_pairs=args.val_pairs,
-        code_seq_len=args.code_seq_len,
-        pin_memory=device.type == "cuda",
-        reuse=args.reuse,
-        crop=args.crop,
-        jitter=args.jitter,
-        label_share=args.label_share,
-    )
+    names = "seed steps accum workers val_pairs code_seq_len reuse crop jitter label_share".split()
+    options = {name: getattr(args, name) for name in names}
+    options |= dict(first=first, rank=rank, world=world, pin_memory=device.type == "cuda")
+    batches, validation = prepare_dataloaders(sources, args.batch_size, args.image_size, **options)
     for source in sources:
         split = f"{len(source.train)} clips to train on, {len(source.validation)} held out"
         lines.append(f"{source.name}: {split}, {source.short} shorter than the gap")
     if not validation:
         lines.append("nothing to validate on: hold out episodes with --val-share or --val-episodes")
-    for line in lines:
-        log.say(line)
+    log.say("\n".join(lines))
 
     # --- loop
     stopped, metrics = False, {}
@@ -336,9 +303,9 @@ def main(argv=None):
 
     # --- end
     if not stopped:
-        for source in validation if "val/mse" in metrics else ():
-            names = {name.rpartition("/")[2]: v for name, v in metrics.items() if name.startswith(f"val/{source}/")}
-            log.say(f"{source}: {advice(names, args.codebook_size)}")
+        for source in validation:
+            found = {name.removeprefix(f"val/{source}/"): value for name, value in metrics.items()}
+            log.say(f"{source}: {advice(found, args.codebook_size)}")
         log.say(f"checkpoint: {log.out / 'checkpoints' / ('last' if best is None else 'best')}")
         log.say(f"figures:    {log.out / 'figures' / 'codes.png'}, curves.png")
     log.close()

@@ -309,7 +309,7 @@ def test_published_size(this):
     [
         (["--image-size", "30"], "multiple of --patch"),
         (["--batch-size", "7", "--accum", "2"], "no multiple of 2"),
-        (["--val-share", "1.5"], "--val-share must be at most 1"),
+        (["--val-share", "1.5"], "--label-share must be at most 1"),
         (["--steps", "0"], "--steps must be above 0"),
         (["--resume"], "--resume needs --out"),
         (["--batchsize", "4"], "unrecognized"),
@@ -551,10 +551,19 @@ def test_best_is_a_model_with_codes(this, lab, tmp_path):
     assert best.name >= "step_0000004" and this.model.LAQ.from_pretrained(best).quantizer.quantizing
 
 
-@pytest.mark.parametrize("more", [["--amp", "bf16"], ["--label-share", "0.5"], ["--compile"], ["--motion-weight", "5"]])
+@pytest.mark.parametrize("more", [["--amp", "bf16"], ["--label-share", "0.5"], ["--motion-weight", "5"]])
 def test_options_train(this, lab, tmp_path, more):
     assert this.train.main(flags(lab, tmp_path / "run", "--steps", 4, *more)) == 0
     assert np.isfinite(log_of(tmp_path / "run")[-1]["train/loss"])
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_the_plain_one(lab, tmp_path):
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        done = launch(SCRIPT, *flags(lab, tmp_path / name, "--steps", 4, *more))
+        assert done.returncode == 0, done.stderr
+    one, two = ([line["train/loss"] for line in log_of(tmp_path / name)[:1]] for name in ("plain", "compiled"))
+    np.testing.assert_allclose(one, two, rtol=1e-3)
 
 
 def test_wandb_offline_is_written(this, lab, tmp_path, monkeypatch):

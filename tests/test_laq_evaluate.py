@@ -139,7 +139,7 @@ def test_codebook_metrics(laq):
 
 
 def test_advice_names_what_is_missing(laq):
-    good = dict(psnr_gain_over_copy=2.0, code_sensitivity=0.5, usage=1.0, perplexity=7.0, top1_frequency=0.1)
+    good = dict(mse=0.01, psnr_gain_over_copy=2.0, code_sensitivity=0.5, usage=1.0, perplexity=7.0, top1_frequency=0.1)
     assert laq.metrics.advice(good, 8).startswith("good enough to label")
     for name, value, word in (
         ("psnr_gain_over_copy", -1.0, "train longer"),
@@ -149,7 +149,7 @@ def test_advice_names_what_is_missing(laq):
     ):
         told = laq.metrics.advice(good | {name: value}, 8)
         assert told.startswith("not yet") and word in told
-    assert "have not started" in laq.metrics.advice(dict(psnr_gain_over_copy=2.0), 8)
+    assert "have not started" in laq.metrics.advice(dict(mse=0.01, psnr_gain_over_copy=2.0), 8)
 
 
 def test_few_labels_and_all_labels(laq):
