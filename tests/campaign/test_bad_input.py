@@ -1,6 +1,6 @@
 """Bad input: every reader, on damaged files, gives a value or a DataError; no traceback, no hang, no code that runs.
 
-The default tests take 30 cases per reader in this process; the campaign 1,000 in a process of its own, as a C library
+The default tests take 20 cases per reader in this process; the campaign 1,000 in a process of its own, as a C library
 may crash:
   CASES=1000 pytest -m campaign -s tests/campaign/test_bad_input.py
 """
@@ -315,8 +315,8 @@ def fuzz(name, home, cases, note=lambda number: None):
 
 @pytest.mark.parametrize("name", READERS)
 def test_sample(name, tmp_path):
-    """30 damaged files per reader: each gives a value or a DataError."""
-    wrong = fuzz(name, tmp_path, 30)
+    """20 damaged files per reader: each gives a value or a DataError."""
+    wrong = fuzz(name, tmp_path, 20)
     assert not wrong, "\n".join(wrong)
 
 
