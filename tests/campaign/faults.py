@@ -117,10 +117,10 @@ FAULTS = {
     "killed_in_save": Fault(killed_in_save, -9),
     "killed_before_rename": Fault(killed_before_rename, -9),
     "killed_before_links": Fault(killed_before_links, -9),
-    "killed_in_removal": Fault(killed_in_removal, -9),
+    "killed_in_removal": Fault(killed_in_removal, -9, flags="--keep 1"),
     "killed_in_log_line": Fault(killed_in_log_line, -9),
     "sigterm": Fault(sigterm, 75, "stopped after step", "--workers 2"),
     "stop_file": Fault(stop_file, 75, "stopped after step"),
-    "loader_dies": Fault(loader_dies, None, "worker", "--workers 1"),
+    "loader_dies": Fault(loader_dies, None, flags="--workers 1"),
     "disk_full": Fault(disk_full, 2, "cannot be written"),
 }
