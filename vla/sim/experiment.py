@@ -32,7 +32,7 @@ from shards import npz, read_clips, write_shard
 from sources import read_labels, read_latents
 
 import common
-from sim import metaworld, tabletop
+from sim import grounding, metaworld, tabletop
 from sim.rollout import wilson
 from sim.tiny import build
 
@@ -49,6 +49,7 @@ ARMS = dict(
     other_latents="latent actions (laq) of another robot's videos",
     other_vpt="inverse dynamics from the same demonstrations label another robot's videos",
 )
+GROUNDING = 400  # steps of the tabletop's grounding warm-up, in every arm
 HELD_OUT = 2  # demonstrations per task that only validation sees
 # The command of each stage; a plan fills in the {words}. TRAIN stands in the three training stages.
 TRAIN = """--image-size {pixels} --batch-size 32 --lr 1e-3 --warmup 50 --weight-decay 0.05 --steps {steps}
@@ -144,6 +145,7 @@ def plan(args):
     texts = list(metaworld.TASKS.values())
     if not meta:
         texts = [tabletop.instruction(i, verb) for i in range(len(tabletop.TASKS)) for verb in tabletop.VERBS]
+        texts = [f" {name}" for name in grounding.NAMES] + texts
     shared = dict(env=args.env, tasks=args.tasks, env_tasks=["--tasks", *args.tasks] if meta else [], pixels=pixels)
     shared |= dict(patch=pixels // 4, chunk=8 if meta else 4, n_action_steps=4 if meta else 1, episodes=args.episodes)
     shared |= dict(device=args.device, laq_steps=args.laq_steps, steps=args.steps, prompt="{instruction}")
@@ -157,12 +159,17 @@ def plan(args):
         jobs.setdefault(name, Job(name, stage, list(needs), [sys.executable, *parts] if parts else None, function))
         return name
 
+    def build_backbone(run, seed):
+        build(run, texts, "film", pixels=pixels, seed=seed)
+        if not meta:  # where a task is one of 28 instructions, stage 2 else stays on a plateau
+            grounding.warm_up(run, GROUNDING, pixels, seed=seed)
+
     def cell(arm, seed, demos):
         """The jobs of one number of the table."""
         count = most * per_task
         demos_at = add(f"{args.env}-demos", f"demos-{seed}-{most}", seed=seed, count=count)
         backbone = f"backbone-{seed}"
-        add("backbone", backbone, function=lambda run: build(run, texts, "film", pixels=pixels, seed=seed))
+        add("backbone", backbone, function=lambda run: build_backbone(run, seed))
         held_out = ",".join(f"{1000 * task + demos * per_task}-{1000 * task + count - 1}" for task in tasks)
         own = dict(seed=seed, demos=out / demos_at, backbone=out / backbone, held_out=held_out)
         start, before = ["--backbone", out / backbone, "--prompt", "{instruction}", "--backbone-lr", 1], []
