@@ -5,7 +5,6 @@ The prompt holds the task and the normalised state, each number as one of 256 bi
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -154,6 +153,9 @@ class Processor:
 
     def __init__(self, config, stats, tokenizer, state_index=None):
         self.tokenizer, self.action_dim = str(tokenizer), config.output_features["action"].shape[0]
+        # a resumed run takes it from a checkpoint, which --keep removes while the run goes on
+        files = (file for file in Path(tokenizer).iterdir() if file.suffix in (".json", ".model", ".txt", ".jinja"))
+        self.files = {file.name: file.read_bytes() for file in files}  # not weights that lie beside it
         self.state_dim = config.input_features["observation.state"].shape[0]
         stats = {key: {name: torch.tensor(row) for name, row in rows.items()} for key, rows in stats.items()}
         features, mapping = {**config.input_features, **config.output_features}, config.normalization_mapping
@@ -218,4 +220,6 @@ class Processor:
         self.postprocessor.save_pretrained(folder)
         path, name = folder / "policy_preprocessor.json", PALIGEMMA if size == "full" else "tokenizer"
         path.write_text(path.read_text().replace(json.dumps(self.tokenizer), json.dumps(name)))
-        shutil.copytree(self.tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+        (folder / "tokenizer").mkdir(exist_ok=True)
+        for name, data in self.files.items():
+            (folder / "tokenizer" / name).write_bytes(data)
