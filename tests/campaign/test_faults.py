@@ -143,7 +143,8 @@ def close(a, b):
 
 def ranks_agree(folder, scratch, worlds):
     """1, 2 and 4 processes with the same global batch log the same curve, also resumed on another number of them."""
-    words = [ROOT / folder / "train.py", *flags(folder), *(["--dropout", "0"] if folder in ("fsq_vqvae", "vla") else [])]
+    still = ["--dropout", "0"] if folder in ("fsq_vqvae", "vla") else []  # each rank drops its own
+    words = [ROOT / folder / "train.py", *flags(folder), *still]
 
     def run(out, ranks, *more):
         done = launch(*words, "--out", out, *more, ranks=ranks, cwd=scratch, env=ENV, timeout=900)
