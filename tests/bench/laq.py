@@ -27,10 +27,9 @@ from einops import rearrange
 from timing import SHARED, interleaved, load
 from torch import nn
 
-laq = load("laq", "shards", "videos_to_shards")
+laq = load("laq", "shards", "sources", "readers", "videos_to_shards")
 SIZES = dict(
-    published=dict(image_size=256, patch=32, dim=1024, spatial_depth=8, temporal_depth=8, decoder_depth=8),
-    small=dict(image_size=64, patch=16, dim=256, spatial_depth=2, temporal_depth=2, decoder_depth=2),
+    published=dict(image_size=256, patch=32, dim=1024, depth=8), small=dict(image_size=64, patch=16, dim=256, depth=2)
 )
 
 
@@ -85,18 +84,18 @@ class PlainBlock(nn.Module):
 
 
 class Reference(nn.Module):
-    def __init__(self, image_size, patch, dim, spatial_depth, temporal_depth, decoder_depth, codes=4, vocabulary=8):
+    def __init__(self, image_size, patch, dim, depth, codes=4, codebook_size=8):
         super().__init__()
         self.patch, self.side, self.codes = patch, image_size // patch, codes
         pixels, heads = 3 * patch**2, max(1, dim // 64)
         self.embed = nn.Sequential(nn.LayerNorm(pixels), nn.Linear(pixels, dim), nn.LayerNorm(dim))
         self.bias, self.bias_decoder = Bias(dim, heads), Bias(dim, heads)
-        self.spatial = nn.ModuleList(PlainBlock(dim) for _ in range(spatial_depth))
-        self.temporal = nn.ModuleList(PlainBlock(dim) for _ in range(temporal_depth))
+        self.spatial = nn.ModuleList(PlainBlock(dim) for _ in range(depth))
+        self.temporal = nn.ModuleList(PlainBlock(dim) for _ in range(depth))
         self.squeeze, self.read = nn.Linear(dim, 32), nn.Linear(32 * self.side**2, codes * 32)
-        self.codebook = nn.Parameter(torch.randn(vocabulary, 32))
+        self.codebook = nn.Parameter(torch.randn(codebook_size, 32))
         self.expand = nn.Linear(32, dim)
-        self.decoder = nn.ModuleList(PlainBlock(dim, cross=True) for _ in range(decoder_depth))
+        self.decoder = nn.ModuleList(PlainBlock(dim, cross=True) for _ in range(depth))
         self.out = nn.Linear(dim, pixels)
 
     def encode(self, frames):
@@ -126,13 +125,12 @@ class Reference(nn.Module):
         return F.mse_loss(made, frames[:, 1]), {}
 
 
-def build(which, size, device):
+def build(which, size, device, codebook_size=8):
     torch.manual_seed(0)
-    model = laq.model.LAQ(**SIZES[size]) if which == "ours" else Reference(**SIZES[size])
-    if which == "ours":
-        model.quantiser.start(0) if not hasattr(model.quantiser, "codebook") else setattr(
-            model.quantiser, "started", True
-        )
+    if which == "theirs":
+        return Reference(**SIZES[size]).to(device)
+    model = laq.model.LAQ(laq.model.LAQConfig(**SIZES[size], codebook_size=codebook_size))
+    model.quantizer.quantizing = True
     return model.to(device)
 
 
@@ -145,8 +143,8 @@ def stepper(model, frames, amp):
         loss.backward()
         opt.step()
         opt.zero_grad(set_to_none=True)
-        if hasattr(model, "quantiser"):
-            model.quantiser.update(opt, 0, 20)
+        if hasattr(model, "quantizer"):
+            model.quantizer.update(0)
 
     return step
 
@@ -167,11 +165,12 @@ def bench_step(rows, args):
 
 @torch.no_grad()
 def label(rows, args, ours, theirs, side):
-    clip, gap = torch.rand(args.clip, 3, side, side, device=args.device), 3
-    pairs = torch.stack([clip[:-gap], clip[gap:]], 1)
+    clip, gap = torch.randint(0, 256, (args.clip, side, side, 3), dtype=torch.uint8), 3
+    frames = clip.to(args.device).movedim(-1, 1) / 255
+    pairs = torch.stack([frames[:-gap], frames[gap:]], 1)
 
     def dense():
-        ours.encode_clip(clip, gap)
+        ours.encode_clip([clip], gap)
 
     def one_by_one():
         for pair in pairs:
@@ -244,7 +243,7 @@ def loader_row(rows, args, home, name, data):
     with contextlib.redirect_stdout(io.StringIO()):
         words = ["--data", f"{name}={data}", "--recode", "--workers", "0", "--out", str(home / "shards")]
         laq.videos_to_shards.main(words)
-    source = laq.data.read_sources([f"{name}={home / 'shards'}"], ["0.6s"], 0.0)[0]
+    source = laq.sources.read_sources([f"{name}={home / 'shards'}"], ["0.6s"], 0.0)[0]
     clips, side, rng = source.train[:4], 256, np.random.default_rng(0)
     source.train = clips
     for number, clip in enumerate(clips):
@@ -262,8 +261,8 @@ def loader_row(rows, args, home, name, data):
             clip = clips[rng.integers(len(clips))]
             length = clip.meta["length"]
             begin = int(rng.integers(max(1, length - gap - 47)))
-            frames = clip.frames(side, begin, min(begin + 48 + gap, length))
-            starts = rng.choice(np.flatnonzero(laq.data.pair_starts(frames, gap)), 8)
+            frames = clip.frames(side, range(begin, min(begin + 48 + gap, length)))
+            starts = rng.integers(len(frames) - gap, size=8)
             np.stack([frames[starts], frames[starts + gap]], 1)
 
     def jpegs():
@@ -277,8 +276,8 @@ def loader_row(rows, args, home, name, data):
     got = interleaved(dict(ours=ours, before=before, jpegs=jpegs), max(7, args.repeats))
     rate = {name: 64 / seconds for name, seconds in got.items()}
     frames = sum(clip.meta["length"] for clip in clips)
-    sizes = sum(clip.members["mp4"][1] for clip in clips), sum(file.stat().st_size for file in home.glob("*/*.jpg"))
-    shape = "x".join(map(str, clips[0].frames(None, 0, 1).shape[2:0:-1]))
+    sizes = sum(clip.members["mp4"][2] for clip in clips), sum(file.stat().st_size for file in home.glob("*/*.jpg"))
+    shape = "x".join(map(str, clips[0].frames(None, [0]).shape[2:0:-1]))
     text = f"{rate['ours']:.0f} pairs/s against {rate['jpegs']:.0f} from JPEGs, {rate['before']:.0f} as before; "
     text += "{:.1f} against {:.1f} kB a frame".format(*(size / frames / 1000 for size in sizes))
     rows.append((f"loader, {name} {shape}, per core", text, f"{rate['ours'] / rate['jpegs']:.2f}x"))
