@@ -35,14 +35,14 @@ def shift_and_jitter(image, draw, strength=1.0):
     return (grey + saturation * (x - grey)).clip(0, 255).astype(np.uint8)
 
 
-def take(clip, source, row, config, kinds):
+def take(clip, source, row, config, kinds, latents_of=read_latents):
     """One sample as a dict of arrays. kinds: what the batch teaches; what this clip does not teach is zero there."""
     sample = {}
     if "latents" in kinds:
         N, C, has = config.latent.code_seq_len, config.latent.code_dim, source.kind == "latents"
         codes, vectors = np.zeros(N, np.int64), np.zeros((N, C), np.float32)
         if has:
-            every_code, every_vector, valid = read_latents(clip, source.labels)
+            every_code, every_vector, valid = latents_of(clip, source.labels)
             rows = np.flatnonzero(valid)
             row = rows[row * len(rows) // num_rows(clip, source.labels)]  # all valid rows are drawn alike
             codes, vectors = every_code[row], every_vector[row]
@@ -72,7 +72,8 @@ class Batches(Dataset):
     """What training and validation batches share: clips with their number of rows, and samples put together."""
 
     def __init__(self, sources, preprocess, config):
-        self.preprocess, self.config, self.pools, self.broken = preprocess, config, {}, set()
+        self.preprocess, self.config, self.pools = preprocess, config, {}
+        self.broken, self.latents = set(), {}
         for kind in MEMBERS:
             pool = [(clip, source) for source in sources if source.kind == kind for clip in self.clips_of(source)]
             if pool:
@@ -85,11 +86,19 @@ class Batches(Dataset):
         clip, source = pool[number]
         try:
             row = int(frame - ends[number]) + num_rows(clip, source.labels)
-            return take(clip, source, row, self.config, self.pools.keys())
+            return take(clip, source, row, self.config, self.pools.keys(), self.latents_of)
         except (OSError, DataError) as error:
             if str(clip) not in self.broken:
                 print(f"skipping a clip: {error}", flush=True)
             self.broken.add(str(clip))
+
+    def latents_of(self, clip, labels):
+        """read_latents; the last 300 clips' are kept, as opening an archive takes longer than decoding an image."""
+        if str(clip) not in self.latents:
+            if len(self.latents) >= 300:
+                self.latents.clear()
+            self.latents[str(clip)] = read_latents(clip, labels)
+        return self.latents[str(clip)]
 
     def collate(self, samples):
         """Samples -> a batch of tensors."""

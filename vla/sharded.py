@@ -99,9 +99,14 @@ def plan(args, config, sources, world):
         model = VLA(config, *open_backbone(args.init or args.backbone, "cpu")).freeze(args.freeze)
     texts = [clip.meta["instruction"] for source in sources for clip in source.train[:1000]]
     blank = torch.zeros(config.image_size, config.image_size, 3, dtype=torch.uint8).numpy()
-    tokens = model.preprocess([blank], [max(texts, key=len)])["input_ids"].shape[1]
-    samples = args.batch_size // (args.accum * world)
-    parts = memory(model, samples, tokens, args.amp, args.checkpointing, world if args.fsdp else 1)
+    batch = model.preprocess([blank], [max(texts, key=len)])
+    samples, tokens, patches = (
+        args.batch_size // (args.accum * world),
+        batch["input_ids"].shape[1],
+        len(batch["pixel_values"]),
+    )
+    shards = world if args.fsdp else 1
+    parts = memory(model, samples, tokens, patches, args.amp, args.checkpointing, shards)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frames = sum(len(clip) for source in sources for clip in source.train)
@@ -117,26 +122,39 @@ def plan(args, config, sources, world):
     return "\n".join(lines)
 
 
-def memory(model, samples, tokens, amp, checkpointing, shards=1):
+def memory(model, samples, tokens, patches, amp, checkpointing, shards=1):
     """{part: bytes} of one process in a training step. shards: processes that the weights are split over.
 
-    model: built under FakeTensorMode, so that nothing is computed. What autograd keeps is counted by running two layers
-    of the language model. A vision encoder that trains is taken to keep as much per weight and patch as these.
+    model: built under FakeTensorMode, so that nothing is computed. tokens and patches: of one of the samples.
     """
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def count(*modules):
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    total, trained = count(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts = {"weights": 4 * total / shards, "gradients": 4 * trained / shards, "AdamW": 8 * trained / shards}
-    if shards > 1:
-        sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
-        rest = total - sum(sizes)
-        width = 2 if amp == "bf16" else 4
-        parts["gathered layers"] = (2 * width + 4) * max(sizes) + width * rest  # two, and the gradients of one
-    parts |= activations(model, samples, tokens, amp, checkpointing, shards > 1)
+    if shards > 1:  # two layers and the gradients of one; the embeddings and theirs; what is in no group, in float32
+        layers, low = layers_of(model), 2 if amp == "bf16" else 4
+        embeddings, output = model.backbone.get_input_embeddings(), model.backbone.get_output_embeddings()
+        apart = [embeddings] if output is None or output.weight is embeddings.weight else [embeddings, output]
+        rest = total - count(*layers, *apart)
+        parts["gathered"] = (2 * low + 4) * max(map(count, layers)) + (low + 4) * count(embeddings) + 8 * rest
+    kept, layer = activations(model, samples, tokens, amp, checkpointing, shards > 1)
+    parts["activations"] = kept
+    blocks = getattr(model.vision_encoder(), "blocks", ())
+    if blocks and any(p.requires_grad for p in blocks.parameters()):  # roughly: as much per patch and width as a layer
+        width = (count(blocks[0]) / count(model.decoder_layers()[0])) ** 0.5
+        parts["activations of the vision encoder"] = (
+            layer * width * patches / tokens * (1 if checkpointing else len(blocks))
+        )
     return parts
 
 
 def activations(model, samples, tokens, amp, checkpointing, split):
-    """{part: bytes} that a forward pass keeps for the backward pass."""
+    """Bytes that the language model's forward pass keeps for its backward pass, and what one of its layers keeps.
+
+    Two layers are run without computing, and what autograd keeps is counted.
+    """
     language = model.backbone.model.language_model
     layers, depth = language.layers, len(language.layers)
     low = split and amp == "bf16"  # FSDP hands its layers bfloat16 weights and inputs
@@ -171,6 +189,6 @@ def activations(model, samples, tokens, amp, checkpointing, split):
         one, two = kept(1), kept(2)
     layer, around = two - one, 2 * one - two
     if not checkpointing:
-        return {"activations": around + depth * layer}
+        return around + depth * layer, layer
     copies = 0 if low or amp == "off" else 2 * sum(p.numel() for p in layers.parameters() if p.requires_grad)
-    return {"activations": around + layer + depth * x.numel() * x.element_size() + copies}
+    return around + layer + depth * x.numel() * x.element_size() + copies, layer

@@ -66,7 +66,7 @@ def parse(argv=None):
     add("--weight-decay", default=0.0, help="AdamW weight decay of matrices", **real)
     add("--clip", default=1.0, help="largest norm of the gradient", **real)
     add("--augment", default=1.0, help="strength of random shifts (6 %%) and colours (10 %%); 0: off", **real)
-    add("--seed", default=0, help="of weights, batches, augmentation and dropout", **whole)
+    add("--seed", default=0, help="of weights, batches, augmentation and noise", **whole)
 
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help=f"folder of this run; without it the next free runs/{HERE.name}/NNN")

@@ -44,11 +44,11 @@ def backbone_of(folder, vocabulary):
 
 def ours(folder, args, images, texts):
     """One optimizer step of stage 2 with cross-entropy on the codes, as train.py does it; and its loss alone."""
-    latent = dict(vocabulary=8, codes=4, dim=2, gap=4, codebook=[[[0.0] * 2] * 8] * 4, target="codes")
-    latent |= dict(center=[[0.0] * 2] * 4, scale=[[1.0] * 2] * 4)
-    about = dict(prompt="{instruction}", queries=4, latent=latent, image_size=32)
-    model = vla.model.VLA(*backbone_of(folder, args.vocabulary), about).train()
-    batch = model.inputs(images, texts)
+    statistics = dict(mean=[[0.0] * 2] * 4, std=[[1.0] * 2] * 4, weight=[[0.5] * 2] * 4)
+    latent = vla.model.LatentConfig(8, 4, 2, [[[0.0] * 2] * 8] * 4, **statistics, target="codes")
+    config = vla.model.VLAConfig("{instruction}", 4, 32, latent=latent)
+    model = vla.model.VLA(config, *backbone_of(folder, args.vocabulary)).train()
+    batch = model.preprocess(images, texts)
     batch |= dict(codes=torch.randint(8, (len(images), 4)), has_latents=torch.ones(len(images), dtype=torch.bool))
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
 
@@ -116,15 +116,14 @@ def bench_world(args, rows):
 
 
 def bench_policy(args, folder, rows):
-    action = dict(dims=2, chunk=8, center=[0.0] * 2, scale=[1.0] * 2, bins=0, state=0)
-    about = dict(prompt="robot, {instruction}", queries=2, image_size=32, action=action)
-    model = vla.model.VLA(*vla.model.open_backbone(folder), about)
+    config = vla.model.VLAConfig("robot, {instruction}", action=vla.model.ActionConfig(2, 8, [0.0] * 2, [1.0] * 2))
+    model = vla.model.VLA(config, *vla.model.open_backbone(folder))
     image = np.zeros((32, 32, 3), np.uint8)
-    for replan in (1, 8):
-        policy = vla.policy.Policy(model, replan)
+    for every in (1, 8):
+        policy = vla.policy.Policy(model, every)
         policy.reset("push the red block to the left")
         seconds = interleaved(dict(act=lambda: [policy.act(image) for _ in range(16)]), args.repeats)["act"]  # noqa: B023
-        rows.append((f"policy.act, mean of 16, replan {replan}", f"{1e3 * seconds / 16:.1f} ms", ""))
+        rows.append((f"policy.act, mean of 16, n_action_steps {every}", f"{1e3 * seconds / 16:.1f} ms", ""))
 
 
 def main():
