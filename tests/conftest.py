@@ -1,5 +1,6 @@
 """Load a folder's modules beside the others', launch scripts, find the real data, leave nothing behind."""
 
+import ctypes.util
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FOLDERS = ["fsq_vqvae", "vvae_lam", "laq", "vla", "pi05_finetune", "vae_distill"]
 torch.set_num_threads(1)
+if ctypes.util.find_library("EGL"):  # before any test imports mujoco: without a screen, its default renderer aborts
+    os.environ.setdefault("MUJOCO_GL", "egl")
 
 
 def load(folder, *more):
