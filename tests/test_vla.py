@@ -361,16 +361,18 @@ def test_a_step_is_the_same_on_any_number_of_ranks(this, home, fraction):
 
 
 def test_every_frame_is_drawn_alike(this, tmp_path):
-    """First and last frames of a clip, where grasp and release are, come as often as any other."""
+    """First and last frames of a clip come as often as any other, and so does each of its paraphrases."""
     source, _ = read(this, write(this, tmp_path / "d", episodes=1, length=20))
     batches = this.data.TrainBatches([source], None, SimpleNamespace(action=None), 8, latent_fraction=0.0)
-    seen = []
-    batches.read = lambda kind, frame: seen.append(int(frame)) or dict(image=np.zeros((4, 4, 3), np.uint8))
+    seen, texts = [], []
+    blank = np.zeros((4, 4, 3), np.uint8)
+    batches.read = lambda kind, frame: seen.append(int(frame)) or dict(image=blank, instruction=["a", "b"])
     for step in range(500):
         for slot in range(8):
-            batches.sample(step, slot)
+            texts.append(batches.sample(step, slot)["instruction"])
     counts = np.bincount(seen, minlength=20)
     assert counts.min() > 140 and counts.max() < 260  # 200 each
+    assert 1800 < texts.count("a") < 2200, "and every paraphrase"
 
 
 def test_a_chunk_ends_with_its_episode(this, home):

@@ -65,7 +65,9 @@ def take(clip, source, row, config, kinds, latents_of=read_latents):
         if state.shape[1] != config.action.state_dim:
             raise DataError(f"{clip}: {state.shape[1]} state dims, expected {config.action.state_dim}")
         sample["state"] = state[row]
-    return sample | dict(image=clip.frames(config.image_size, [row])[0], instruction=clip.meta["instruction"])
+    texts = clip.meta.get("instructions")  # paraphrases
+    texts = texts if isinstance(texts, list) and texts else [clip.meta["instruction"]]
+    return sample | dict(image=clip.frames(config.image_size, [row])[0], instruction=[*map(str, texts)])
 
 
 class Batches(Dataset):
@@ -147,7 +149,9 @@ class TrainBatches(Batches):
         for _ in range(50):
             sample = self.read(kind, draw.integers(self.pools[kind][1][-1]))
             if sample:
-                sample["image"] = shift_and_jitter(sample["image"], draw.random(5), self.augment)
+                *moves, which = draw.random(6)
+                sample["image"] = shift_and_jitter(sample["image"], np.array(moves), self.augment)
+                sample["instruction"] = sample["instruction"][int(which * len(sample["instruction"]))]
                 return sample
         raise DataError(f"50 clips in a row cannot be read: {sorted(self.broken)[0]} is one of them")
 
@@ -180,7 +184,7 @@ class ValidationBatches(Batches):
         ends = self.pools[self.kind][1]
         for _ in range(50):
             if sample := self.read(self.kind, frame):
-                return sample
+                return sample | dict(instruction=sample["instruction"][0])
             frame = ends[np.searchsorted(ends, frame, side="right")] % ends[-1]  # the next clip's first
         raise DataError(f"50 held-out clips in a row cannot be read: {sorted(self.broken)[0]} is one of them")
 

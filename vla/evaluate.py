@@ -24,7 +24,7 @@ import figures
 from model import VLA
 from policy import Policy
 from sim import environments, rollout
-from sources import baselines, check_labels, collect, num_rows, read_latents, read_sources, split_for_report
+from sources import baselines, check_labels, collect, read_latents, read_sources, split_for_report
 from train import setup
 
 import common
@@ -76,9 +76,9 @@ def batches(model, source, args, device):
     """Held-out frames in batches: (clip, rows, inputs of the model). What cannot be read is named and left out."""
     step, size = args.stride * args.batch_size, model.config.image_size
     for clip in source.validation:
-        rows = np.arange(num_rows(clip, source.labels))
         try:
-            rows = rows[read_latents(clip, source.labels)[2]] if source.labels else rows
+            valid = read_latents(clip, source.labels)[2] if source.labels else np.ones(len(clip), bool)
+            rows = np.flatnonzero(valid)
             for chosen in (rows[i : i + step : args.stride] for i in range(0, len(rows), step)):
                 batch = model.preprocess([*clip.frames(size, chosen)], [clip.meta["instruction"]] * len(chosen))
                 if model.config.action and model.config.action.state_dim:

@@ -187,7 +187,7 @@ def validate(model, loaders, device, amp):
 
 
 def act(model, envs, episodes):
-    """Success in --eval-env, on the same scenes each time. Rank 0 measures it, all ranks are told."""
+    """Success in --eval-env, on the same scenes each time. Rank 0 measures it for all ranks."""
     success = rollout.evaluate(Policy(model), envs, episodes, say=lambda text: None)[0]["success"] if envs else 0.0
     model.train()
     return {"val/success": common.broadcast(success)}

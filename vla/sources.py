@@ -70,10 +70,10 @@ def read_sources(data, kind, labels=None, val_share=0.1, val_episodes=(), instru
             say(f"{name}: {len(left)} of {len(clips)} clips left out: {reason} (the first is {left[0]})")
         if not usable:
             raise DataError(f"--data {path}: no clip can be used: {', '.join(reasons)}")
-        train = [clip for clip in usable if clip.episode not in held]
-        if not train:
+        sources.append(Source(name, kind, about, usable, [], []))
+        hold_out(sources[-1], held)
+        if not sources[-1].train:
             raise DataError(f"--data {path}: every usable episode is held out, none is left to train on")
-        sources.append(Source(name, kind, about, train, [clip for clip in usable if clip.episode in held], held))
     return sources
 
 
@@ -123,8 +123,8 @@ def read_latents(clip, labels):
         raise DataError(f"{name}: needs codes, vectors and gap ({error})") from None
     shape = max(0, len(clip) - gap), labels["code_seq_len"], labels["code_dim"]
     if codes.shape != shape[:2] or vectors.shape != shape or valid.shape != shape[:1]:
-        told = f"codes {codes.shape}, vectors {vectors.shape}; expected vectors {shape} for a gap of {gap}"
-        raise DataError(f"{name}: {told}: label these shards again")
+        shapes = f"codes {codes.shape}, vectors {vectors.shape}; expected vectors {shape} for a gap of {gap}"
+        raise DataError(f"{name}: {shapes}: label these shards again")
     if codes.size and not 0 <= codes.min() <= codes.max() < labels["codebook_size"]:
         raise DataError(f"{name}: code {codes.max()}, but labels.json has a codebook of {labels['codebook_size']}")
     if not np.isfinite(vectors).all():
@@ -139,7 +139,8 @@ def few(clips, episodes, seed):
     order = sorted({clip.episode for clip in clips}, key=lambda name: episode_hash(name, salt=f"{seed}:"))
     if len(order) < episodes:
         raise DataError(f"--episodes {episodes}: there are only {len(order)} training episodes")
-    return [clip for clip in clips if clip.episode in order[:episodes]]
+    chosen = set(order[:episodes])
+    return [clip for clip in clips if clip.episode in chosen]
 
 
 def split_of(sources):
@@ -153,9 +154,9 @@ def split_of(sources):
 
 def hold_out(source, names):
     """Hold out these episodes of a source and no others, in place."""
-    clips, source.held_out = source.train + source.validation, names
-    source.train = [clip for clip in clips if clip.episode not in names]
-    source.validation = [clip for clip in clips if clip.episode in names]
+    clips, source.held_out, held = source.train + source.validation, names, set(names)
+    source.train = [clip for clip in clips if clip.episode not in held]
+    source.validation = [clip for clip in clips if clip.episode in held]
 
 
 def restore_split(sources, split):
@@ -202,8 +203,8 @@ def check_labels(sources, known):
     for source in sources:
         for name in ("code_seq_len", "codebook_size", "code_dim", "codebook"):
             if source.labels[name] != known[name]:
-                told = f"{source.name} was labelled by another model ({name} differs)"
-                raise DataError(f"--labels: {told}: label all sources with one tokenizer")
+                other = f"{source.name} was labelled by another model ({name} differs)"
+                raise DataError(f"--labels: {other}: label all sources with one tokenizer")
 
 
 def describe_latents(sources, say=print):
