@@ -5,10 +5,12 @@ Flags, process group, precision, schedule and loop stand in each train.py. torch
 """
 
 import argparse
+import atexit
 import contextlib
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -105,6 +107,13 @@ def ignore_signals(_=None):
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_children():
+    """At exit. Python ends the loader processes that are left by SIGTERM, which they ignore, and would wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler calls a killed worker an error
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 class Interrupt:
     """`stop = Interrupt(out)`: stop() is True on every rank after SIGTERM, SIGUSR1, Ctrl-C, or once OUT/stop exists.
 
@@ -115,6 +124,7 @@ class Interrupt:
         self.file, self.code = Path(out) / "stop", 0
         for number in SIGNALS:
             signal.signal(number, self.catch)
+        atexit.register(end_children)
 
     def catch(self, number, frame):
         if number == signal.SIGINT and self.code:
