@@ -374,8 +374,9 @@ def side_by_side(videos, moments=4):
     for i, axis in enumerate(figure.subplots(2 * moments, 1)):
         arm, moment = list(frames)[i % 2], round(i // 2 * last / (moments - 1))
         axis.imshow(frames[arm][min(moment, len(frames[arm]) - 1)])
-        axis.set(xticks=[], yticks=[], ylabel=f"{arm}\naction {moment}")
-    figure.suptitle("rollouts on the same goals; an episode ends with its first success")
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(f"{arm}, {moment}", fontsize=7)
+    figure.suptitle("rollouts on the same goals after so many actions; an episode ends with its first success")
     return figure
 
 
