@@ -108,7 +108,7 @@ def ignore_signals(_=None):
 
 
 def end_children():
-    """At exit. Python ends the loader processes that are left by SIGTERM, which they ignore, and would wait for ever."""
+    """At exit: Python ends loader processes that are left by SIGTERM, which they ignore, and would wait for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler calls a killed worker an error
     for child in multiprocessing.active_children():
         child.kill()
