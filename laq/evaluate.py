@@ -118,7 +118,7 @@ def collect(model, source, args, device):
             codes, vectors = encode(model, frames, args.batch_size, device)
             episode = np.full(len(starts), numbers.setdefault(clip.episode, len(numbers)))
             small = np.float64(thumbs).reshape(len(starts), 2, 8, 2, 8, 2, 3).mean((3, 5)).reshape(len(starts), 2, -1)
-            scenes = frames[: number < MOST_SCENES, 0]
+            scenes = frames[: int(number < MOST_SCENES), 0]
             parts.append(
                 dict(
                     evaluated=np.full(len(starts), side),
@@ -277,7 +277,7 @@ ONE_EPISODE = "; there is one episode, so its parts are held out in turn"
 
 def main(argv=None):
     args = parse(argv)
-    args.device, (_, _, device) = str(args.device), setup(args)
+    device = setup(args)[2]
     model = LAQ.from_pretrained(args.checkpoint).to(device)
     if not model.quantizer.quantizing:
         raise common.DataError(f"{args.checkpoint}: quantization has not started, so its codes mean nothing: train on")
