@@ -137,7 +137,7 @@ def learning_rate(step, args):
 
 
 @torch.no_grad()
-def validate(model, loaders, device, amp):
+def validate(model, loaders, device):
     """Per source mse and mae (normalised) over all ranks, and a chunk, true and decoded.
 
     Turns the network on or off for each source: on where it decodes better than the closed form, whose error is beside.
@@ -147,8 +147,7 @@ def validate(model, loaders, device, amp):
     for name, loader in loaders.items():
         for batch in loader:
             batch = {key: value.to(device) for key, value in batch.items()}
-            with amp:
-                metrics = model.compute_loss(batch)[1]
+            metrics = model.compute_loss(batch)[1]  # in float32, as decode() runs
             for key in ("mse", "mae", "mse_closed_form"):
                 key, value = f"val/{name}/{key}", metrics[key].item()
                 totals[key] = totals.get(key, 0.0) + value * len(batch["mask"])
@@ -281,7 +280,7 @@ def main(argv=None):
         if done % args.log_every == 0 or ended:
             line.update(log.flush(lr=lr))
         if validation and (done % args.eval_every == 0 or ended):
-            metrics, examples = validate(model, validation, device, amp)
+            metrics, examples = validate(model, validation, device)
             line.update(metrics)
             is_best = best is None or metrics["val/mse"] < best
             best = metrics["val/mse"] if is_best else best
