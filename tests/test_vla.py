@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -140,63 +139,12 @@ def test_clips_are_joined_with_their_labels(this, tmp_path):
     assert set(drawn) == {0, 1, 3, 4, 5}, "a pair across a cut has no latent action"
 
 
-def test_a_frame_of_a_trimmed_video_is_the_one_a_player_shows(this, tmp_path):
-    """A video cut between two keyframes without encoding still holds the packets before the cut: rows skip them."""
-    import av
-
-    whole, cut = tmp_path / "w.mp4", tmp_path / "c.mp4"
-    with av.open(str(whole), "w") as file:
-        stream = file.add_stream("libx264", rate=5, options={"crf": "1", "g": "20", "bf": "0"})
-        stream.width = stream.height = 32
-        for level in range(40):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 5 * level + 10, np.uint8), "rgb24")
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-    with av.open(str(whole)) as source, av.open(str(cut), "w") as file:
-        stream = file.add_stream_from_template(source.streams.video[0])
-        shift = int(Fraction(6, 5) / source.streams.video[0].time_base)  # 6 frames at 5 frames a second
-        for packet in source.demux(video=0):
-            if packet.size:
-                packet.stream, packet.pts, packet.dts = stream, packet.pts - shift, packet.dts - shift
-                file.mux(packet)
-    with av.open(str(cut)) as file:
-        shown = [round(frame.to_ndarray(format="rgb24").mean() / 5 - 2) for frame in file.decode(video=0)]
-    folder = write(this, tmp_path / "d", 1, len(shown), **{"frames.npy": None, "mp4": cut.read_bytes()})
-    source, _ = read(this, folder)
-    config = SimpleNamespace(
-        latent=None, image_size=16, action=SimpleNamespace(action_dim=2, chunk_size=2, state_dim=0)
-    )
-    for row in (0, 3, len(shown) - 1):
-        image = this.data.take(source.train[0], source, row, config, ["actions"])["image"]
-        assert round(image.mean() / 5 - 2) == shown[row]
-
-
-def test_clips_in_folders_of_a_tar_are_two_and_macs_files_none(this, tmp_path):
-    folder = write(this, tmp_path / "d", 2)
-    with tarfile.open(folder / "a.tar") as old, tarfile.open(tmp_path / "b.tar", "w") as new:
-        for member in old:
-            data = old.extractfile(member).read()
-            key, _, extension = member.name.partition(".")
-            member.name = f"{'a' if key == 'k0' else 'b'}/0001.{extension}"
-            new.addfile(member, io.BytesIO(data))
-            mac = tarfile.TarInfo(f"{member.name[:2]}._{member.name[2:]}")
-            mac.size = 3
-            new.addfile(mac, io.BytesIO(b"mac"))
-    shutil.rmtree(folder)
-    folder.mkdir()
-    shutil.move(tmp_path / "b.tar", folder / "a.tar")
-    source, said = read(this, folder)
-    assert sorted(clip.episode for clip in source.train) == ["e0", "e1"] and not said
-
-
 def test_what_cannot_teach_is_left_out_and_named(this, tmp_path):
     """A clip without labels, one shorter than the gap, one without an instruction: one line each, the rest is used."""
     folder = write(this, tmp_path / "d")
     source, said = read(this, folder, write_labels(this, tmp_path / "l", clips=(0, 2)))
     assert [clip.key for clip in source.train] == ["k0", "k2"]
     assert "1 of 3 clips left out" in said and "latents.npz" in said and "k1" in said
-    source, said = read(this, folder, write_labels(this, tmp_path / "m", gap=5), val_share=0)
-    assert len(source.train) == 3
     with pytest.raises(this.train.common.DataError, match="longer than the gap"):
         read(this, folder, write_labels(this, tmp_path / "n", gap=8))
     about = dict(instruction=" ", fps=5, source="s", episode="e", camera="top", length=8)

@@ -31,7 +31,7 @@ def curves(log_file):
     references = {"/bigram_accuracy": "--", "/majority_accuracy": ":", "/majority_exact_match": "-."}
     for name, style in [(name, style) for name in names for end, style in references.items() if name.endswith(end)]:
         draw(axes[1], name, color=TRUE, lw=1, ls=style, label=f"{name[4:]} (without the image)")
-    axes[1].set(xlabel="step", ylabel="share of codes, or normalised error", title="held-out episodes")
+    axes[1].set(xlabel="step", ylabel="accuracy, or normalised error", title="held-out episodes")
     for axis in axes:
         axis.legend(frameon=False, fontsize=7)
     return figure
