@@ -68,18 +68,16 @@ def rate_distortion(tables):
     """
     figure = Figure(figsize=(6.5 * len(tables), 4.2), layout="constrained")
     for axis, (name, rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
-        methods = list(dict.fromkeys(row["method"].partition(", ")[0] for row in rows[1:]))
-        for i, method in enumerate(methods):
-            points = sorted((row["bits"], row["mse"]) for row in rows[1:] if row["method"].partition(", ")[0] == method)
-            style = dict(color=OURS, zorder=2) if method in ("closed form", "this") else dict(color=f"C{i + 1}")
-            label = method + (" alone" if method == "this" else "")
+        others = [(row["method"].partition(", ")[0], row["bits"], row["mse"]) for row in rows]
+        for i, method in enumerate(dict.fromkeys(name for name, *_ in others if name != "this")):
+            points = sorted(point for name, *point in others if name == method)
+            style = dict(color=OURS, zorder=2) if method == "closed form" else dict(color=f"C{i + 1}")
             if points[0][0]:
-                axis.plot(*zip(*points, strict=True), marker="o", ms=4, lw=1.2, label=label, **style)
+                axis.plot(*zip(*points, strict=True), marker="o", ms=4, lw=1.2, label=method, **style)
             else:
-                axis.axhline(points[0][1], lw=1, ls="--", label=label, **style)
-        axis.plot(
-            rows[0]["bits"], rows[0]["mse"], ls="", marker="*", ms=14, color=OURS, zorder=3, label="this checkpoint"
-        )
+                axis.axhline(points[0][1], lw=1, ls="--", label=method, **style)
+        style = dict(ls="", marker="*", ms=14, color=OURS, zorder=3)
+        axis.plot(rows[0]["bits"], rows[0]["mse"], label="this checkpoint, with its network", **style)
         axis.set(xscale="log", yscale="log", xlabel="bits per chunk", title=name)
         axis.set_ylabel("mean squared error (normalised)")
         axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
