@@ -21,7 +21,10 @@ READMES = [
 ]
 NORUN = "use ```bash norun for it"
 SHORT = "--steps 4 --eval-every 2 --save-every 2 --log-every 2".split()
-MORE = {"fsq_vqvae/evaluate.py": ["--random-tuples", "200"]}
+MORE = {
+    "fsq_vqvae/evaluate.py": ["--random-tuples", "200"],
+    "vvae_lam/train.py": "--steps 24 --eval-every 24 --save-every 24 --quantize-after -1".split(),  # so there is a best
+}
 every = pytest.mark.parametrize("readme", READMES)
 
 

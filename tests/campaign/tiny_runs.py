@@ -17,7 +17,7 @@ from conftest import FOLDERS, ROOT, log_of, weights_of  # noqa: E402
 
 TINY = {  # a batch and a model as small as they go, with every part still there; codes from the first step on
     "fsq_vqvae": "--val-stride 20 --hidden-dim 64",
-    "vvae_lam": "--batch-size 8 --embed-dim 32 --patch-dim 32 --val-share 0.05 --quantize-after -1",
+    "vvae_lam": "--batch-size 8 --embed-dim 32 --patch-dim 32 --val-share 0.05 --quantize-after -1 --steps 24",
     "laq": "--batch-size 16 --val-pairs 64 --dim 32 --depth 1 --quantize-after -1",
     "vla": "--batch-size 16 --val-samples 64",
     "pi05_finetune": "--batch-size 8 --val-stride 30",
@@ -30,9 +30,9 @@ ENV = dict(OMP_NUM_THREADS="1", MPLBACKEND="Agg", WANDB_MODE="offline", HF_HUB_O
 
 
 def flags(folder, long=False):
-    """Flags of a run of the folder's demo: 12 steps, or 120 (600 in fsq_vqvae, the fastest)."""
-    more = " --steps 600" if long and folder == "fsq_vqvae" else ""
-    return f"{LONG if long else SHORT} {TINY[folder]}{more}".split()
+    """Flags of a run of the folder's demo: 12 steps (vvae_lam 24, codes begin at 20), or 120 (fsq_vqvae, fast, 600)."""
+    more = ("--steps 600" if folder == "fsq_vqvae" else "--steps 120") if long else ""
+    return f"{LONG if long else SHORT} {TINY[folder]} {more}".split()
 
 
 # --- what a run leaves
