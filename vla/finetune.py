@@ -196,7 +196,10 @@ def act(model, envs, episodes):
 def main(argv=None):
     # --- setup
     args = parse(argv)
-    rank, world, device = setup(args)
+    if args.dry_run:  # WORLD_SIZE=8 python ... --dry-run: as if for eight processes, of which this is the only one
+        rank, world, device = 0, int(os.environ.get("WORLD_SIZE", 1)), None
+    else:
+        rank, world, device = setup(args)
     say = print if rank == 0 else lambda text: None
     common.seed_all(args.seed)
     split = args.val_share, args.val_episodes, args.instruction, say

@@ -180,7 +180,10 @@ def configure(args, sources, say):
 def main(argv=None):
     # --- setup
     args = parse(argv)
-    rank, world, device = setup(args)
+    if args.dry_run:  # WORLD_SIZE=8 python ... --dry-run: as if for eight processes, of which this is the only one
+        rank, world, device = 0, int(os.environ.get("WORLD_SIZE", 1)), None
+    else:
+        rank, world, device = setup(args)
     say = print if rank == 0 else lambda text: None
     if args.demo and rank == 0:
         demo.write(args.data[0].partition("=")[2])
