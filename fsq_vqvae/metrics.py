@@ -1,5 +1,6 @@
 """What evaluate.py measures of a tokenizer on chunks that it was not trained on."""
 
+import math
 import time
 
 import baselines
@@ -25,12 +26,17 @@ class Tokenizer:
 
     def encode(self, chunks, context, mask=None):
         mask = np.ones(chunks.shape[:2], bool) if mask is None else mask
-        call = lambda x, c, m: self.model.encode(x, m, self.name, c)  # noqa: E731
-        return in_batches(call, self.batch_size, chunks, context, mask)
+
+        def some(chunks, context, mask):
+            return self.model.encode(chunks, mask, self.name, context)
+
+        return in_batches(some, self.batch_size, chunks, context, mask)
 
     def decode(self, indices, context, **more):
-        call = lambda i, c: self.model.decode(i, self.name, c, **more)  # noqa: E731
-        return in_batches(call, self.batch_size, indices, context)
+        def some(indices, context):
+            return self.model.decode(indices, self.name, context, **more)
+
+        return in_batches(some, self.batch_size, indices, context)
 
 
 def ratio(a, b):
@@ -43,8 +49,8 @@ def jerk(x):
 
 
 def entropy(counts):
-    """Bits per draw."""
-    p = counts[counts > 0] / counts.sum()
+    """Bits per draw; counts above 0."""
+    p = counts / counts.sum()
     return float(-(p * np.log2(p)).sum())
 
 
@@ -105,15 +111,15 @@ def seams(source, tokenizer, scale, context):
 
 
 def rate(indices, own, source):
-    sizes = [int(np.prod(levels)) for levels in own["levels"]]
-    counts = [np.bincount(column, minlength=size) for column, size in zip(indices.T, sizes, strict=True)]
+    sizes = [math.prod(levels) for levels in own["levels"]]
+    counts = [np.unique(column, return_counts=True)[1] for column in indices.T]
     return dict(
         tokens=len(sizes),
         tokens_per_s=len(sizes) * source.fps / source.chunk if source.fps else None,
         codes_per_token=sizes,
         bits=float(np.log2(sizes).sum()),
         entropy_bits=sum(map(entropy, counts)),
-        codebook_usage=[float((count > 0).mean()) for count in counts],
+        codebook_usage=[len(count) / size for count, size in zip(counts, sizes, strict=True)],
         times_fewer_bits_than_256_bins=8 * source.chunk * source.actions.shape[1] / float(np.log2(sizes).sum()),
     )
 
