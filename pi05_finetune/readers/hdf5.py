@@ -56,7 +56,7 @@ def control_freq(h5):
     """Steps per second as robomimic writes them (`env_args`), or None."""
     try:
         return float(json.loads(h5["data"].attrs["env_args"])["env_kwargs"]["control_freq"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OSError):
         return None
 
 

@@ -113,9 +113,9 @@ class LeRobot:
         tasks, rows = self.root / "meta" / "tasks.jsonl", self.root / "meta" / "episodes.jsonl"
         try:
             texts = {row["task_index"]: row["task"] for row in read_lines(tasks)}
-            described = {row["episode_index"]: row for row in read_lines(rows)}
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{tasks} or {rows.name}: a line lacks {short(error)}") from None
+            described = {int(row["episode_index"]): row for row in read_lines(rows)}
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(f"{tasks} or {rows.name}: a line lacks a whole number or a text ({short(error)})") from None
         for file in known_paths(self.root / "data", "episode_*.parquet"):
             described.setdefault(int(file.stem[8:]), dict(episode_index=int(file.stem[8:])))
         return [described[index] for index in sorted(described)], texts
