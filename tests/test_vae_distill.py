@@ -1066,7 +1066,8 @@ def test_a_cluster_that_asks_for_cuda_where_jax_has_none(arm, tmp_path):
 def test_sigterm_to_the_group_saves_and_resumes_to_the_same(arm, tmp_path, ranks):
     """As Slurm and scancel send it, to all processes at once: exit code 75, and the resumed run is uninterrupted."""
     script, port = ROOT / "vae_distill" / "train.py", str(29000 + os.getpid() % 1000)
-    more = ["--device", "cpu", "--devices", "2" if ranks == 2 else "1", "--steps", "400", "--eval-every", "400"]
+    steps = "400" if ranks == 1 else "200"  # two processes on a CPU take ten times as long for a step
+    more = ["--device", "cpu", "--devices", str(ranks), "--steps", steps, "--eval-every", "400"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     env |= dict(XLA_FLAGS="--xla_force_host_platform_device_count=1") if ranks == 2 else {}
 
@@ -1080,7 +1081,7 @@ def test_sigterm_to_the_group_saves_and_resumes_to_the_same(arm, tmp_path, ranks
         ]
 
     for process in start(tmp_path / "whole"):
-        out, _ = process.communicate(timeout=300)
+        out, _ = process.communicate(timeout=600)
         assert process.returncode == 0, out[-2000:]
     processes = start(tmp_path / "part")
     until = time.monotonic() + 200
@@ -1091,9 +1092,9 @@ def test_sigterm_to_the_group_saves_and_resumes_to_the_same(arm, tmp_path, ranks
     for process in processes:
         out, _ = process.communicate(timeout=100)
         assert process.returncode == 75, out[-2000:]
-    assert not (tmp_path / "part/checkpoints/step_0000400").exists()
+    assert losses(tmp_path / "part")[-1][0] < int(steps), "it ended before it was told to"
     for process in start(tmp_path / "part", "--resume"):
-        out, _ = process.communicate(timeout=300)
+        out, _ = process.communicate(timeout=600)
         assert process.returncode == 0, out[-2000:]
     assert_same(tmp_path / "whole", tmp_path / "part")
 

@@ -120,7 +120,7 @@ def learning(curves, steps_per_update, goal, task):
         axis.fill_between(steps, curve.min(0), curve.max(0), color=color, alpha=0.2, lw=0)
     axis.axhline(goal, color=TRUE, lw=1, ls="--", label="80 % of the better one's end")
     axis.set(xlabel="control steps (thousands)", ylabel="reward per step (1 is best)", ylim=(0, 1))
-    axis.set_title(f"{task}: PPO in the latent space and on motor commands (range of the seeds)")
+    axis.set_title(f"{task}: PPO on latents and on motor commands (seeds: mean, range)")
     axis.legend(frameon=False)
     return figure
 

@@ -148,14 +148,14 @@ class ActorCritic(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        def mlp(out, scale):
+        def mlp(out, scale):  # not orthogonal: its QR, batched over seeds, deadlocks on XLA's CPU threads
             y = x
             for _ in range(2):
-                y = nn.tanh(nn.Dense(WIDTH, kernel_init=nn.initializers.orthogonal(2**0.5))(y))
-            return nn.Dense(out, kernel_init=nn.initializers.orthogonal(scale))(y)
+                y = nn.tanh(nn.Dense(WIDTH, kernel_init=nn.initializers.lecun_normal())(y))
+            return nn.Dense(out, kernel_init=nn.initializers.normal(scale))(y)
 
         log_std = self.param("log_std", nn.initializers.constant(np.log(self.std)), (self.action_size,))
-        return mlp(self.action_size, 0.01), log_std, mlp(1, 1.0)[..., 0]
+        return mlp(self.action_size, 0.001), log_std, mlp(1, 0.1)[..., 0]
 
 
 def log_prob(action, mean, log_std):
@@ -205,9 +205,11 @@ def make_train(args, task, kind):
 
     def train(key, params):
         # INIT
-        key, *keys = jax.random.split(key, 3)
+        key, *keys = jax.random.split(key, 4)
         weights = net.init(keys[0], jnp.zeros(task.obs_size))
         states = jax.vmap(task.reset)(jax.random.split(keys[1], args.num_envs))
+        ages = jax.random.randint(keys[2], (args.num_envs,), 0, task.horizon)  # episodes end at different times
+        states = states._replace(arm=states.arm.replace(age=ages))
 
         def update(carry, _):
             weights, moments, states, key = carry
