@@ -1288,6 +1288,39 @@ def test_shards_become_latents_that_know_their_clips(encode, recordings, vaes, t
     assert len(recording) == 8 and recording.frame_index().tolist() == list(range(8)) and recording.every
 
 
+def test_stage_2_reads_the_labels_of_its_own_shards(this, encode, vaes, tmp_path):
+    """Shards of vla -> latents -> a short run -> labels: vla's reader finds each clip's codes under its key."""
+    rng, (shards, latents, labels) = np.random.default_rng(0), (tmp_path / name for name in ("shards", "l", "labels"))
+    vla = vars(load("vla", "shards", "sources"))
+    shards.mkdir()
+    samples = []
+    for n in range(4):
+        about = dict(episode=f"e{n}", camera="top", fps=10, length=16, source="s", instruction="go")
+        images = rng.integers(0, 255, (16, 32, 32, 3), dtype=np.uint8)
+        samples.append(
+            {"__key__": f"c-{n}", "json": json.dumps(about).encode(), "frames.npy": vla["shards"].npy(images)}
+        )
+    vla["shards"].write_shard(shards / "shard-000000.tar", samples)
+    for name, gap, valid in (("svd", 1, 15), ("cogvideox", 8, 1)):
+        words = ["--data", shards, "--vae", vaes / name, "--out", latents / name, "--device", "cpu"]
+        assert encode.main([str(word) for word in words]) == 0
+        more = ["--val-episodes", "e1", "--sequence-length", 3, "--steps", 3, "--all-latents", "--patch", 2]
+        words = flags(latents / name, tmp_path / name, *(more if name == "cogvideox" else more[:6]))
+        assert this.train.main(words) == 0
+        checkpoint = tmp_path / name / "checkpoints" / "last"
+        label = load("vvae_lam", "label").label
+        if name == "cogvideox":  # labels of causal latents only: one pair of chunks in 16 frames
+            config = json.loads((checkpoint / "config.json").read_text()) | dict(all_latents=False)
+            (checkpoint / "config.json").write_text(json.dumps(config))
+        words = ["--checkpoint", checkpoint, "--data", latents / name, "--out", labels / name, "--device", "cpu"]
+        assert label.main([str(word) for word in words]) == 0
+        (source,) = vla["sources"].read_sources([f"s={shards}"], "latents", [str(labels / name)], 0.3)
+        assert len(source.train) + len(source.validation) == 4 and source.labels["gap"] == gap
+        for clip in source.train:
+            codes, vectors, rows = vla["sources"].read_latents(clip, source.labels)
+            assert codes.shape == (16 - gap, 3) and rows.sum() == valid and vectors.shape == (16 - gap, 3, 4)
+
+
 def test_frames_are_resampled_and_cropped(encode, tmp_path):
     """10 Hz to 5 Hz takes every second frame, to 20 Hz every one twice; the crop keeps proportions."""
     path = write_video(encode, tmp_path / "a.mp4")

@@ -6,13 +6,14 @@ Run:
   python vvae_lam/video_vae/encode_videos.py --data VIDEOS --vae w.ckpt --checkout VideoVAEPlus --out LATENTS
   python vvae_lam/video_vae/encode_videos.py --decode LATENTS/a.h5 --vae DIR --out a.mp4
 
---data: a video, a folder of videos, or a folder of the WebDataset shards (KEY.json, KEY.mp4) of laq/ and vla/.
+--data: a video, a folder of videos, or shards of laq/ and vla/ (KEY.json with KEY.mp4 or KEY.frames.npy).
 OUT/NAME.h5 holds `embeddings` [N_chunks, C, T_latent, H, W] float16 in the VAE's normalised units, `frame_index` (the
 last frame of the video that each latent holds) and, as attributes, the VAE, the rate of the latents, what was done to
 the video, and whether the VAE is causal inside a chunk (measured). Files that are there already are left as they are:
 several jobs may share a folder, and a killed one goes on with the same command.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -71,19 +72,24 @@ def parse(argv=None):
 
 @dataclass
 class Video:
-    """A video in a file or in a tar (offset, bytes). meta: KEY.json of a shard; its key and shard name."""
+    """A video in a file or in a tar (offset, bytes). meta: KEY.json of a shard, with its key and shard name.
+
+    array: it is an array (T, H, W, 3) uint8 in .npy format.
+    """
 
     path: Path
     name: str  # of the H5 file, without suffix
     place: tuple | None = None
     meta: dict = field(default_factory=dict)
+    array: bool = False
 
     def open(self):
         if self.place is None:
             return av.open(str(self.path))
         with open(self.path, "rb") as file:
             file.seek(self.place[0])
-            return av.open(io.BytesIO(file.read(self.place[1])))
+            data = io.BytesIO(file.read(self.place[1]))
+        return np.load(data, allow_pickle=False) if self.array else av.open(data)
 
 
 def find_videos(root):
@@ -106,7 +112,7 @@ def find_videos(root):
 
 
 def videos_of(shard):
-    """The clips of a WebDataset shard: KEY.mp4 with its KEY.json."""
+    """The clips of a WebDataset shard: KEY.mp4 or KEY.frames.npy with its KEY.json."""
     members = {}
     try:
         with tarfile.open(shard) as tar:
@@ -120,19 +126,22 @@ def videos_of(shard):
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise common.DataError(f"{shard}: not a complete WebDataset shard ({error})") from None
     for key, found in members.items():
-        if "mp4" in found:
+        for name in {"mp4", "frames.npy"} & set(found):
             meta = dict(found.get("json", {}), shard=shard.name, key=key)
-            yield Video(shard, f"{shard.stem}/{re.sub('/', '-', key)}", found["mp4"], meta)
+            yield Video(shard, f"{shard.stem}/{re.sub('/', '-', key)}", found[name], meta, name == "frames.npy")
 
 
 def frame_times(video, fps):
     """(rate, number of frames, those to take, in order, a warning or None), from the timestamps of all frames."""
-    with video.open() as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        times = [frame.pts * stream.time_base for frame in container.decode(stream)]
-        average = float(stream.average_rate or 0)
-    times = np.array(times, float)
+    if video.array:
+        average = float(video.meta["fps"])
+        times = np.arange(len(video.open())) / average
+    else:
+        with video.open() as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            times = np.array([frame.pts * stream.time_base for frame in container.decode(stream)], float)
+            average = float(stream.average_rate or 0)
     steps = np.diff(times)
     rate = 1 / np.median(steps) if len(steps) and np.median(steps) > 0 else average
     if fps is not None:
@@ -146,10 +155,10 @@ def frame_times(video, fps):
 def pictures(video, picked, size):
     """The frames of those numbers (increasing, repeats allowed), (H, W, 3) uint8, one after another."""
     copies, convert = np.bincount(picked), to_rgb()
-    with video.open() as container:
-        for frame, count in zip(container.decode(video=0), copies, strict=False):
+    with contextlib.nullcontext(video.open()) if video.array else video.open() as source:
+        for frame, count in zip(source if video.array else source.decode(video=0), copies, strict=False):
             if count:
-                image = convert(frame)
+                image = frame if video.array else convert(frame)
                 yield from [image if size is None else resize(image, *size)] * count
 
 
@@ -207,7 +216,7 @@ def encode(video, target, vae, args, settings):
     where = video.path if video.place is None else f"{video.path}:{video.meta['key']}"
     try:
         rate, length, picked, warning = frame_times(video, args.fps)
-    except (av.FFmpegError, OSError, IndexError, TypeError, ValueError) as error:
+    except (av.FFmpegError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
         text = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise common.DataError(f"{where}: not a readable video ({text})") from None
     if warning:
