@@ -282,7 +282,7 @@ def loader(this, sources, **more):
     """Batches of 8 with plain pixels in place of a backbone's tensors; the config fits the demo."""
     latent = SimpleNamespace(code_seq_len=2, code_dim=2)
     config = SimpleNamespace(image_size=32, latent=latent, action=SimpleNamespace(action_dim=2, chunk_size=3))
-    config.action.state_dim = 2
+    config.action.state_dim, config.action.state_center = 2, [0.5, 0.5]
 
     def preprocess(images, instructions):
         pixels = torch.from_numpy(np.stack(images))

@@ -58,12 +58,11 @@ def take(clip, source, row, config, kinds, latents_of=read_latents):
             actions, mask = recorded[np.minimum(steps, len(recorded) - 1)], steps < len(recorded)
         sample |= dict(actions=actions, mask=mask, has_actions=has)
     if config.action and config.action.state_dim:
-        state = clip.array("state.npy")
-        if state is None and source.kind == "actions":
-            raise DataError(f"{clip}: has no state.npy")
-        state = np.zeros((len(clip), config.action.state_dim), np.float32) if state is None else state
-        if state.shape[1] != config.action.state_dim:
-            raise DataError(f"{clip}: {state.shape[1]} state dims, expected {config.action.state_dim}")
+        state, S = clip.array("state.npy"), config.action.state_dim
+        if source.kind == "latents" and (state is None or state.shape[1] != S):  # another robot's, or nobody's
+            state = np.tile(np.float32(config.action.state_center), (len(clip), 1))
+        if state is None or state.shape[1] != S:
+            raise DataError(f"{clip}: {0 if state is None else state.shape[1]} state dims, expected {S}")
         sample["state"] = state[row]
     texts = clip.meta.get("instructions")  # paraphrases
     texts = texts if isinstance(texts, list) and texts else [clip.meta["instruction"]]
