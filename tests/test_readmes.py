@@ -23,6 +23,7 @@ NORUN = "use ```bash norun for it"
 SHORT = "--steps 4 --eval-every 2 --save-every 2 --log-every 2".split()
 MORE = {
     "fsq_vqvae/evaluate.py": ["--random-tuples", "200"],
+    "vla/evaluate.py": ["--episodes", "2"],
     "vvae_lam/train.py": "--steps 24 --eval-every 24 --save-every 24 --quantize-after -1".split(),  # so there is a best
 }
 every = pytest.mark.parametrize("readme", READMES)
@@ -109,7 +110,7 @@ class Place:
             return
         scripts = [Path(self.here, word).resolve() for word in words if word.endswith(".py")]
         scripts = [str(path.relative_to(self.root.resolve())) for path in scripts if path.exists()]
-        command += SHORT if any(Path(script).name == "train.py" for script in scripts[:1]) else []
+        command += SHORT if any(Path(script).name in ("train.py", "finetune.py") for script in scripts[:1]) else []
         command += [word for script in scripts[:1] for word in MORE.get(script, [])]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "WANDB_MODE": "offline", **env}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True)
