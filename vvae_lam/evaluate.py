@@ -1,4 +1,4 @@
-"""Evaluate a trained model on held-out recordings: errors, use of the codes, rollouts, transfer, probes, figures.
+"""Evaluate a trained model on held-out recordings: errors, use of the codes, rollouts, probes, figures.
 
 Run:
   python vvae_lam/evaluate.py --checkpoint runs/x/checkpoints/best
@@ -83,20 +83,14 @@ def open_recordings(args, model):
 # --- measurements
 
 
-def same_chunk(recording, frames):
-    """True where two consecutive frames of `frames` (n) lie in one jointly encoded chunk; (n - 1,) bool."""
-    chunk = recording.row(frames) // recording.chunk_frames
-    return chunk[1:] == chunk[:-1]
-
-
 def one_step(model, recordings, args):
-    """Errors of teacher-forced predictions, in all and inside and across chunks; use of the codes, (S, K) counts."""
+    """Errors of teacher-forced predictions, in all and per episode; use of the codes, (S, K) counts."""
     c = model.config
     length = min(c.context, (max(map(len, recordings)) - 1) // c.gap + 1)
     if length < 2:
         raise common.DataError(f"no recording is longer than the gap of {c.gap} latent frames")
     sequences = Sequences(recordings, length, c.gap, stride=(length - 1) * c.gap)
-    totals, counts, parts = {}, {}, {"within chunk": [], "across chunks": []}
+    totals, counts = {}, {}
     histogram, gains, row = torch.zeros(c.num_codes, c.num_embeddings, dtype=torch.int64), {}, 0
     for latents in DataLoader(sequences, args.batch_size):
         latents = latents.to(model.mean.device)
@@ -110,23 +104,15 @@ def one_step(model, recordings, args):
         copy = ((latents[:, :-1] - latents[:, 1:]) / model.std).square().mean((2, 3, 4)).cpu().numpy()
         for i in range(len(latents)):
             recording = recordings[sequences.owner[row + i]]
-            inside = same_chunk(recording, sequences.frames(row + i))
-            for name, chosen in (("within chunk", inside), ("across chunks", ~inside)):
-                parts[name] += list(zip(error[i][chosen], copy[i][chosen], strict=True))
             gains.setdefault(recording.episode, []).append((error[i].mean(), copy[i].mean()))
         row += len(latents)
     means = {name: total / counts[name] for name, total in totals.items()}
     report = dict(mse=means["true_l2"], mae=means["true_l1"], copy_mse=means["copy_l2"])
     report |= {**reconstruction_metrics(means), **codebook_metrics(histogram)}
-    for name, pairs in parts.items():
-        if pairs:
-            mse, copy = np.mean(pairs, 0)
-            report[name] = dict(transitions=len(pairs), mse=float(mse), relative_mse=float(mse / max(copy, 1e-12)))
-    report["transitions"] = sum(map(len, parts.values()))
+    report["transitions"] = len(sequences) * (length - 1)
     decibel = {name: float(-10 * np.log10(np.divide(*np.mean(pairs, 0)))) for name, pairs in gains.items()}
-    report["psnr_gain_of_episodes"] = dict(
-        lowest=min(decibel.values()), above_0=np.mean(np.array(list(decibel.values())) > 0)
-    )
+    above = float(np.mean([gain > 0 for gain in decibel.values()]))
+    report["psnr_gain_of_episodes"] = dict(lowest=min(decibel.values()), above_0=above)
     return report, histogram
 
 
@@ -157,28 +143,6 @@ def rollouts(model, recordings, steps, generator, keep=None):
                 known = {k: v for k, v in recording.attributes.items() if k in ("vae", "scaling", "shift")}
                 file.attrs.update(known | dict(fps=(recording.fps or 2.0) / gap, rollout=True))
     return dict(steps=steps, recordings=len(usable), mse={k: (v / len(usable)).tolist() for k, v in totals.items()})
-
-
-def transfer(model, recordings, generator, pairs=256):
-    """Codes of one recording's transitions applied to frames of others and read back: share of codes that agree.
-
-    chance: agreement of two independent transitions, the sum of squared shares per position.
-    """
-    usable = [(r, label(model, r)[0]) for r in recordings if len(r) > model.config.gap]
-    if len(usable) < 2:
-        return None
-    chosen, frames = [], []
-    for _ in range(pairs):
-        (_, codes), (other, _) = (usable[i] for i in torch.randperm(len(usable), generator=generator)[:2])
-        chosen.append(codes[int(torch.randint(len(codes), (1,), generator=generator))])
-        frames.append(other.read([int(torch.randint(len(other), (1,), generator=generator))])[0])
-    agree = []
-    for code, frame in zip(np.array_split(chosen, pairs // 16), np.array_split(frames, pairs // 16), strict=True):
-        after = model.rollout(frame, code[:, None])
-        agree.append(model.encode(np.concatenate([frame[:, None], after], 1))[:, 0] == code)
-    shares = count_codes(torch.from_numpy(np.concatenate([c for _, c in usable])), model.config.num_embeddings).double()
-    chance = (shares / shares.sum(1, keepdim=True)).square().sum(1).mean().item()
-    return dict(agreement=float(np.concatenate(agree).mean()), chance=chance, pairs=pairs)
 
 
 def probes(model, held_out, training, most=8000):
@@ -247,9 +211,6 @@ def lines_of(report):
     for name in ("short_rollout", "full_rollout"):
         means = " | ".join(f"{np.mean(values):.4g}" for values in report[name]["mse"].values())
         yield f"| {report[name]['steps']} steps, {report[name]['recordings']} recordings | {means} |"
-    if report["transfer"]:
-        shares = "{agreement:.1%} of the codes agree, chance {chance:.1%}, {pairs} pairs".format(**report["transfer"])
-        yield f"\nTransfer (codes applied to a frame of another recording, and read back): {shares}."
     if report["probes"]:
         kind = "r2" if "r2" in report["probes"]["codes"] else "accuracy"
         columns = ["r2", "r2_weighted"] if kind == "r2" else ["accuracy", "chance"]
@@ -284,7 +245,6 @@ def main(argv=None):
         one_step=one,
         short_rollout=rollouts(model, held_out, args.steps, generator),
         full_rollout=rollouts(model, held_out, args.full_steps, generator, keep=out / "rollouts"),
-        transfer=transfer(model, held_out, generator),
         probes=found,
         left_out_of_probes=left_out,
     )
