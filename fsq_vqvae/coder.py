@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 RIDGE = 1e-3  # of the prediction from the context, relative to each value's variance
-MIX, JITTER = 0.3, 0.1  # see spread
+MIX, JITTER = 0.5, 0.1  # see spread
+SAMPLES = 5000  # at least so many: few chunks are spread several times, or each would get a point of its own
 LLOYD_ROUNDS = 15
 LOOK_AHEAD = 3  # two levels may be worth nothing where three are worth much: a coefficient that is mostly zero
 MAX_LEVELS = 256  # of one coefficient
@@ -68,6 +69,7 @@ def spread(z):
     Half of the values are mixed with another chunk's (weights -MIX to 1 + MIX); all get noise of JITTER deviations.
     """
     draw = np.random.default_rng(0)
+    z = np.tile(z, (math.ceil(SAMPLES / len(z)), 1))
     weight = np.where(draw.random(z.shape) < 0.5, draw.uniform(-MIX, 1 + MIX, z.shape), 1.0)
     mixed = weight * z + (1 - weight) * z[draw.permutation(len(z))]
     return mixed + JITTER * z.std(0) * draw.normal(size=z.shape)
