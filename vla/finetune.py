@@ -219,8 +219,7 @@ def main(argv=None):
     checkpoint = common.newest(args.out) if args.resume else None
     if checkpoint:  # with its statistics, whatever the data have become
         config = VLAConfig.from_pretrained(checkpoint)
-        if videos:
-            check_labels(videos, vars(config.latent))
+        check_labels(videos, config.latent and vars(config.latent))
     config = config or finetune_config(args, robots, videos, say)
     start = checkpoint or args.init or args.backbone
     stop = common.Interrupt(args.out)

@@ -199,7 +199,12 @@ def collect(read, clips, limit=1000, say=print):
 
 
 def check_labels(sources, known):
-    """A DataError unless all sources were labelled with the codebook of `known`. Gaps may differ, as rates do."""
+    """A DataError unless all sources were labelled with the codebook of `known`. Gaps may differ, as rates do.
+
+    known: LatentConfig's fields, or None for a model without a latent head, which no source may teach.
+    """
+    if bool(sources) != bool(known):
+        raise DataError("--videos: a run goes on with them if it began with them, and only then")
     for source in sources:
         for name in ("code_seq_len", "codebook_size", "code_dim", "codebook"):
             if source.labels[name] != known[name]:
