@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import common
 
-METADATA = dict(version=2, episodes=240, rate=10, pixels=28, seed=0)
+METADATA = dict(version=4, episodes=240, rate=10, pixels=28, seed=0)
 COLOURS = dict(red=(220, 60, 50), blue=(60, 90, 220))
 SPEC = Path(__file__).resolve().parent / "specs" / "demo.yaml"
 BLOCK, REACH = 0.25, 0.3  # half the side of a block; a gripper that closes within REACH of a block's middle holds it
@@ -23,8 +23,11 @@ LIMIT = 40  # steps of an episode
 
 
 class World:
-    """Two blocks and a gripper on a table [-1, 1] x [-1, 1]. The action is the gripper's next position and opening.
+    """A table [-1, 1] x [-1, 1] with a gripper in the middle, a red block on the left and a blue one on the right.
 
+    Each block lies within 0.2 of the middle of its side. So the words decide where to go, and the picture how exactly.
+
+    The action (x, y, closed) is the gripper's next position and how far it closes.
     The state (x, y, closed) is the last action. `grasped` is the colour of the block that the gripper first closed on,
     "nothing" if it closed beside both, None as long as it is open. `told`: the colour that the instruction names, if it
     is not the target's.
@@ -33,9 +36,7 @@ class World:
     cameras, state_dim, action_dim = ["camera_top"], 3, 3
 
     def __init__(self, rng, swap=False):
-        middle = rng.uniform(-0.75, 0.75, (2, 2))
-        while np.abs(middle[0] - middle[1]).max() < 2.4 * BLOCK:
-            middle = rng.uniform(-0.75, 0.75, (2, 2))
+        middle = np.array([(-0.55, 0.0), (0.55, 0.0)]) + rng.uniform(-0.2, 0.2, (2, 2))
         self.blocks = dict(zip(COLOURS, middle, strict=True))
         self.target = str(rng.choice(list(COLOURS)))
         self.told = next(colour for colour in COLOURS if (colour == self.target) != swap)

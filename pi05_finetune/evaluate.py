@@ -44,8 +44,8 @@ def parse(argv=None):
     add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
     add("--env", choices=["auto", "none", "demo"], default="auto", help="closed loop; auto: the demo's, of its data")
     add("--rollouts", default=100, help="episodes in closed loop", **whole)
-    add("--n-action-steps", help="steps of a chunk that are executed before the next prediction; half of it", **whole)
-    add("--val-stride", default=10, help="steps between two predictions", **whole)
+    add("--n-action-steps", help="steps of a chunk that are executed before the next prediction; all", **whole)
+    add("--val-stride", help="steps between two predictions; without it the run's, or 10", **whole)
     add("--max-episodes", help="predict for the first N episodes only", **whole)
     add("--chunk", default=50, help="actions per prediction of --mock-model", **whole)
     add("--draws", default=1, help="also score the mean of N predictions from other noise: the expectation", **whole)
@@ -166,7 +166,7 @@ def rollouts(model, worlds, n_action_steps, seed):
 
 def closed_loop(model, args):
     """Success in the demo's world, with the right instruction and with the other block's: {name: numbers}, examples."""
-    steps, report, paths, worlds = args.n_action_steps or model.config.chunk // 2, {}, {}, {}
+    steps, report, paths, worlds = args.n_action_steps or model.config.chunk, {}, {}, {}
     for name, swap in (("right instruction", False), ("swapped instruction", True)):
         worlds[name] = [World(np.random.default_rng([args.seed, 1, i]), swap) for i in range(args.rollouts)]
         paths[name] = rollouts(model, worlds[name], steps, args.seed)
@@ -213,6 +213,7 @@ def open_episodes(args):
     held_out = [episode for episode in episodes if episode.digest() not in trained]
     if not held_out:
         raise DataError("nothing to report on: the run was trained on every episode")
+    args.val_stride = args.val_stride or saved.get("val_stride", 10)
     if trained:
         print(f"{len(held_out)} episodes to report on, {len(train)} others were trained on")
     return spec, train, held_out[: args.max_episodes]

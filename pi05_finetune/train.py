@@ -295,7 +295,8 @@ def main(argv=None):
         if (done % args.save_every == 0 or is_best or ended or stopped) and rank == 0:
             with common.checkpoint(args.out, done, is_best, args.keep) as folder:
                 model.save_pretrained(folder)
-                (folder / "data.json").write_text(json.dumps(split_of(args.data, spec, train, held_out), indent=1))
+                described = split_of(args.data, spec, train, held_out, args.val_stride)
+                (folder / "data.json").write_text(json.dumps(described, indent=1))
                 state = dict(step=done, best=best, opt=opt.state_dict(), scaler=scaler.state_dict())
                 torch.save(state | dict(weights=files.training_state(model)), folder / "resume.pt")
         if "val/loss" in line and rank == 0:

@@ -38,7 +38,7 @@ RULES = dict(
     scale="actions span about as much as in the other episodes, and as the state (degrees for radians?)",
     pairing="(warning) each action dim leads the state dim of its name: same sign, same order, no delay",
     frozen="a camera shows the same frame from beginning to end, or frames of one colour",
-    camera="a camera shows what it shows in the other episodes, not what another camera shows there",
+    camera="a camera shows what it shows in the other episodes: no other view, colour order or turn",
     duplicate="two episodes hold the same actions",
 )
 
@@ -171,20 +171,19 @@ def check_pairing(episodes, spec):
         return {}
     found, states = {}, [episode.state(spec) for episode in long]
     a, s = (np.array([pair[k] for pair in pairs]) for k in (0, 1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        fits = [correlate(e.actions[:-1], state[1:]) for e, state in zip(long, states, strict=True)]
-        fits = np.nan_to_num(np.stack(fits))
-        usual = np.median(fits, 0)  # A S, correlation of each action dim with each state dim one step later
-        scale = np.concatenate([episode.actions for episode in long]).std(0)[a] + 1e-9
+    fits = [correlate(e.actions[:-1], state[1:]) for e, state in zip(long, states, strict=True)]
+    fits = np.nan_to_num(np.stack(fits))
+    usual = np.median(fits, 0)  # A S, correlation of each action dim with each state dim one step later
+    scale = np.concatenate([episode.actions for episode in long]).std(0)[a] + 1e-9
 
-        def away(lag):  # of the state `lag` steps later
-            parts = [
-                np.abs(e.actions[1 : len(e) - 2][:, a] - state[1 + lag : len(e) - 2 + lag][:, s])
-                for e, state in zip(long, states, strict=True)
-            ]
-            return np.concatenate(parts).mean(0) / scale
+    def away(lag):  # of the state `lag` steps later
+        parts = [
+            np.abs(e.actions[1 : len(e) - 2][:, a] - state[1 + lag : len(e) - 2 + lag][:, s])
+            for e, state in zip(long, states, strict=True)
+        ]
+        return np.concatenate(parts).mean(0) / scale
 
-        earlier, same, later = away(-1), away(0), away(1)
+    earlier, same, later = away(-1), away(0), away(1)
     for i, j in pairs:
         name = spec.names[i]
         if usual[i, j] < -0.8:
@@ -196,7 +195,12 @@ def check_pairing(episodes, spec):
             if usual[i, j] > 0.8 and fit[i, j] < -0.5:
                 text = f"{name} moves against the state, in the other episodes with it: inverted?"
                 found.setdefault(episode.name, []).append(("pairing", text))
-    delayed = (np.minimum(earlier, same) < 0.3 * later) & (later > 1e-6)
+    moves = [correlate(e.actions[:-1], np.diff(state, axis=0)) for e, state in zip(long, states, strict=True)]
+    moves = np.median(np.nan_to_num(np.stack(moves)), 0)[a, s]
+    if ((moves > 0.8) & (np.diag(usual[np.ix_(a, s)]) < 0.5)).mean() > 0.5:
+        text = "actions go with the state's differences, not with the state: action_type delta?"
+        found.setdefault("all", []).append(("pairing", text))
+    delayed = (np.minimum(earlier, same) < 0.8 * later) & (later > 1e-6)
     if delayed.mean() > 0.5:
         text = "actions repeat the state of the same or an earlier step, and do not lead it: shifted in time?"
         found.setdefault("all", []).append(("pairing", text))
@@ -210,22 +214,26 @@ def check_pairing(episodes, spec):
 def correlate(a, b):
     """Columns of a (T, A) with columns of b (T, D) -> (A, D); NaN for a constant column."""
     a, b = (x - x.mean(0) for x in (a.astype(np.float64), b.astype(np.float64)))
-    return (a.T @ b) / np.sqrt(np.outer(np.square(a).sum(0), np.square(b).sum(0)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (a.T @ b) / np.sqrt(np.outer(np.square(a).sum(0), np.square(b).sum(0)))
 
 
 def check_camera_names(thumbnails):
-    """thumbnails: {episode: {camera: mean frame (8, 8, 3)}}. An episode whose camera looks like another one's."""
+    """thumbnails: {episode: {camera: mean frame (8, 8, 3)}}. Episodes whose camera shows something else."""
     found, cameras = {}, sorted({camera for views in thumbnails.values() for camera in views})
     if len(thumbnails) < 3:
         return found
     usual = {camera: np.median([views[camera] for views in thumbnails.values()], 0) for camera in cameras}
     for name, views in thumbnails.items():
         for camera in cameras:
-            away = {other: np.abs(views[camera] - usual[other]).mean() for other in cameras}
-            nearest = min(away, key=away.get)
-            if away[nearest] < 0.5 * away[camera] and away[camera] > 4:
-                text = f"{camera} looks like {nearest} in the other episodes: swapped?"
-                found.setdefault(name, []).append(("camera", text))
+            seen, mine = views[camera], np.abs(views[camera] - usual[camera]).mean()
+            away = {f"looks like {other} does there": np.abs(seen - usual[other]).mean() for other in cameras}
+            del away[f"looks like {camera} does there"]
+            away["has red and blue exchanged"] = np.abs(seen[..., ::-1] - usual[camera]).mean()
+            away["is upside down"] = np.abs(seen[::-1] - usual[camera]).mean()
+            best = min(away, key=away.get)
+            if away[best] < 0.5 * mine and mine > 4:
+                found.setdefault(name, []).append(("camera", f"{camera} {best}, against the other episodes"))
     return found
 
 
@@ -265,7 +273,9 @@ def is_warning(rule):
 
 def check(episodes, spec, look_at=24):
     """For training: raise the first error, and return the warnings as lines."""
-    rows = [(name, *row) for name, found in examine(episodes, spec, 4, look_at).items() for row in found]
+    problems = examine(episodes, spec, 4, look_at)
+    problems = {"all": problems.pop("all", []), **problems}  # what holds for every episode comes first
+    rows = [(name, *row) for name, found in problems.items() for row in found]
     errors = [row for row in rows if not is_warning(row[1])]
     if errors:
         name, rule, text = errors[0]

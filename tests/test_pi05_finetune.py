@@ -1716,7 +1716,7 @@ print("reductions", sum(calls))
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, ranks):
     """SIGKILL, or SIGTERM to the whole group, loader processes included: 75, saved, resumed to equal weights."""
     folder, script = write_data(tmp_path / "data"), HOME / "train.py"
-    more = ["--steps", 40, "--save-every", 10, "--eval-every", 20, "--workers", 2]
+    more = ["--steps", 40, "--save-every", 10, "--eval-every", 20, "--log-every", 1, "--workers", 2]
     done = launch(script, *flags(folder, tmp_path / "one", *more), ranks=ranks)
     assert done.returncode == 0, done.stderr
     for number in (signal.SIGKILL, signal.SIGTERM) if ranks == 1 else (signal.SIGTERM,):
