@@ -94,6 +94,8 @@ def serve(folder):
         pid = os.fork()
         if pid == 0:
             child(task, train, faults.FAULTS)
+        with contextlib.suppress(OSError):  # the child does the same: whoever is first
+            os.setpgid(pid, pid)
         while not ended:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if not ended and time.monotonic() - start > (task["kill"] or task["limit"]):
