@@ -178,8 +178,9 @@ def open_run(args):
             with contextlib.suppress(FileExistsError):
                 Path("runs", args.folder, f"{number:03d}").mkdir(parents=True)
                 args.out = f"runs/{args.folder}/{number:03d}"
-        record = Path(args.out) / "args.json"
-        if record.exists() and not args.resume:
+        record, log = Path(args.out) / "args.json", Path(args.out) / "log.jsonl"
+        begun = record.exists() and (step_folders(args.out) or (log.exists() and log.stat().st_size))
+        if begun and not args.resume:  # one that ended before its first log line has left nothing to lose
             raise DataError(f"{args.out} holds a run already: --resume goes on with it, another --out starts a new one")
         try:
             record.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +189,7 @@ def open_run(args):
         lock(args.out)
         record.with_name("stop").unlink(missing_ok=True)
         flags = {name: value for name, value in vars(args).items() if name not in ("demo", "fixed", "folder")}
-        before = read_json(record)["flags"] if record.exists() else flags
+        before = read_json(record)["flags"] if begun else flags
         for name in args.fixed:
             if before.get(name) != flags[name]:
                 raise DataError(f"--resume keeps --{name.replace('_', '-')} {before.get(name)}, not {flags[name]}")

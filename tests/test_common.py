@@ -417,8 +417,10 @@ def test_runs_are_numbered(tmp_path, monkeypatch):
 
 
 def test_an_occupied_folder_is_refused(tmp_path):
-    """A second run into the same --out is refused and changes nothing; so is a path that is no folder."""
+    """A run that has begun is not overwritten; one that failed before its first log line is. A file is no --out."""
+    common.open_run(run_of(tmp_path / "out", lr=1.0))
     common.open_run(run_of(tmp_path / "out"))
+    (tmp_path / "out" / "log.jsonl").write_text('{"step": 1}\n')
     before = (tmp_path / "out" / "run.args").read_text()
     with pytest.raises(DataError, match="out holds a run already"):
         common.open_run(run_of(tmp_path / "out", steps=3))
@@ -431,6 +433,7 @@ def test_an_occupied_folder_is_refused(tmp_path):
 def test_resume_keeps_model_and_optimisation_flags(tmp_path):
     """--resume refuses a changed flag of args.fixed by name and takes any other; it removes a left-over OUT/stop."""
     common.open_run(run_of(tmp_path, steps=7))
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "stop").touch()
     common.open_run(run_of(tmp_path, resume=True, steps=9, accum=2, val_episodes=["3"]))
     assert not (tmp_path / "stop").exists()
