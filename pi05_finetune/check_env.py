@@ -20,7 +20,7 @@ import common
 
 # import name of each line of requirements.txt, where it is another
 IMPORTS = {"pyyaml": "yaml", "mujoco-mjx": "mujoco.mjx"}
-TESTS = ("pytest", "hypothesis", "scipy")
+TESTS = ("pytest", "scipy")
 NEEDS = dict(inference=8, lora=22, expert=24, all=70)  # GiB of a GPU; train.py --dry-run counts it for your flags
 
 
