@@ -911,6 +911,7 @@ def test_reconstruction_numbers_of_the_report(this):
     assert units["mae_per_dim"] == pytest.approx([0.1, 0.2, 0, 0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_report_of_a_run_and_of_new_data(this, tmp_path, capsys):
     """On the run's own split its MSE is what training logged; on data that is new, under whatever name, all episodes
     count but those that the run was trained on."""

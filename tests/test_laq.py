@@ -532,6 +532,7 @@ def test_run_resume_and_what_it_leaves(this, lab, tmp_path, capsys):
         this.train.main(flags(lab, tmp_path / "one", "--resume", "--lr", 1))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_holds_out_what_it_held_out(this, lab, tmp_path, capsys):
     """The folder has grown between stop and --resume: that is said, and the split is the checkpoint's."""
     data = write_clips(this, tmp_path / "data", [12] * 6)

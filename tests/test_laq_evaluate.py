@@ -301,6 +301,7 @@ def test_new_data_need_no_further_flags(laq, run, tmp_path):
     assert found["episodes"] == 3 and found["gap"] == "1" and found["probed"]["episodes"] == 3
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(run, tmp_path):
     script, checkpoint = ROOT / "laq" / "evaluate.py", run / "run/checkpoints/best"
     for words, said in (

@@ -696,6 +696,7 @@ def test_a_resumed_run_keeps_what_its_data_were(this, home, tmp_path, capsys):
     assert "when the run began" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_loader_processes_change_nothing(this, home, tmp_path):
     """Also not what the tokenizer and image processor make, which run in them."""
     for name, workers in dict(a=0, b=2).items():

@@ -802,7 +802,7 @@ def test_overfit_says_whether_it_got_there(this, latents, tmp_path, capsys, monk
     """Exit code 0 and an early end once MSE < 0.01 and MAE < 0.05 with codes; 1 if the steps do not suffice."""
     monkeypatch.setattr(this.train, "CHECK_EVERY", 20)
     more = ["--overfit", "--patch", 2, "--embed-dim", 32, "--eval-every", 25, "--save-every", 500]
-    long = [*more, "--quantize-after", 0.3, "--steps", 600, "--lr", 3e-3, "--log-every", 100]
+    long = [*more, "--quantize-after", 0.15, "--steps", 600, "--lr", 3e-3, "--log-every", 100]
     assert this.train.main(flags(latents, tmp_path / "good", *long)) == 0
     last = log_of(tmp_path / "good")[-1]
     assert last["val/mse_loss"] < 0.01 and last["val/mae_loss"] < 0.05 and last["step"] < 600
@@ -1028,6 +1028,7 @@ def test_report(this, evaluate, latents, checkpoint, tmp_path):
         assert file["embeddings"].shape == (12, 2, 1, 8, 8)
 
 
+@pytest.mark.slow
 def test_trained_recordings_are_known_and_new_data_need_no_flags(this, evaluate, latents, tmp_path, capsys):
     """Renamed source or files: what was trained on is left out. A new folder is evaluated whole. NaN rows are told."""
     assert this.train.main(flags(latents, tmp_path / "run")) == 0

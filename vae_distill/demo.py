@@ -8,12 +8,15 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import h5py
 import mujoco
 import numpy as np
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from teacher.arm import make
 
 ABOUT = dict(version=1, clips=40, frames=250, rate=50, substeps=4, seed=0)

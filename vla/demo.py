@@ -2,7 +2,7 @@
 
 Run:
   python vla/demo.py --out runs/demo/vla
-  python vla/demo.py --out runs/big --videos 1500 --body square
+  python vla/demo.py --out runs/big --videos 1500 --body light
 
 OUT: shards of videos (body A; their actions are left out unless --with-actions), labels/ (latent actions), robot/
 (shards of labelled demonstrations, body B), backbone/ (sim/tiny.py), with a grounding warm-up (sim/grounding.py). The
@@ -14,9 +14,12 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from shards import npy, npz, write_shard
 from sim import tabletop
 from sim.grounding import NAMES, warm_up

@@ -76,6 +76,7 @@ def second_process(server, out):
 # --- a sample
 
 
+@pytest.mark.slow
 def test_killed_stopped_and_corrupt(tmp_path):
     """fsq_vqvae, killed in a save, ended by SIGTERM with loader processes, and with a corrupt checkpoint, resumes."""
     with Server("fsq_vqvae", tmp_path) as server:
