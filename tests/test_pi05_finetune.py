@@ -1708,7 +1708,7 @@ print("reductions", sum(calls))
     a, b = (torch.load(tmp_path / f"grads_{name}.pt", weights_only=True) for name in ("one", "two"))
     assert len(a) == len(b) > 20
     for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)  # float32 sums in another order: 6e-7 was seen
 
 
 @pytest.mark.slow
