@@ -151,6 +151,10 @@ if sys.argv[2] == "fail":
         common.broadcast()
     except common.DataError as error:
         common.fail(error)
+import time
+torch.distributed.barrier()  # the end of every train.py
+time.sleep(0.5)
+torch.distributed.destroy_process_group()
 """
 
 
