@@ -55,11 +55,6 @@ def episode_hash(identity):
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
 
 
-def is_validation(identity, share):
-    """True for about `share` of the episodes."""
-    return episode_hash(identity) < share
-
-
 def fingerprints(source):
     """A checksum of each episode's actions: a recording is known again under any name."""
     parts = np.split(source.actions, source.start[1:])

@@ -175,8 +175,10 @@ def images(model, pairs, args, device):
         first, second = (to_input(pairs.frames[part, t], device) for t in (0, 1))
         scene = to_input(pairs.scenes[scenes[part]], device)
         true, other = (torch.from_numpy(c[part]).to(device) for c in (codes, shuffled))
-        decoded, foreign = model.decode(first, true), model.decode(first, other)
-        errors.append(torch.stack([(x - second).square().mean((1, 2, 3)) for x in (decoded, foreign, first)], 1).cpu())
+        decoded, with_other = model.decode(first, true), model.decode(first, other)
+        errors.append(
+            torch.stack([(x - second).square().mean((1, 2, 3)) for x in (decoded, with_other, first)], 1).cpu()
+        )
         nearer = errors[-1][:, 0] < (decoded - first).square().mean((1, 2, 3)).cpu()
         cycle = (model.encode(first, decoded)[0] == true).float().mean(1).cpu()
         transfer = (model.encode(scene, model.decode(scene, true))[0] == true).float().mean(1).cpu()

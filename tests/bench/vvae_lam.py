@@ -5,7 +5,7 @@ Run:
   python tests/bench/vvae_lam.py --parts scaling loader --out bench
 
 Every row is a process of its own (peak memory is a process's), CPU time of a step, one thread. "dense" is the
-construction of the seed's ancestor, written here from its description: attention over all T x 256 encoder tokens and
+construction of the original model, written here from its description: attention over all T x 256 encoder tokens and
 (T - 1) x 515 decoder tokens [frame, 3 codes, queries], nn.MultiheadAttention with weights materialised and float masks,
 BatchNorm, a second decoder for the rollout. "sdpa" is the same without materialised weights.
 """
@@ -45,7 +45,7 @@ class DenseBlock(nn.Module):
 
 
 class DenseReference(nn.Module):
-    """The ancestor's shape: latents (B, T, 16, 64, 64) -> loss; 3 codes of a codebook of 12 per transition."""
+    """The original model: latents (B, T, 16, 64, 64) -> loss; 3 codes of a codebook of 12 per transition."""
 
     def __init__(self, weights, dim=512, depth=3, heads=8, patches=256, code=128, longest=20):
         super().__init__()
