@@ -19,7 +19,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one f
 import common
 
 # import name of each line of requirements.txt, where it is another
-IMPORTS = {"pyyaml": "yaml", "mujoco-mjx": "mujoco.mjx"}
+IMPORTS = {"pyyaml": "yaml", "pillow": "PIL", "mujoco-mjx": "mujoco.mjx"}
 TESTS = ("pytest", "scipy")
 NEEDS = dict(inference=8, lora=22, expert=24, all=70)  # GiB of a GPU; train.py --dry-run counts it for your flags
 
