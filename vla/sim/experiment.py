@@ -50,7 +50,7 @@ ARMS = dict(
     other_vpt="inverse dynamics from the same demonstrations label another robot's videos",
 )
 GROUNDING = 400  # steps of the tabletop's grounding warm-up, in every arm
-HELD_OUT = 2  # demonstrations per task that only validation sees
+MOST_DEMOS, HELD_OUT = 10, 2  # demonstrations per task; those after the first N are held out, and two at least
 # The command of each stage; a plan fills in the {words}. TRAIN stands in the three training stages.
 TRAIN = """--image-size {pixels} --batch-size 32 --lr 1e-3 --warmup 50 --weight-decay 0.05 --steps {steps}
     --log-every 100 --eval-every 250 --save-every 250 --val-samples 256 --seed {seed} --device {device} --resume
@@ -74,7 +74,7 @@ COMMANDS = {
     + TRAIN,
     "stage3": """vla/finetune.py --data robot={demos}/robot --val-episodes {held_out} {start} --chunk {chunk} """
     + TRAIN,
-    "test": """vla/evaluate.py --checkpoint {policy}/checkpoints/best --env {env} {env_tasks} --episodes {episodes}
+    "test": """vla/evaluate.py --checkpoint {policy}/checkpoints/last --env {env} {env_tasks} --episodes {episodes}
         --n-action-steps {n_action_steps} --seed 9{seed} --device {device} --out {run}""",
 }
 # seconds on a quiet core, for the estimate of the time left until a stage has been measured
@@ -114,6 +114,8 @@ def parse(argv=None):
         args.tasks, args.seeds, args.demos = ["door-open", "button-press-topdown", "window-close"], [0], [5]
         args.arms = ["latents", "actions", "scratch"]
         args.videos, args.laq_steps, args.steps, args.tune_steps, args.episodes = 25, 600, 600, 400, 10
+    if max(args.demos) > MOST_DEMOS:
+        parser.error(f"--demos must be at most {MOST_DEMOS}")
     if ("given" in args.arms) != bool(args.labels):
         parser.error("--labels and the arm `given` go together")
     for name in ("demos", "videos", "laq_steps", "steps", "tune_steps", "episodes", "jobs"):
@@ -141,7 +143,7 @@ def plan(args):
     out, jobs, meta = Path(args.out).resolve(), {}, args.env == "metaworld"
     tasks = [list(metaworld.TASKS).index(task) for task in args.tasks] if meta else [0]
     per_task = 1 if meta else 28  # of the tabletop's tasks only the sum is chosen
-    pixels, most = (64 if meta else 32), max(args.demos) + HELD_OUT
+    pixels, most = (64 if meta else 32), MOST_DEMOS + HELD_OUT
     texts = list(metaworld.TASKS.values())
     if not meta:
         texts = [tabletop.instruction(i, verb) for i in range(len(tabletop.TASKS)) for verb in tabletop.VERBS]
@@ -167,7 +169,7 @@ def plan(args):
     def cell(arm, seed, demos):
         """The jobs of one number of the table."""
         count = most * per_task
-        demos_at = add(f"{args.env}-demos", f"demos-{seed}-{most}", seed=seed, count=count)
+        demos_at = add(f"{args.env}-demos", f"demos-{seed}", seed=seed, count=count)
         backbone = f"backbone-{seed}"
         add("backbone", backbone, function=lambda run: build_backbone(run, seed))
         held_out = ",".join(f"{1000 * task + demos * per_task}-{1000 * task + count - 1}" for task in tasks)
@@ -204,7 +206,7 @@ def plan(args):
             add("relabel", labels, [plain], lambda run: relabel(out / plain, out / videos, run, arm, seed))
         return add("stage2", f"stage2-{arm}-{seed}", [labels, backbone], **own, labels=out / labels)
 
-    for demos in sorted(args.demos, key=lambda n: (n != 5, n)):  # the number of the claim first
+    for demos in args.demos:
         for seed in args.seeds:
             for arm in args.arms:
                 cell(arm, seed, demos)
