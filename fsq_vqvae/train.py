@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["torch>=2.7,<2.11", "numpy", "einops", "h5py", "pyarrow", "tqdm", "matplotlib"]
+# ///
 """Train FSQVQVAE: learns discrete tokens of action chunks from recorded robot actions.
 
 Run:

@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["torch>=2.7,<2.11", "numpy", "einops", "av", "webdataset", "tqdm", "matplotlib"]
+# ///
 """Train LAQ: learns discrete latent actions from pairs of video frames, without action labels (LAPA stage 1).
 
 Run:

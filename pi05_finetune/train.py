@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["lerobot>=0.4.2,<0.5", "transformers>=4.57.1,<5", "h5py", "matplotlib"]
+# ///
 """Train Pi05: fine-tunes LeRobot's pi0.5 policy on recorded episodes.
 
 Run:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,19 @@ def test_flags(readme):
             if (ROOT / script).is_file():
                 text = (ROOT / script).read_text()
                 assert not [flag for flag in flags if f'"--{flag}"' not in text], f"`{line}`: {script} has no such flag"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_script_header(folder):
+    """`uv run FOLDER/train.py` installs what the folder's README names (PEP 723), as requirements.txt pins it."""
+    header = (ROOT / folder / "train.py").read_text().split('"""')[0]
+    assert header.startswith("# /// script\n") and header.endswith("# ///\n")
+    script = tomllib.loads("".join(line[2:] for line in header.splitlines(keepends=True)[1:-1]))
+    requirements = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert set(script["dependencies"]) <= {*requirements, "torchvision"}  # lerobot brings it there
+    (line,) = re.findall(r"^pip install (.*?) +# all that", (ROOT / folder / "README.md").read_text(), re.M)
+    names = [[re.match(r"[\w-]+", word)[0] for word in words] for words in (script["dependencies"], shlex.split(line))]
+    assert sorted(names[0]) == sorted(names[1])
 
 
 @every

@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["jax", "flax", "mujoco", "mujoco-mjx", "h5py", "tqdm", "matplotlib"]
+# ///
 """Train a VAE student: learns a latent motor skill space from a frozen track-mjx teacher in MuJoCo MJX.
 
 Run:

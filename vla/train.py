@@ -1,3 +1,7 @@
+# /// script
+# dependencies = ["torch>=2.7,<2.11", "numpy", "tqdm", "av", "webdataset", "torchvision", "matplotlib",
+#   "transformers>=4.57.1,<5"]
+# ///
 """Train VLA, stage 2: a vision-language model learns latent actions from image and instruction of labelled videos.
 
 Run:

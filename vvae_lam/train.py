@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["torch>=2.7,<2.11", "numpy", "einops", "h5py", "tqdm", "matplotlib"]
+# ///
 """Train VVAELatentActionVQVAE: learns discrete latent actions from the latents of a video VAE.
 
 Run:
