@@ -377,8 +377,18 @@ def frames(count, channels=2, size=4, seed=0):
 
 
 @pytest.fixture(scope="module")
-def recordings():
-    return load("vvae_lam", "recordings").recordings
+def loaded():
+    return load("vvae_lam", "recordings", "sources")
+
+
+@pytest.fixture(scope="module")
+def recordings(loaded):
+    return loaded.recordings
+
+
+@pytest.fixture(scope="module")
+def sources(loaded):
+    return loaded.sources
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 2])
@@ -397,15 +407,15 @@ def test_frames_are_read_as_they_were_written(recordings, tmp_path, chunk_frames
     assert len(recordings.inspect(path, all_latents=True)) == 24
 
 
-def test_only_latents_that_saw_nothing_later_are_used_by_default(recordings, tmp_path):
+def test_only_latents_that_saw_nothing_later_are_used_by_default(sources, tmp_path):
     """What is used, and what leaks, is said in a line."""
     write_h5(tmp_path / "a" / "a.h5", frames(8))
     write_h5(tmp_path / "b" / "b.h5", frames(8), attributes=dict(causal=False))
-    causal, strict = (recordings.read_sources([str(tmp_path / name)]) for name in "ab")
-    assert not [line for line in recordings.describe_recordings(causal) if "latents" in line.lower() and "seen" in line]
-    assert "of each chunk only the last latent is used" in "\n".join(recordings.describe_recordings(strict))
-    leaky = recordings.read_sources([str(tmp_path / "b")], all_latents=True)
-    assert len(leaky[0]) == 8 and "a leak" in "\n".join(recordings.describe_recordings(leaky))
+    causal, strict = (sources.read_sources([str(tmp_path / name)]) for name in "ab")
+    assert not [line for line in sources.describe_recordings(causal) if "latents" in line.lower() and "seen" in line]
+    assert "of each chunk only the last latent is used" in "\n".join(sources.describe_recordings(strict))
+    leaky = sources.read_sources([str(tmp_path / "b")], all_latents=True)
+    assert len(leaky[0]) == 8 and "a leak" in "\n".join(sources.describe_recordings(leaky))
 
 
 def test_per_frame_latents_without_a_time_axis(recordings, tmp_path):
@@ -439,17 +449,17 @@ def array(path, x, **attributes):
         (lambda p: write_h5(p, frames(4), attributes=dict(vae="AutoencoderKLWan")), "latents of several VAEs"),
     ],
 )
-def test_broken_files_are_named(recordings, tmp_path, capsys, damage, message):
+def test_broken_files_are_named(sources, tmp_path, capsys, damage, message):
     """Wrong key, rank, type, axes, VAE, truncated: one error that names the file; make_manifest.py leaves it out."""
     write_h5(tmp_path / "a.h5", frames(4))
     write_h5(tmp_path / "b.h5", frames(4))
     damage(tmp_path / "ü c.h5")
     with pytest.raises(DataError, match=f"ü c.h5: .*({message})"):
-        recordings.read_sources([str(tmp_path)])
+        sources.read_sources([str(tmp_path)])
     assert load("vvae_lam", "make_manifest").make_manifest.main([str(tmp_path)]) == 0
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["left_out"] == 1 and "ü c.h5" in capsys.readouterr().out
-    assert {r.id for r in recordings.read_sources([str(tmp_path)])} == {"a", "b"}
+    assert {r.id for r in sources.read_sources([str(tmp_path)])} == {"a", "b"}
 
 
 def test_chunks_that_were_never_written_are_named(recordings, tmp_path):
@@ -480,10 +490,10 @@ def test_nan_inside_a_chunk_is_named(recordings, tmp_path):
         recording.read([3, 4, 5])
 
 
-def test_frame_rates_that_differ_are_told(recordings, tmp_path):
+def test_frame_rates_that_differ_are_told(sources, tmp_path):
     for n, fps in enumerate((2.0, 2.0, 7.5)):
         write_h5(tmp_path / f"{n}.h5", frames(4), attributes=dict(fps=fps))
-    said = "\n".join(recordings.describe_recordings(recordings.read_sources([str(tmp_path)])))
+    said = "\n".join(sources.describe_recordings(sources.read_sources([str(tmp_path)])))
     assert "frame rates of the recordings differ: 2 (2), 7.5 (1)" in said and "C 2, H 4, W 4" in said
 
 
@@ -515,29 +525,29 @@ def test_motion_of_a_transition(recordings, tmp_path):
         recordings.inspect(path).motion(1)
 
 
-def test_links_capitals_and_hidden_files(recordings, tmp_path):
+def test_links_capitals_and_hidden_files(sources, tmp_path):
     """Linked folders are searched, once; .H5 counts; ._ files of a Mac do not."""
     for name in ("d/a.h5", "d/B.H5", "elsewhere/c.hdf5"):
         write_h5(tmp_path / name, frames(4, seed=len(name)))
     (tmp_path / "d" / "._a.h5").write_bytes(b"mac")
     (tmp_path / "d" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "d")
-    assert {r.id for r in recordings.read_sources([str(tmp_path / "d")])} == {"a", "B", "link/c"}
+    assert {r.id for r in sources.read_sources([str(tmp_path / "d")])} == {"a", "B", "link/c"}
     write_h5(tmp_path / "d" / "a.hdf5", frames(4))
     with pytest.raises(DataError, match="two files are called a"):
-        recordings.read_sources([str(tmp_path / "d")])
+        sources.read_sources([str(tmp_path / "d")])
 
 
-def test_a_path_may_hold_an_equals_sign(recordings, tmp_path, monkeypatch):
+def test_a_path_may_hold_an_equals_sign(sources, tmp_path, monkeypatch):
     write_h5(tmp_path / "lr=0.1" / "a.h5", frames(4))
     monkeypatch.chdir(tmp_path)
     for word, name in ((str(tmp_path / "lr=0.1"), "lr=0.1"), ("lr=0.1", "lr=0.1"), ("x=lr=0.1", "x")):
-        assert [r.source for r in recordings.read_sources([word])] == [name]
+        assert [r.source for r in sources.read_sources([word])] == [name]
     with pytest.raises(DataError, match="NAME=PATH"):
-        recordings.read_sources(["lr=0.2"])
+        sources.read_sources(["lr=0.2"])
 
 
-def test_split_by_manifest_by_name_and_by_hash(recordings, tmp_path):
+def test_split_by_manifest_by_name_and_by_hash(sources, tmp_path):
     """The split belongs to the episode: other names of the source change nothing, its cameras stay together."""
     for n in range(12):
         for camera in "xy":
@@ -546,12 +556,12 @@ def test_split_by_manifest_by_name_and_by_hash(recordings, tmp_path):
     data = [f"d={tmp_path / 'd'}"]
 
     def held_out(data=data, **how):
-        return {r.id for r in recordings.read_sources(data, **how) if r.split == "validation"}
+        return {r.id for r in sources.read_sources(data, **how) if r.split == "validation"}
 
     def both(*numbers):
         return {f"r{n:02d}_{camera}" for n in numbers for camera in "xy"}
 
-    by_hash = [n for n in range(12) if recordings.episode_hash(f"r{n:02d}") < 0.3]
+    by_hash = [n for n in range(12) if sources.episode_hash(f"r{n:02d}") < 0.3]
     assert 0 < len(by_hash) < 12 and held_out(val_share=0.3) == both(*by_hash)
     assert held_out([f"other={tmp_path / 'd'}"], val_share=0.3) == both(*by_hash)
     assert held_out(val_episodes=["r03", "d=r05", "r07_x"]) == both(3, 5) | {"r07_x"}
@@ -561,7 +571,7 @@ def test_split_by_manifest_by_name_and_by_hash(recordings, tmp_path):
     assert held_out([str(tmp_path / "numbers")], val_episodes=["2-3,5"]) == {"002", "003", "005"}
     manifest = dict(splits=dict(train=["r00_x.h5"], val=[f"/elsewhere/{'r01_x.h5'}"], test=["r02_x"]))  # moved
     (tmp_path / "m.json").write_text(json.dumps(manifest))
-    splits = {r.id: r.split for r in recordings.read_sources(data, manifest=tmp_path / "m.json")}
+    splits = {r.id: r.split for r in sources.read_sources(data, manifest=tmp_path / "m.json")}
     assert splits == dict(r00_x="train", r01_x="validation", r02_x="test")
     manifest["splits"]["train"] += ["gone.h5", "gone2.h5"]
     (tmp_path / "m.json").write_text(json.dumps(manifest))
@@ -575,20 +585,20 @@ def test_split_by_manifest_by_name_and_by_hash(recordings, tmp_path):
         ([*data, f"d={tmp_path / 'empty'}"], {}, "two sources are called d"),
     ):
         with pytest.raises(DataError, match=message):
-            recordings.read_sources(words, **how)
+            sources.read_sources(words, **how)
 
 
-def test_a_checkpoint_knows_its_recordings_by_content(recordings, tmp_path):
+def test_a_checkpoint_knows_its_recordings_by_content(sources, tmp_path):
     """Renamed and moved files keep their split; new and missing ones are told."""
     for n in range(4):
         write_h5(tmp_path / "d" / f"{n}.h5", frames(4, seed=n))
-    table = recordings.split_of(recordings.read_sources([str(tmp_path / "d")], val_episodes=["2"]))
+    table = sources.split_of(sources.read_sources([str(tmp_path / "d")], val_episodes=["2"]))
     (tmp_path / "moved").mkdir()
     shutil.move(tmp_path / "d" / "2.h5", tmp_path / "moved" / "other.h5")
     shutil.move(tmp_path / "d" / "1.h5", tmp_path / "moved" / "name.h5")
     write_h5(tmp_path / "moved" / "1.h5", frames(4, seed=9))
-    found = recordings.read_sources([str(tmp_path / "moved")])
-    lines = "\n".join(recordings.restore_split(found, json.loads(json.dumps(table))))
+    found = sources.read_sources([str(tmp_path / "moved")])
+    lines = "\n".join(sources.restore_split(found, json.loads(json.dumps(table))))
     assert {r.id: r.split for r in found} == {"other": "validation", "name": "train", "1": "new"}
     assert "1 recordings are new" in lines and "2 recordings of the run are gone" in lines
 
@@ -831,7 +841,7 @@ def test_init_takes_weights_codes_and_normalisation(this, latents, tmp_path):
         this.train.main(flags(latents, tmp_path / "three", "--init", init, "--num-embeddings", 5))
 
 
-def test_a_chunk_with_nan_stops_a_run_with_its_checkpoints_complete(this, recordings, latents, tmp_path):
+def test_a_chunk_with_nan_stops_a_run_with_its_checkpoints_complete(this, sources, latents, tmp_path):
     """Named with file and chunk; once the file is mended the run goes on from its last checkpoint."""
     folder = shutil.copytree(latents, tmp_path / "data")
     with H5(folder / "r0.h5", "a") as file:
@@ -846,13 +856,13 @@ def test_a_chunk_with_nan_stops_a_run_with_its_checkpoints_complete(this, record
             this.train.main(flags(folder, tmp_path / "out", *quiet))
     shutil.copy(latents / "r0.h5", folder / "mended.h5")  # the run still holds r0.h5 open
     os.replace(folder / "mended.h5", folder / "r0.h5")
-    this.train.read_sources.__globals__["opened"].cache_clear()
+    this.train.read_sources.__globals__["inspect"].__globals__["opened"].cache_clear()
     assert this.train.main(flags(folder, tmp_path / "out", *quiet, "--resume")) == 0
 
 
-def test_a_file_that_disappears_in_mid_run_is_named(this, recordings, latents, tmp_path):
+def test_a_file_that_disappears_in_mid_run_is_named(this, sources, latents, tmp_path):
     folder = shutil.copytree(latents, tmp_path / "data")
-    sequences = this.data.Sequences(recordings.read_sources([str(folder)], val_share=0.0), 4)
+    sequences = this.data.Sequences(sources.read_sources([str(folder)], val_share=0.0), 4)
     (folder / "r3.h5").unlink()
     with pytest.raises(DataError, match="r3.h5: .*cannot be read"):
         list(this.data.train_loader(this.data.TrainBatches(sequences, 4), 0, 40))
@@ -1269,7 +1279,7 @@ def test_rollouts_decode_as_one_video_at_the_true_rate(encode, vaes, tmp_path):
         assert len(images) == 20 and len(images) / rate == pytest.approx(5 / 1.25, rel=0.01)
 
 
-def test_shards_become_latents_that_know_their_clips(encode, recordings, vaes, tmp_path):
+def test_shards_become_latents_that_know_their_clips(encode, sources, vaes, tmp_path):
     """KEY.mp4 of a tar, with a Mac's ._ file beside it: shard, key and episode are in the latents' file."""
     path = write_video(encode, tmp_path / "v.mp4", count=8)
     (tmp_path / "shards").mkdir()
@@ -1281,7 +1291,7 @@ def test_shards_become_latents_that_know_their_clips(encode, recordings, vaes, t
             tar.addfile(member, io.BytesIO(data))
     words = ["--data", str(tmp_path / "shards"), "--vae", str(vaes / "svd"), "--out", str(tmp_path / "l")]
     assert encode.main([*words, "--device", "cpu"]) == 0
-    (recording,) = recordings.read_sources([str(tmp_path / "l")])
+    (recording,) = sources.read_sources([str(tmp_path / "l")])
     about = recording.attributes
     assert (about["shard"], about["key"], recording.episode) == ("shard-000003.tar", "c-1", "e7")
     assert len(recording) == 8 and recording.frame_index().tolist() == list(range(8)) and recording.every
@@ -1433,11 +1443,11 @@ def test_videovae_plus_from_a_checkout(encode, tmp_path):
 # --- real data
 
 
-def test_real_droid_latents_and_states(recordings, tmp_path):
+def test_real_droid_latents_and_states(sources, tmp_path):
     """The converter's files hold the published latents and states; all cameras of an episode are one episode."""
     root = shared("droid_ctrlworld") / "original" / "droid_subset"
     assert load("vvae_lam", "convert_droid").convert_droid.main(["--data", str(root), "--out", str(tmp_path)]) == 0
-    found = {r.id: r for r in recordings.read_sources([f"droid={tmp_path}"], val_episodes=["3"])}
+    found = {r.id: r for r in sources.read_sources([f"droid={tmp_path}"], val_episodes=["3"])}
     assert len(found) == 21 and {i for i, r in found.items() if r.split != "train"} == {f"3_cam{c}" for c in "012"}
     published = np.load(root.parents[1] / "converted" / "droid_train_3_cam0_latents.npy")
     assert found["3_cam0"].shape == (4, 24, 40) and len(found["3_cam0"]) == 80

@@ -23,7 +23,7 @@ from data import Sequences
 from label import label, open_device
 from metrics import assess, codebook_metrics, count_codes, probe, reconstruction_metrics
 from model import VVAELatentActionVQVAE
-from recordings import describe_recordings, read_sources, restore_split
+from sources import describe_recordings, read_sources, restore_split
 from torch.utils.data import DataLoader
 
 import common

@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from model import VVAELatentActionVQVAE
-from recordings import read_sources
+from sources import read_sources
 from tqdm import tqdm
 
 import common

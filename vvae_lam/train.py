@@ -29,7 +29,7 @@ import figures
 from data import Sequences, TrainBatches, train_loader, validation_loaders
 from metrics import assess, code_sensitivity, codebook_metrics, count_codes, reconstruction_metrics
 from model import Config, VVAELatentActionVQVAE, read_config
-from recordings import describe_recordings, normalisation, read_sources, restore_split, split_of
+from sources import describe_recordings, normalisation, read_sources, restore_split, split_of
 
 import common
 

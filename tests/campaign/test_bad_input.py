@@ -85,7 +85,7 @@ def tokenizer(this, home):
 # --- vvae_lam
 
 
-@reader("vvae_lam", "recordings")
+@reader("vvae_lam", "recordings", "sources")
 def latents(this, home):
     for name in "ab":
         with h5py.File(home / f"{name}.h5", "w") as file:
@@ -94,7 +94,7 @@ def latents(this, home):
 
     def read():
         this.recordings.opened.cache_clear()
-        return [recording.read(np.arange(len(recording))) for recording in this.recordings.read_sources([f"a={home}"])]
+        return [recording.read(np.arange(len(recording))) for recording in this.sources.read_sources([f"a={home}"])]
 
     return sorted(home.iterdir()), read
 
@@ -124,14 +124,12 @@ def write_shard(shards, path, **more):
 @reader("laq", "shards")
 def shards(this, home):
     write_shard(this.shards, home / "x.tar")
-    index = home / "x.index.json"
 
     def read():
         for clip in this.shards.read_clips(home, say=lambda text: None):
             clip.frames(8), clip.array("actions.npy")
-        index.unlink(missing_ok=True)  # later cases read the headers of the tar
 
-    return [home / "x.tar", index], read
+    return [home / "x.tar"], read
 
 
 @reader("laq", "readers", "readers.recording")
