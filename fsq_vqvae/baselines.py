@@ -37,12 +37,25 @@ def first_action(chunks):
     return Coded("first action held (given it)", np.broadcast_to(chunks[:, :1], chunks.shape), np.zeros(len(chunks)), 0)
 
 
-def bins256(chunks):
+class Bins:
     """OpenVLA's rule: one token per step and dim; 256 edges on [-1, 1], values beyond are clipped."""
-    edges = np.linspace(-1, 1, 256)
-    centres = (edges[1:] + edges[:-1]) / 2
-    digits = np.clip(np.digitize(np.clip(chunks, -1, 1), edges) - 1, 0, len(centres) - 1)
-    return Coded("256 bins", centres[digits], np.full(len(chunks), chunks[0].size), 8.0)
+
+    def __init__(self, steps, dims, edges=256):
+        self.shape, self.edges = (steps, dims), np.linspace(-1, 1, edges)
+
+    def encode(self, chunks):
+        """Chunks (B, T, A) -> tokens (B, T A) from 0 to 254."""
+        digits = np.digitize(np.clip(chunks, -1, 1), self.edges) - 1
+        return np.clip(digits, 0, len(self.edges) - 2).reshape(len(chunks), -1)
+
+    def decode(self, tokens):
+        """Tokens (B, T A) -> the middle of each bin, (B, T, A)."""
+        return ((self.edges[1:] + self.edges[:-1]) / 2)[tokens].reshape(-1, *self.shape)
+
+
+def bins256(chunks):
+    bins = Bins(*chunks.shape[1:])
+    return Coded("256 bins", bins.decode(bins.encode(chunks)), np.full(len(chunks), chunks[0].size), 8.0)
 
 
 def uniform(fitted, values, levels):
@@ -81,37 +94,54 @@ def beast(train, chunks, points, levels, degree=4, ridge=1e-4):
     return Coded(f"BEAST, {levels} levels", decoded, np.full(len(chunks), points * A), math.log2(levels))
 
 
-def fast(train, chunks, scale):
+class Fast:
     """FAST (arXiv 2501.09747): DCT over time, rounded, low frequencies first, as text through byte-level BPE.
 
     The published fit() seeds the BPE with characters that are not byte-level ones, and can then emit chunks that do
-    not decode; all 256 bytes are seeded here. What does not decode is counted, and scored as zeros (as openpi acts).
-    As published, coefficients below the smallest of the training chunks are clipped to it: costly where data drift.
+    not decode; all 256 bytes are seeded here. As published, coefficients below the smallest of the training chunks are
+    clipped to it: costly where data drift.
     """
-    from tokenizers import ByteLevelBPETokenizer, pre_tokenizers, trainers
 
-    T, A = chunks.shape[1:]
-    dct, train = dct_matrix(T), train[:: math.ceil(len(train) / FAST_CHUNKS)]
-    train, numbers = (np.around(dct @ x * scale).astype(np.int64).reshape(len(x), -1) for x in (train, chunks))
-    low = train.min()
+    def __init__(self, train, scale):
+        """train: chunks (B, T, A) to learn the BPE from. scale: of the coefficients before they are rounded."""
+        from tokenizers import ByteLevelBPETokenizer, pre_tokenizers, trainers
 
-    def text(row):
-        return "".join(map(chr, np.clip(row - low, 0, 0xD7FF)))  # beyond lie surrogates, which are no characters
+        self.shape, self.scale, self.dct = train.shape[1:], scale, dct_matrix(train.shape[1])
+        numbers = self.coefficients(train[:: math.ceil(len(train) / FAST_CHUNKS)])
+        self.low = numbers.min()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a set: its order would change from run to run
+        settings = dict(vocab_size=FAST_VOCABULARY, min_frequency=2, max_token_length=10000, show_progress=False)
+        self.bpe = ByteLevelBPETokenizer()
+        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **settings)
+        self.bpe._tokenizer.train_from_iterator(map(self.text, numbers), trainer)
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a set: its order would change from run to run
-    settings = dict(vocab_size=FAST_VOCABULARY, min_frequency=2, max_token_length=10000, show_progress=False)
-    bpe = ByteLevelBPETokenizer()
-    bpe._tokenizer.train_from_iterator(map(text, train), trainers.BpeTrainer(initial_alphabet=alphabet, **settings))
-    decoded, tokens, undecodable = np.zeros(chunks.shape), [], 0
-    for i, row in enumerate(numbers):
-        ids = bpe.encode(text(row)).ids
-        back = bpe.decode(ids)
-        tokens.append(len(ids))
-        if len(back) == T * A and "\ufffd" not in back:
-            decoded[i] = dct.T @ ((np.array([ord(c) for c in back]) + low) / scale).reshape(T, A)
-        else:
-            undecodable += 1
-    return Coded("FAST", decoded, np.array(tokens), math.log2(FAST_VOCABULARY), undecodable)
+    def coefficients(self, chunks):
+        return np.around(self.dct @ chunks * self.scale).astype(np.int64).reshape(len(chunks), -1)
+
+    def text(self, row):
+        return "".join(map(chr, np.clip(row - self.low, 0, 0xD7FF)))  # beyond lie surrogates, which are no characters
+
+    def encode(self, chunks):
+        """Chunks (B, T, A) -> a list of B lists of tokens, of any length."""
+        return [self.bpe.encode(self.text(row)).ids for row in self.coefficients(chunks)]
+
+    def decode(self, tokens):
+        """One list of tokens -> its chunk (T, A), or None where it is no chunk."""
+        text = self.bpe.decode(list(tokens))
+        if len(text) != math.prod(self.shape) or "\ufffd" in text:
+            return None
+        numbers = np.array([ord(c) for c in text]) + self.low
+        return self.dct.T @ (numbers / self.scale).reshape(self.shape)
+
+
+def fast(train, chunks, scale):
+    """Chunks that do not decode are counted, and scored as zeros (as openpi acts)."""
+    codec = Fast(train, scale)
+    tokens = codec.encode(chunks)
+    decoded = [codec.decode(some) for some in tokens]
+    undecodable = sum(chunk is None for chunk in decoded)
+    decoded = np.stack([np.zeros(codec.shape) if chunk is None else chunk for chunk in decoded])
+    return Coded("FAST", decoded, np.array(list(map(len, tokens))), math.log2(FAST_VOCABULARY), undecodable)
 
 
 class RegisterTokenizer(nn.Module):

@@ -32,15 +32,26 @@ class Fit:
     deviation: np.ndarray  # K
     span: np.ndarray  # M X: all directions that were considered, times their deviation
 
+    def error(self, x, context):
+        """Mean squared error of chunks (B, X) coded with what is known of them, (B, C)."""
+        x = x - context @ self.weight - self.mean
+        coded = x @ self.basis.T
+        for k, points in enumerate(self.points):
+            coded[:, k] = points[np.searchsorted((points[1:] + points[:-1]) / 2, coded[:, k])]
+        return np.square(x - coded @ self.basis).mean()
 
-def fit(x, context, tokens, codebook_size):
-    """Chunks (B, X) and what is known beforehand of each, (B, C), both float64 -> Fit."""
+
+def fit(x, context, tokens, codebook_size, wide=True):
+    """Chunks (B, X) and what is known beforehand of each, (B, C), both float64 -> Fit.
+
+    wide: points for motions somewhat beyond the recorded ones (see spread); False: for just these.
+    """
     weight = ridge(x, context)
     x = x - context @ weight
     mean = x.mean(0)
     directions = np.linalg.eigh((x - mean).T @ (x - mean))[1].T[::-1][: COEFFICIENTS_PER_TOKEN * tokens]
     z = (x - mean) @ directions.T
-    tables = [LloydMax(samples) for samples in spread(z).T]
+    tables = [LloydMax(samples) for samples in (spread(z) if wide else z).T]
     levels, token = allocate(tables, tokens, codebook_size)
     order = [np.flatnonzero((token == n) & (levels > 1)) for n in range(tokens)]
     used = np.concatenate(order)

@@ -69,14 +69,14 @@ class Source:
         actions, mask = self.gather(rows, episodes)
         return dict(actions=actions, mask=mask, context=self.context(rows, episodes, context))
 
-    def sample(self, context, most=20_000):
-        """Up to `most` whole training chunks, evenly spaced, to fit a coder to; padded ones where none is whole."""
-        rows, episodes = self.starts(validation=False, whole=True)
-        rows, episodes = (rows, episodes) if len(rows) else self.starts(validation=False)
-        most = min(most, 20_000_000 // (self.chunk * self.actions.shape[1]))  # numbers: 160 MB in float64
-        some = np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)
+    def sample(self, context, validation=False, most=20_000):
+        """Up to `most` whole chunks, evenly spaced; padded ones where none is whole; None where there are none."""
+        rows, episodes = self.starts(validation, whole=True)
+        rows, episodes = (rows, episodes) if len(rows) else self.starts(validation)
+        most = min(most, len(rows), 20_000_000 // (self.chunk * self.actions.shape[1]))  # 160 MB in float64
+        some = np.linspace(0, len(rows) - 1, most).astype(int)
         batch = self.batch(rows[some], episodes[some], context)
-        return {key: torch.from_numpy(value) for key, value in batch.items()}
+        return {key: torch.from_numpy(value) for key, value in batch.items()} if most else None
 
 
 # --- sources
@@ -143,18 +143,15 @@ def read_sources(data, chunk, val_share=0.1, val_episodes=(), condition="none", 
     return sources
 
 
-def describe(source, normalise="quantile"):
+def describe(source):
     """What the model keeps of a source: name, dims, chunk, rate and the normalisation fitted on its training episodes.
 
-    quantile: q01 and q99 of each dim go to -1 and 1 (no clipping). std: zero mean, unit deviation. A dim that hardly
-    moves is only centred, in its own units; a rare event, such as a gripper's, is scaled by its span.
+    q01 and q99 of each dim go to -1 and 1 (no clipping). A dim that hardly moves is only centred, in its own units; a
+    rare event, such as a gripper's, is scaled by its span.
     """
     rows = source.rows(validation=False).astype(np.float64)
     low, high = np.quantile(rows, [0.01, 0.99], axis=0)
-    if normalise == "std":
-        center, scale = rows.mean(0), rows.std(0)
-    else:
-        center, scale = (low + high) / 2, (high - low) / 2
+    center, scale = (low + high) / 2, (high - low) / 2
     span, noise = (rows.max(0) - rows.min(0)) / 2, 1e-6 + 1e-5 * np.abs(center)  # float32 keeps 7 digits
     scale = np.where(scale < 1e-4 * np.maximum(np.abs(center), 1e-2), np.where(span > noise, span, 1.0), scale)
     return dict(

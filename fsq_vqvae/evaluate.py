@@ -35,11 +35,10 @@ def parse(argv=None):
     add("--val-stride", default=5, help="steps between two chunks", **whole)
     add("--random-tuples", default=100_000, help="random index tuples per source that must decode", **whole)
     add("--register-steps", default=0, help="also train a plain transformer tokenizer for N steps, to compare", **whole)
-    add("--batch-size", default=256, help="chunks at a time", **whole)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
     add("--seed", default=0, help="of random tuples, masks and flips", **whole)
     args = parser.parse_args(argv)
-    for name in ("val_stride", "random_tuples", "batch_size"):
+    for name in ("val_stride", "random_tuples"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     folder = Path(args.checkpoint).resolve()
@@ -102,33 +101,30 @@ def words(value):
 
 
 def table_of(results):
-    yield "| method | tokens | bits | MSE | NMSE | MAE | p99 | worst 1 % | jerk | undecodable |"
-    yield "| --- " + "| ---: " * 9 + "|"
+    yield "| method | tokens | bits | MSE | NMSE | MAE | p99 | worst 1 % | undecodable |"
+    yield "| --- " + "| ---: " * 8 + "|"
     for row in results["table"]:
-        rest = [words(row[key]) for key in ("mse", "nmse", "mae", "p99", "worst_1_percent", "jerk", "undecodable")]
+        rest = [words(row[key]) for key in ("mse", "nmse", "mae", "p99", "worst_1_percent", "undecodable")]
         yield "| " + " | ".join([row["method"], f"{row['tokens']:.4g}", f"{row['bits']:.0f}", *rest]) + " |"
 
 
 SECTIONS = dict(
-    reconstruction="Normalised units. jerk: third differences, decoded / true. seam: the step between two chunks.",
+    reconstruction="Normalised units. seam: the step between two chunks.",
     rate="Per chunk. entropy: of each token's histogram.",
-    structure="prefix: decoded from the first 1, 2, ... tokens. overlap: tokens that stay when the chunk moves a step.",
+    structure="overlap: share of the tokens that stay when the chunk moves on by a step.",
     robustness="All counts of failures should be 0. farthest: largest decoded value, normalised.",
-    speed="Milliseconds per call on this machine.",
 )
 
 
 def report(args, model, everything):
     """report.md, as text."""
-    rows = ", ".join(f"{what} at step {at}" for what, at in CONTEXT[model.config.condition]) or "nothing"
-    lines = [f"# Report on {args.checkpoint}", ""]
-    lines += [
-        f"{model.num_tokens} tokens of at most {model.config.codebook_size} codes. Encoder and decoder know: {rows}."
-    ]
-    lines += [
-        "Errors are in the checkpoint's normalised units. Lower is better, jerk nearest 1. The other methods code"
-    ]
-    lines += ["the same chunks relative to the same first row. 256 bins clip to [-1, 1], FAST to its training range."]
+    known = model.wanted() or "nothing"
+    intro = f"""# Report on {args.checkpoint}
+
+{model.num_tokens} tokens of at most {model.config.codebook_size} codes. Encoder and decoder know: {known}.
+Errors are in the checkpoint's normalised units; lower is better. The other methods code the same chunks relative to the
+same first row. 256 bins clip to [-1, 1], FAST to its training range."""
+    lines = [intro]
     for name, results in everything.items():
         size = f"{results['chunks']} chunks from {results['episodes']} episodes."
         lines += ["", f"## {name}", "", size, "", *table_of(results), "", "In robot units, per dim:", ""]

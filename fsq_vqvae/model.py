@@ -1,7 +1,9 @@
-"""FSQVQVAE: a chunk of robot actions <-> a few discrete tokens.
+"""FSQVQVAE: a chunk of robot actions <-> a few discrete tokens, by finite scalar quantisation (FSQ) of coefficients.
 
-A transform coder (coder.py) is fitted in closed form: it says what a token means, so `encode` needs no training. A
-network then learns to decode the same tokens better, and is used where validation shows that it does.
+As in FSQ, each coefficient is rounded to one of a few levels, and a token is several levels in one number. Other than
+in FSQ, a transform coder (coder.py) chooses in closed form what the coefficients are, how many levels each has and
+where these lie: so `encode` needs no training. A network then learns to decode the same tokens better, and is used
+where validation shows that it does.
 
 Letters: B batch, T steps, A action dims, X = T A, R rows of the context, C = (R - 1) A, K coefficients, N tokens,
 L levels of a coefficient, D width of the network.
@@ -9,6 +11,7 @@ L levels of a coefficient, D width of the network.
 
 import json
 import math
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,8 +31,9 @@ CONTEXT = dict(none=(), action=(("action", 0),), state=(("state", 0), ("action",
 @dataclass
 class Config:
     """sources: one dict per data set: `name`, `action_dim`, `chunk` (steps), `fps` (Hz or None), `center` and `scale`
-    (per dim; normalised = (action - center) / scale), `low` and `high` (of the training actions), and `levels`: for
-    each token the levels of its coefficients. They live in config.json, so a checkpoint is complete.
+    (per dim; normalised = (action - center) / scale), `low` and `high` (of the training actions), `wide` (see
+    coder.fit), and `levels`: for each token the levels of its coefficients. They live in config.json, so a checkpoint
+    is complete.
 
     condition: a key of CONTEXT. Chunks are coded relative to the context's first row, and predicted from the
     differences of the other rows to it: a robot whose joints have drifted since the training keeps its tokens.
@@ -38,15 +42,12 @@ class Config:
     sources: list
     codebook_size: int = 1024
     condition: str = "action"
-    hidden_dim: int = 512
-    num_layers: int = 1  # of the network, between its first and last, and shared by all sources
+    hidden_dim: int = 512  # of the network
     dropout: float = 0.1
 
     def __post_init__(self):
         if self.condition not in CONTEXT:
             raise ValueError(f"condition {self.condition!r}: expected one of {', '.join(CONTEXT)}")
-        if not 1 <= self.num_layers <= 100:
-            raise ValueError(f"num_layers {self.num_layers}: expected 1 to 100")
         if not 2 <= self.codebook_size < 2**63:
             raise ValueError(f"codebook_size {self.codebook_size}: expected 2 to 2^63 - 1 (an int64 index)")
 
@@ -105,6 +106,12 @@ class Coder(nn.Module):
         actions = actions.gather(1, step[..., None].expand(-1, -1, self.dims))
         return ((actions - self.center) / self.scale - base[:, None]).flatten(1)
 
+    def chunks_of(self, sample):
+        """A sample (dict of actions, mask, context) -> x (B, X), features (B, C), as float64 arrays."""
+        base, features = self.context(sample["context"])
+        x = self.normalise(sample["actions"], sample["mask"], base)
+        return x.double().numpy(), features.double().numpy()
+
     def quantize(self, x, features):
         """x (B, X), features (B, C) -> digits (B, K): the number of the nearest point of each coefficient."""
         z = (x - features @ self.weight - self.mean) @ self.basis.T
@@ -137,22 +144,29 @@ class FSQVQVAE(nn.Module):
         self.names = [source["name"] for source in config.sources]
         self.num_tokens = len(config.sources[0]["levels"])
         self.coders = nn.ModuleList(Coder(source, config) for source in config.sources)
-        D = config.hidden_dim
-        layers = [[nn.GELU(), nn.Dropout(config.dropout), nn.Linear(D, D)] for _ in range(config.num_layers)]
-        self.trunk = nn.Sequential(*sum(layers, []), nn.GELU(), nn.Dropout(config.dropout))
+        D = config.hidden_dim  # the trunk is shared by all sources
+        drop = nn.Dropout(config.dropout)
+        self.trunk = nn.Sequential(nn.GELU(), drop, nn.Linear(D, D), nn.GELU(), drop)
 
     @classmethod
-    def fit(cls, sources, samples, tokens=8, **config):
+    def fit(cls, sources, samples, tokens=8, validation=None, **config):
         """The closed form alone, for sources described without `levels` and a sample of chunks of each: dicts with
-        actions (B, T, A) in robot units, mask (B, T), context (B, R, A). Some thousands of chunks are enough."""
-        fits, described = [], []
-        for source, sample in zip(sources, samples, strict=True):
+        actions (B, T, A) in robot units, mask (B, T), context (B, R, A). Some thousands of chunks are enough.
+
+        validation: a sample of held-out chunks of each source, or None: they decide whether its points are `wide`,
+        where the source does not say.
+        """
+        size, fits, described = config.get("codebook_size", Config.codebook_size), [], []
+        for s, (source, sample) in enumerate(zip(sources, samples, strict=True)):
             empty = Coder({**source, "levels": [[2]]}, Config([], **config))  # for its normalisation
-            base, features = empty.context(sample["context"])
-            x = empty.normalise(sample["actions"], sample["mask"], base)
-            size = config.get("codebook_size", Config.codebook_size)
-            fits.append(coder.fit(x.double().numpy(), features.double().numpy(), tokens, size))
-            described.append({**source, "levels": fits[-1].levels})
+            chunks, wide = empty.chunks_of(sample), source.get("wide", True)
+            found = coder.fit(*chunks, tokens, size, wide)
+            if "wide" not in source and validation and validation[s]:
+                narrow, held_out = coder.fit(*chunks, tokens, size, wide=False), empty.chunks_of(validation[s])
+                wide = found.error(*held_out) <= narrow.error(*held_out)
+                found = found if wide else narrow
+            fits.append(found)
+            described.append({**source, "wide": bool(wide), "levels": found.levels})
         model = cls(Config(described, **config))
         for own, found in zip(model.coders, fits, strict=True):
             own.set(found)
@@ -196,12 +210,15 @@ class FSQVQVAE(nn.Module):
             raise ValueError(f"source {source!r} is unknown; this tokenizer knows {', '.join(self.names)}")
         return self.coders[0 if source is None else self.names.index(source)]
 
+    def wanted(self):
+        """What context= holds, in words."""
+        return ", ".join(f"{what} at step {at}" for what, at in CONTEXT[self.config.condition])
+
     def context_of(self, own, context, batch):
         """The context as (B, R, A); ValueError says what it must hold."""
         device, wanted = own.mean.device, CONTEXT[self.config.condition]
         if context is None and wanted:
-            rows = ", ".join(f"{what} at step {at}" for what, at in wanted)
-            raise ValueError(f"this tokenizer (condition {self.config.condition}) needs context=: {rows}")
+            raise ValueError(f"this tokenizer needs context=: {self.wanted()}")
         if not wanted:
             return torch.zeros(batch, 0, own.dims, device=device)
         context = torch.as_tensor(np.asarray(context) if not torch.is_tensor(context) else context, device=device)
@@ -247,12 +264,12 @@ class FSQVQVAE(nn.Module):
         return indices.cpu().numpy() if array else indices
 
     @torch.no_grad()
-    def decode(self, indices, source=None, context=None, prefix=None, closed_form=False):
+    def decode(self, indices, source=None, context=None, closed_form=False):
         """Indices (N,) or (B, N), list, array or tensor of any integer type -> actions (T, A) or (B, T, A).
 
-        Every tuple of whole numbers from 0 decodes. context: as for `encode`; condition `action`: the action that the
-        chunk starts from, (A,) or (B, A). prefix: decode from the first so many tokens alone. closed_form: leave the
-        network out.
+        Every tuple of indices below `codebook_size` decodes. context: as for `encode`; condition `action`: the action
+        that the chunk starts from, (A,) or (B, A). Without it the chunk starts from the middle of the training data,
+        and a warning says so. closed_form: leave the network out.
         """
         own, array = self.coder_of(source), not torch.is_tensor(indices)
         indices = np.asarray(indices) if array else indices
@@ -265,15 +282,15 @@ class FSQVQVAE(nn.Module):
         indices = indices.reshape(shape)
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.config.codebook_size:
             raise ValueError(f"indices must lie in [0, {self.config.codebook_size})")
-        if prefix is not None and not 1 <= prefix <= self.num_tokens:
-            raise ValueError(f"prefix {prefix}: must be 1 to {self.num_tokens}")
+        if context is None and own.rows:
+            text = f"the chunk is decoded from the middle of the training data; give context=: {self.wanted()}"
+            warnings.warn(text, stacklevel=3)
+            context = own.center.expand(len(indices), own.rows, -1)
         base, features = own.context(self.context_of(own, context, len(indices)))
         with torch.autocast(indices.device.type, enabled=False):
             values = own.values(own.unpack(indices))
-            whole = prefix in (None, self.num_tokens)
-            values = values if whole else values * (own.token < prefix)  # a coefficient's mean is 0
             x = own.reconstruct(values, features)
-            if own.use_network and whole and not closed_form:
+            if own.use_network and not closed_form:
                 training = self.training
                 self.eval()
                 x = x + own.leave(self.trunk(own.enter(torch.cat([values / own.deviation, features], 1)))) @ own.span
@@ -284,16 +301,12 @@ class FSQVQVAE(nn.Module):
 
     # --- files
 
-    def save_state(self, path):
-        """Weights alone, as one file."""
-        torch.save(self.state_dict(), path)
-
     def save_pretrained(self, folder):
         """config.json (with the normalisation and the levels) and pytorch_model.bin."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
-        self.save_state(folder / "pytorch_model.bin")
+        torch.save(self.state_dict(), folder / "pytorch_model.bin")
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -317,10 +330,10 @@ class FSQVQVAE(nn.Module):
         """Start from a trained tokenizer: the shared layers, and all of the sources that both know by name.
 
         A source that only this model has keeps the coder that was fitted to it: so a new robot joins. DataError if
-        the two differ in what must be equal: condition, codebook, width, depth, and a shared source's shape.
+        the two differ in what must be equal: condition, codebook, width, and a shared source's shape.
         """
         other = type(self).from_pretrained(folder)
-        for name in ("codebook_size", "condition", "hidden_dim", "num_layers"):
+        for name in ("codebook_size", "condition", "hidden_dim"):
             mine, theirs = getattr(self.config, name), getattr(other.config, name)
             if mine != theirs:
                 raise DataError(f"{folder}: its {name} is {theirs}, this model's {mine}")

@@ -44,7 +44,6 @@ def parse(argv=None):
     )
     add("--action-key", metavar="KEY", help="LeRobot feature that holds the actions; without it action or actions")
     add("--chunk", nargs="+", default=["1s"], metavar="T", help="chunk length: 1s, 30 (steps), or g1=30 droid=15")
-    add("--normalise", choices=["quantile", "std"], default="quantile", help="q01/q99 to -1/1, or unit deviation")
     add("--mix", default=0.5, help="mix half of the chunks with another, weights -X to 1+X; 0: off", **real)
     add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
     add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
@@ -57,7 +56,6 @@ def parse(argv=None):
     add("--codebook-size", default=1024, help="largest number of codes of a token", **whole)
     add("--condition", choices=[*CONTEXT], default="action", help="what encode and decode know; none: absolute actions")
     add("--hidden-dim", default=512, help="width of the network that refines the decoding", **whole)
-    add("--num-layers", default=1, help="its layers between the first and the last", **whole)
     add("--dropout", default=0.1, help="dropout", **real)
 
     optimisation = parser.add_argument_group("optimisation")
@@ -90,7 +88,7 @@ def parse(argv=None):
     if args.demo:  # its preset first, so that the flags given here win
         given = sys.argv[1:] if argv is None else argv
         args = parser.parse_args([f"@{HERE / 'demo.args'}", *given], argparse.Namespace(demo=True))
-    positive = "tokens codebook_size hidden_dim num_layers val_stride batch_size lr clip steps accum"
+    positive = "tokens codebook_size hidden_dim val_stride batch_size lr clip steps accum"
     for name in f"{positive} log_every eval_every save_every keep".split():
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
@@ -197,11 +195,13 @@ def main(argv=None):
     if checkpoint:  # with its normalisation, whatever the data have become
         model = FSQVQVAE.from_pretrained(checkpoint)
     else:
-        sizes = {name: getattr(args, name) for name in "codebook_size condition hidden_dim num_layers dropout".split()}
-        described = [describe(source, args.normalise) for source in sources]
-        samples = [source.sample(CONTEXT[args.condition]) for source in sources]
-        model = FSQVQVAE.fit(described, samples, args.tokens, **sizes) if rank == 0 else None
-        model = common.broadcast(model)  # fitted once: other machines may round otherwise
+        sizes = {name: getattr(args, name) for name in "codebook_size condition hidden_dim dropout".split()}
+        if rank == 0:  # fitted once: other machines may round otherwise
+            known, described = CONTEXT[args.condition], [describe(source) for source in sources]
+            samples = [source.sample(known) for source in sources]
+            held_out = [source.sample(known, validation=True) for source in sources]
+            model = FSQVQVAE.fit(described, samples, args.tokens, held_out, **sizes)
+        model = common.broadcast(model if rank == 0 else None)
         if args.init:
             model.load_pretrained(args.init)
     model.to(device).train()  # from_pretrained gives it in eval mode

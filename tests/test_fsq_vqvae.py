@@ -180,6 +180,29 @@ def test_a_shift_of_the_joints_changes_no_token(this):
         np.testing.assert_allclose(b, a + offset, atol=1e-4)
 
 
+def test_decode_without_a_context_starts_from_the_middle_and_says_so(this):
+    for condition in ("action", "state"):
+        model = tokenizer(this, condition, network=True)
+        with pytest.warns(UserWarning, match="give context=: (action|state) at step 0"):
+            decoded = model.decode([[3, 20, 7]])
+        middle = np.full((1, CONTEXT[condition], 4), 0.5, np.float32)
+        np.testing.assert_array_equal(decoded, model.decode([[3, 20, 7]], context=middle))
+    with pytest.raises(ValueError, match="needs context=: state at step 0, action at step -1"):
+        model.encode(smooth(1)[0])
+
+
+def test_held_out_chunks_decide_how_wide_the_points_are(this):
+    """Held-out chunks like those of the fit want points for just these; chunks that go further want wide ones."""
+    for factor, wide in ((1, False), (1.6, True)):
+        held_out = [sample(smooth(400, seed=8) * np.float32(factor), "none")]
+        fit, chunks = this.model.FSQVQVAE.fit, sample(smooth(6000), "none")
+        model = fit([described()], [chunks], 3, held_out, condition="none", hidden_dim=8)
+        assert model.sources[0]["wide"] is wide
+        both = [fit([described() | dict(wide=w)], [chunks], 3, condition="none", hidden_dim=8) for w in (True, False)]
+        errors = [(m.decode(m.encode(held_out[0]["actions"])) - held_out[0]["actions"]).square().mean() for m in both]
+        assert (errors[0] < errors[1]) == wide
+
+
 @pytest.mark.parametrize("network", [False, True])
 def test_any_index_tuple_decodes_to_finite_actions(this, network):
     model = tokenizer(this, "none", network=network)
@@ -211,16 +234,6 @@ def test_padding_content_never_changes_tokens(this):
         assert not np.array_equal(tokens, model.encode(chunks, source=name))  # valid content does
 
 
-def test_prefixes_decode_ever_closer_and_do_not_see_later_tokens(this):
-    model, chunks = tokenizer(this, "none", 4, network=True), smooth(300, seed=7)
-    tokens = model.encode(chunks)
-    errors = [np.square(model.decode(tokens, prefix=n, closed_form=True) - chunks).mean() for n in (1, 2, 3, 4)]
-    assert errors == sorted(errors, reverse=True) and errors[0] > 3 * errors[-1]
-    changed = tokens.copy()
-    changed[:, 2:] = (changed[:, 2:] + 1) % 50
-    assert np.array_equal(model.decode(tokens, prefix=2), model.decode(changed, prefix=2))
-
-
 def test_calls_like_fast_with_arrays_tensors_one_or_many(this):
     model, chunks = tokenizer(this), smooth(5)
     tokens = model(chunks)
@@ -247,9 +260,7 @@ ZEROS = np.zeros((12, 4), np.float32)
         (lambda m: m.decode([[0, 0, 1024]], context=ZEROS[0]), r"\[0, 1024\)"),
         (lambda m: m.decode([[0, 0, -1]], context=ZEROS[0]), r"\[0, 1024\)"),
         (lambda m: m.decode([[0.5, 0, 0]], context=ZEROS[0]), "whole numbers"),
-        (lambda m: m.decode([[0, 0, 0]], context=ZEROS[0], prefix=4), "prefix"),
         (lambda m: m.decode([[0, 0, 0]], context=ZEROS[0, :3]), "context has shape"),
-        (lambda m: m.decode([[0, 0, 0]]), "needs context=: action at step 0"),
         (lambda m: m.encode(ZEROS, source="leg"), "unknown"),
     ],
 )
@@ -258,7 +269,7 @@ def test_wrong_arguments_are_named(this, call, message):
         call(tokenizer(this))
 
 
-@pytest.mark.parametrize("wrong", [dict(codebook_size=2**63), dict(condition="x"), dict(num_layers=0)])
+@pytest.mark.parametrize("wrong", [dict(codebook_size=2**63), dict(condition="x")])
 def test_configs_that_cannot_be_are_refused(this, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         this.model.Config([], **wrong)
@@ -282,7 +293,7 @@ def test_checkpoint_round_trip_and_what_it_refuses(this, tmp_path):
         this.model.FSQVQVAE.from_pretrained(tmp_path / "a")
     assert not (tmp_path / "owned").exists()
     config = json.loads((tmp_path / "a" / "config.json").read_text())
-    for wrong in (dict(sources=3), dict(hidden_dim=10**12), dict(num_layers=10**9), dict(tokens=1)):
+    for wrong in (dict(sources=3), dict(hidden_dim=10**12), dict(tokens=1)):
         (tmp_path / "a" / "config.json").write_text(json.dumps(config | wrong))
         with pytest.raises(DataError, match="config.json"):
             this.model.FSQVQVAE.from_pretrained(tmp_path / "a")
@@ -611,8 +622,7 @@ def test_chunks_stop_at_their_episode(this, tmp_path):
     assert source.gather(*whole)[1].all() and len(whole[0]) == 1 + 0 + 5
 
 
-@pytest.mark.parametrize("kind", ["quantile", "std"])
-def test_constant_and_rare_dims_are_guarded(this, tmp_path, kind):
+def test_constant_and_rare_dims_are_guarded(this, tmp_path):
     """q01 = q99 neither divides by zero nor blows up a rare gripper event, or the last digit of a constant."""
     actions = np.zeros((1000, 4), np.float32)
     actions[:, 0] = np.sin(np.arange(1000))
@@ -622,11 +632,11 @@ def test_constant_and_rare_dims_are_guarded(this, tmp_path, kind):
     (tmp_path / "d").mkdir()
     np.savez(tmp_path / "d" / "a.npz", actions=actions)
     source = this.data.read_sources([f"a={tmp_path / 'd'}"], ["5"], 0.0)[0]
-    kept = this.data.describe(source, kind)
+    kept = this.data.describe(source)
     x = (actions - kept["center"]) / kept["scale"]
     assert np.isfinite(x).all() and np.abs(x).max() < 20 and np.abs(x[:, 1]).max() < 1e-3
     low, high = np.quantile(actions[:, 0], [0.01, 0.99])
-    assert kept["scale"][0] == pytest.approx((high - low) / 2 if kind == "quantile" else actions[:, 0].std(), rel=1e-4)
+    assert kept["scale"][0] == pytest.approx((high - low) / 2, rel=1e-4)
 
 
 def test_normalisation_sees_training_episodes_only(this, tmp_path):
@@ -734,7 +744,7 @@ def test_a_folder_that_grew_changes_neither_split_nor_normalisation(this, tmp_pa
 def test_accumulation_and_amp_train_the_same_model(this, tmp_path):
     """4 micro-steps are one step of the whole batch; bf16 stays close."""
     folder = write_npz(tmp_path / "data", [30] * 8)
-    amps = dict(one=[], four=["--accum", 4], bf16=["--amp", "bf16"], fp16=["--amp", "fp16"])
+    amps = dict(one=[], four=["--accum", 4], bf16=["--amp", "bf16"])
     for name, more in amps.items():
         assert this.train.main(flags(folder, tmp_path / name, "--dropout", 0, *more)) == 0
     for a, b in zip(weights(tmp_path / "one").values(), weights(tmp_path / "four").values(), strict=True):
@@ -756,16 +766,6 @@ def test_network_is_used_where_validation_says_so(this, tmp_path):
         assert bool(model.coders[0].use_network) == used
         assert (last["val/mse"] < last["val/a/mse_closed_form"]) == used
         assert last["val/mse"] <= last["val/a/mse_closed_form"]
-
-
-def test_a_diverging_run_stops_with_clean_checkpoints(this, tmp_path):
-    """The loss is not finite: one line, no further checkpoint, and no NaN in those that are there."""
-    folder = write_npz(tmp_path / "data", [30] * 8)
-    with pytest.raises(DataError, match="not finite"):
-        this.train.main(flags(folder, tmp_path / "out", "--lr", 1e30, "--clip", 1e30, "--steps", 20))
-    for path in (tmp_path / "out" / "checkpoints").glob("step_*"):
-        values = weights(tmp_path / "out", int(path.name[5:])).values()
-        assert not any(value.isnan().any() for value in values if value.is_floating_point())
 
 
 def test_init_takes_weights_only(this, tmp_path):
@@ -859,28 +859,6 @@ def test_folder_copied_into_another_project_runs_its_demo(tmp_path):
     assert list(host.glob("runs/*/001/checkpoints/best/config.json"))
 
 
-@pytest.mark.slow
-def test_errors_are_one_line(tmp_path):
-    """And a run that was there before is not touched."""
-    folder = write_npz(tmp_path / "data", [30] * 8)
-    script = ROOT / "fsq_vqvae" / "train.py"
-    good = launch(script, *flags(folder, tmp_path / "good"))
-    assert good.returncode == 0, good.stderr
-    before, out = weights(tmp_path / "good"), tmp_path / "b"
-    for words, text in (
-        (flags(folder, tmp_path / "good"), "holds a run already"),
-        (flags(tmp_path / "absent", out), "no such file"),
-        (flags(folder, out, "--batch-size", 7, "--accum", 2), "--batch-size 7"),
-        (flags(folder, out, "--codebook-size", 2**63), "--codebook-size"),
-        (flags(folder, "/dev/full/d"), "/dev/full"),
-        (["--hlep"], "--hlep"),
-    ):
-        done = launch(script, *words)
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        assert done.returncode == 2 and len(lines) == 1 and text in lines[0], done.stderr
-    assert equal(weights(tmp_path / "good"), before) and not out.exists()
-
-
 # --- the report
 
 
@@ -906,7 +884,7 @@ def test_reconstruction_numbers_of_the_report(this):
     true = smooth(20)
     found = this.metrics.reconstruction(true, true + np.float32(0.1))
     assert found["mse"] == pytest.approx(0.01, rel=1e-4) and found["worst_1_percent"] == pytest.approx(0.01, rel=1e-4)
-    assert found["jerk"] == pytest.approx(1, rel=1e-3) and found["mae"] == pytest.approx(0.1, rel=1e-4)
+    assert found["mae"] == pytest.approx(0.1, rel=1e-4)
     units = this.metrics.in_robot_units(true, true + np.float32([0.1, 0.2, 0, 0]))
     assert units["mae_per_dim"] == pytest.approx([0.1, 0.2, 0, 0], abs=1e-5)
 
