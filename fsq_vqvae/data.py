@@ -216,39 +216,39 @@ class TrainBatches(Dataset):
         return {key: torch.from_numpy(value) for key, value in batch.items()} | dict(source=torch.from_numpy(source))
 
 
-class ValidationChunks(Dataset):
+class ValidationBatches:
     """Whole chunks of one source's validation episodes; every world-th of them is this rank's, so none counts twice."""
 
     def __init__(self, sources, index, stride=5, rank=0, world=1, context=()):
         self.source, self.index, self.context = sources[index], index, context
         rows, episodes = self.source.starts(validation=True, stride=stride, whole=True)
         self.rows, self.episodes = rows[rank::world], episodes[rank::world]
-        self.steps, self.dims = max(s.chunk for s in sources), max(s.actions.shape[1] for s in sources)
+        T, A = max(s.chunk for s in sources), max(s.actions.shape[1] for s in sources)
+        self.shapes = dict(actions=(T, A), mask=(T,), context=(len(context), A))
 
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        batch = self.source.batch(self.rows[i : i + 1], self.episodes[i : i + 1], self.context)
-        shapes = dict(actions=(self.steps, self.dims), mask=(self.steps,), context=(len(self.context), self.dims))
-        return {key: pad(batch[key], *shape)[0] for key, shape in shapes.items()} | dict(source=self.index)
+    def __iter__(self):
+        for first in range(0, len(self.rows), 256):
+            some = slice(first, first + 256)
+            batch = self.source.batch(self.rows[some], self.episodes[some], self.context)
+            batch = {key: torch.from_numpy(pad(batch[key], *shape)) for key, shape in self.shapes.items()}
+            yield batch | dict(source=torch.full((len(batch["mask"]),), self.index))
 
 
 def prepare_dataloaders(
     batch_size, sources, seed=0, steps=1000, first=0, accum=1, rank=0, world=1, workers=0, val_stride=5, mix=0.5,
     context=(), pin_memory=False,
 ):  # fmt: skip
-    """(train loader, {source name: validation loader}) for `sources` of read_sources.
+    """(train loader, {source name: validation batches}) for `sources` of read_sources.
 
     The train loader yields this rank's micro-batches of the optimizer steps first to steps - 1. A source without a
-    whole validation chunk has no validation loader.
+    whole validation chunk has no validation batches.
     """
     batches = TrainBatches(sources, batch_size, seed, accum, rank, world, mix, context)
     loading = dict(num_workers=workers, worker_init_fn=ignore_signals, pin_memory=pin_memory)
     train = DataLoader(batches, batch_size=None, sampler=range(first * accum, steps * accum), **loading)
-    validation = {}
-    for index, source in enumerate(sources):
-        if len(source.starts(validation=True, whole=True)[0]):
-            chunks = ValidationChunks(sources, index, val_stride, rank, world, context)
-            validation[source.name] = DataLoader(chunks, batch_size=256)
+    validation = {
+        source.name: ValidationBatches(sources, index, val_stride, rank, world, context)
+        for index, source in enumerate(sources)
+        if len(source.starts(validation=True, whole=True)[0])
+    }
     return train, validation

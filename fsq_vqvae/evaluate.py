@@ -36,7 +36,6 @@ def parse(argv=None):
     add("--random-tuples", default=100_000, help="random index tuples per source that must decode", **whole)
     add("--register-steps", default=0, help="also train a plain transformer tokenizer for N steps, to compare", **whole)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
-    add("--seed", default=0, help="of random tuples, masks and flips", **whole)
     args = parser.parse_args(argv)
     for name in ("val_stride", "random_tuples"):
         if getattr(args, name) < 1:
@@ -135,7 +134,7 @@ same first row. 256 bins clip to [-1, 1], FAST to its training range."""
         for key in next(iter(everything.values()))[section]:
             values = [words(results[section][key]) for results in everything.values()]
             lines += [f"| {key.replace('_', ' ')} | " + " | ".join(values) + " |"]
-    lines += ["", *(f"![{name}](figures/{name}.png)" for name in ("rate_distortion", "per_dim", "reconstruction"))]
+    lines += ["", *(f"![{name}](figures/{name}.png)" for name in ("rate_distortion", "reconstruction"))]
     return "\n".join(lines) + "\n"
 
 
@@ -154,7 +153,6 @@ def main(argv=None):
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in dict(
         rate_distortion=figures.rate_distortion({name: results["table"] for name, results in everything.items()}),
-        per_dim=figures.per_dim({name: results["robot_units"] for name, results in everything.items()}),
         reconstruction=figures.reconstruction(examples),
     ).items():
         with common.atomic(out / "figures" / f"{name}.png") as path:

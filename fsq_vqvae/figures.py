@@ -48,19 +48,6 @@ def reconstruction(examples):
     return figure
 
 
-def per_dim(errors):
-    """Mean absolute error, and the 99 % quantile, of every action dim, in robot units."""
-    figure = Figure(figsize=(9, 0.4 + 2.2 * len(errors)), layout="constrained")
-    axes = figure.subplots(len(errors), 1, squeeze=False)[:, 0]
-    for axis, (name, units) in zip(axes, errors.items(), strict=True):
-        axis.bar(range(len(units["p99_per_dim"])), units["p99_per_dim"], color="0.85", label="99 % quantile")
-        axis.bar(range(len(units["mae_per_dim"])), units["mae_per_dim"], color=OURS, label="mean")
-        axis.set(title=name, xlabel="action dim", ylabel="error (robot units)", xticks=range(len(units["mae_per_dim"])))
-    axes[0].legend(frameon=False)
-    figure.suptitle("error of each dim on held-out chunks (lower is better; one tall bar is a dim to look at)")
-    return figure
-
-
 def rate_distortion(tables):
     """Bits against error, all methods. tables: {source: rows with method, bits, mse}, ours first.
 

@@ -33,7 +33,7 @@ FRAME_SKIP, LIMIT = 2, 100  # simulator steps of 12.5 ms per action; actions unt
 NOISE, MEMORY, PERIOD, DISTURBED = 0.5, 0.7, 24, 8  # the expert is pushed off its way for 8 of every 24 actions
 TRAIN, HELD_OUT = 20, 4  # demonstrations of each task
 T, A, EXECUTE = 12, 4, 6  # a chunk, and how much of it is executed before the next
-WIDTH, DEPTH, HEADS, BATCH, LR = 128, 2, 4, 64, 1e-3
+WIDTH, DEPTH, HEADS, BATCH, LR = 96, 2, 4, 64, 1e-3
 ARMS = ["ours", "FAST", "regression", "256 bins"]
 
 
@@ -361,7 +361,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/fsq_policy"), help="folder [runs/fsq_policy]")
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, help="what the policies predict [all]")
     parser.add_argument("--tokens", type=int, default=8, help="of ours, per chunk [8]")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps of each policy [2000]")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of each policy [1500]")
     parser.add_argument("--seeds", type=int, default=3, help="policies of each arm [3]")
     parser.add_argument("--episodes", type=int, default=10, help="fresh episodes of each task and seed [10]")
     args = parser.parse_args()
