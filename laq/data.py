@@ -71,55 +71,53 @@ def read_pairs(clip, gap, limit, size):
 class TrainPairs(Dataset):
     """Item (step, first slot, end): those slots of the step's global batch.
 
-    A slot keeps a clip for `reuse` steps and takes another pair of it in each; slots change clips at different steps.
+    A slot keeps a window of a clip for `reuse` steps and takes another pair of it in each; slots change at different
+    steps.
     """
 
     def __init__(self, sources, size, seed, reuse=8, crop=0.9, jitter=0.1, label_share=0.0):
-        self.sources, self.size, self.seed, self.reuse = sources, size, seed, reuse
-        self.crop, self.jitter, self.cache, self.broken = crop, jitter, {}, set()
+        self.size, self.seed, self.reuse, self.crop, self.jitter = size, seed, reuse, crop, jitter
+        self.cache, self.broken = {}, set()
         clips = [(source, clip) for source in sources for clip in source.train]
-        self.pool = self.sampling_prob(clips)
-        self.labelled, self.action_dim = None, action_dim(sources) if label_share else 0
+        self.pool, self.labelled, self.action_dim = self.with_ends(clips), None, 0
         if label_share:
             has = [(source, clip) for source, clip in clips if is_labelled(clip, label_share)]
-            has = [pair for pair in has if "actions.npy" in pair[1].members]
+            has = [(source, clip) for source, clip in has if "actions.npy" in clip.members]
             if not has:
                 raise DataError(f"--label-share {label_share:g}: no training episode within that share has actions")
-            self.labelled = self.sampling_prob(has)
+            self.labelled, self.action_dim = self.with_ends(has), action_dim(sources)
 
-    def sampling_prob(self, clips):
-        """(clips, the probability of each): by its number of pairs, and by its source's weight if there is one."""
-        pairs = np.array([len(clip) - source.gap(clip) for source, clip in clips], float)
-        total = {source.name: 0.0 for source, _ in clips}
-        for (source, _), count in zip(clips, pairs, strict=True):
-            total[source.name] += count
-        for i, (source, _) in enumerate(clips):
-            pairs[i] *= 1 if source.weight is None else source.weight / total[source.name]
-        if not pairs.sum():
-            raise DataError("--weights: no source with clips has a weight above 0")
-        return clips, pairs / pairs.sum()
+    @staticmethod
+    def with_ends(clips):
+        """(clips, where the pairs of each end among all pairs): to draw a clip by its number of pairs."""
+        return clips, np.cumsum([len(clip) - source.gap(clip) for source, clip in clips])
 
     def read(self, slot, turn):
-        """`reuse` pairs of the clip that a slot has in this turn: frames (reuse 2 S S 3), actions, whether known."""
+        """`reuse` pairs of the clip that a slot has in this turn: frames (reuse 2 S S 3), actions, whether known.
+
+        A clip is drawn by its number of pairs, then one of its pairs and a window of WINDOW neighbouring starts around
+        it. The window goes round: after the clip's last start comes its first, so that every pair is drawn alike.
+        """
         draw = np.random.default_rng([self.seed, 1, slot, turn])
-        clips, chance = self.labelled if self.labelled and slot % LABELLED == 0 else self.pool
+        labelled = self.labelled is not None and slot % LABELLED == 0
+        clips, ends = self.labelled if labelled else self.pool
         for _ in range(50):
-            source, clip = clips[draw.choice(len(clips), p=chance)]
+            source, clip = clips[np.searchsorted(ends, draw.integers(ends[-1]), "right")]
             low, high = source.gaps(clip)
-            gap = int(draw.integers(low, min(high, len(clip) - 1) + 1)) if high > low else low
-            # a start, and the block of WINDOW around it at a random phase: so every start of the clip is drawn alike
-            start, phase = int(draw.integers(len(clip) - gap)), int(draw.integers(WINDOW))
-            first = (start + phase) // WINDOW * WINDOW - phase
-            begin, end = max(0, first), min(first + WINDOW, len(clip) - gap)
+            gap = int(draw.integers(low, min(high, len(clip) - 1) + 1))
+            count = len(clip) - gap
+            start, before = draw.integers(count), draw.integers(WINDOW)
+            starts = np.unique((start - before + np.arange(WINDOW)) % count)
+            rows = np.unique(starts[:, None] + np.arange(gap + 1))
             try:
                 small, square = to_rgb(THUMB), to_rgb(self.size)  # only few frames are wanted in full
-                frames = clip.decode(range(begin, end + gap), lambda f, small=small: (small(f), f))
-                thumbs = np.stack([thumb for thumb, _ in frames])
-                good = np.flatnonzero(same_scene(thumbs, np.arange(end - begin), gap))
-                if start - begin not in good:
+                frames = clip.decode(rows, lambda frame, small=small: (small(frame), frame))
+                whole = same_scene(np.stack([thumb for thumb, _ in frames]), np.searchsorted(rows, starts), gap)
+                good = starts[whole]
+                if start not in good:
                     continue
                 chosen = draw.choice(good, self.reuse, replace=len(good) < self.reuse)
-                actions = between(clip, begin + chosen, gap) if clips is not self.pool[0] else None
+                actions = between(clip, chosen, gap) if labelled else None
             except (OSError, DataError) as error:
                 if str(clip) not in self.broken:
                     print(f"skipping a clip: {error}", file=sys.stderr, flush=True)
@@ -127,8 +125,8 @@ class TrainPairs(Dataset):
                 continue
             known = actions is not None and actions.shape[1] == self.action_dim
             actions = actions if known else np.zeros((self.reuse, self.action_dim), np.float32)
-            pairs = np.stack([square(frames[t][1]) for s in chosen for t in (s, s + gap)])
-            return pairs.reshape(self.reuse, 2, *pairs.shape[1:]), actions, known
+            shown = np.searchsorted(rows, np.stack([chosen, chosen + gap], 1))  # reuse 2
+            return np.stack([[square(frames[i][1]) for i in pair] for pair in shown]), actions, known
         raise DataError("50 clips in a row hold no pair to train on: they are broken, or every pair crosses a cut")
 
     def __getitem__(self, item):

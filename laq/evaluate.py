@@ -43,7 +43,7 @@ def parse(argv=None):
     add("--fit-pairs", default=4096, help="pairs of other episodes per source that the probes are fitted on", **whole)
     add("--batch-size", default=64, help="pairs at a time", **whole)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
-    add("--seed", default=0, help="of shuffles, scenes and draws of episodes", **whole)
+    add("--seed", default=0, help="of shuffles and scenes", **whole)
     args = parser.parse_args(argv)
     for name in ("pairs", "fit_pairs", "batch_size"):
         if getattr(args, name) < 1:
@@ -182,12 +182,11 @@ def images(model, pairs, args, device):
         nearer = errors[-1][:, 0] < (decoded - first).square().mean((1, 2, 3)).cpu()
         cycle = (model.encode(first, decoded)[0] == true).float().mean(1).cpu()
         transfer = (model.encode(scene, model.decode(scene, true))[0] == true).float().mean(1).cpu()
-        quality = [metrics.ssim(x, second).cpu() for x in (decoded, first)]
-        extra.append(torch.stack([nearer.float(), cycle, transfer, *quality], 1))
+        extra.append(torch.stack([nearer.float(), cycle, transfer], 1))
     errors, extra = torch.cat(errors).double().numpy(), torch.cat(extra).double().numpy().mean(0)
     share = metrics.histogram(codes, model.config.codebook_size)
     found = metrics.reconstruction_metrics(errors)
-    names = ("nearer_to_the_future", "codes_back_on_own_frame", "codes_back_on_other_scenes", "ssim", "ssim_copy")
+    names = ("nearer_to_the_future", "codes_back_on_own_frame", "codes_back_on_other_scenes")
     found |= dict(zip(names, extra.tolist(), strict=True)) | dict(codes_back_by_chance=float((share**2).sum(1).mean()))
     each = [metrics.reconstruction_metrics(errors[episode == e])["psnr_gain_over_copy"] for e in np.unique(episode)]
     found |= dict(worst_episode_gain=min(each), episodes_above_copy=float(np.mean(np.array(each) > 0)))
@@ -202,20 +201,16 @@ def probe(model, pairs, seed):
     if not folds or min(len(rows) for fold in folds for rows in fold) < 2:
         return {}
     one_hot = metrics.one_hot(codes, model.config.codebook_size)
-    difference = small[:, 1] - small[:, 0]
     features = {
         "codes": one_hot,
         "vectors before quantization": pairs.vectors[known],
         "first frame": small[:, 0],
-        "pixel difference": difference,
+        "pixel difference": small[:, 1] - small[:, 0],
         "shuffled codes": np.random.default_rng(seed).permutation(one_hot),
     }
-    few = {name: features[name] for name in ("codes", "vectors before quantization")}
-    few |= {"both frames": np.concatenate([small[:, 0], difference], 1), "pixel difference": difference}
     fitted, tested = min(len(fit) for fit, _ in folds), sum(len(test) for _, test in folds)
     return dict(
         probe=metrics.probe_table(features, y, episode, folds),
-        few_shot=metrics.few_shot(few, y, episode, folds, seed),
         probed=dict(motion=pairs.kind, fitted=fitted, tested=tested, episodes=len(np.unique(episode))),
     )
 
@@ -270,8 +265,6 @@ frame (what the scene tells anyway) and above pixel differences (of 8 x 8 thumbn
         each = ["-" if v is None else f"{v:.2f}" for v in s["r2_per_dim"]]
         rows.append((method, values[0] + brackets[0], values[1] + brackets[1], " ".join(each)))
     yield from table(["features", "R2", "R2 weighted", "R2 of each dim"], rows)
-    yield "\nR2 of a ridge fitted on few labelled episodes:\n"
-    yield from table(list(report["few_shot"][0]), [tuple(row.values()) for row in report["few_shot"]])
 
 
 ONE_EPISODE = "; there is one episode, so its parts are held out in turn"
@@ -305,7 +298,7 @@ def main(argv=None):
     out, drawn = Path(args.out), {f"codes_{key_of(name)}": figures.codes({name: e}) for name, e in sheets.items()}
     probed = {name: report for name, report in reports.items() if "probe" in report}
     if probed:
-        drawn |= dict(probe=figures.probes(probed, BASELINES), few_shot=figures.few_shot(probed))
+        drawn["probe"] = figures.probes(probed, BASELINES)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         with common.atomic(out / "figures" / f"{name}.png") as path:

@@ -124,47 +124,23 @@ def outline(axis, before, after, least=0.06):
 # --- the report
 
 
-def panels(reports, title):
-    """A figure with one panel per source of {source: report} -> figure, pairs (axis, report)."""
-    figure = Figure(figsize=(1 + 5 * len(reports), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(reports), squeeze=False)[0]
-    for axis, name in zip(axes, reports, strict=True):
-        axis.set_title(name)
-    figure.suptitle(title)
-    return figure, zip(axes, reports.values(), strict=True)
-
-
 def probes(reports, baselines):
-    """R2 of every probe, with its interval over episodes."""
-    figure, parts = panels(reports, "how much of the robot's motion each tells, held-out episodes (higher is better)")
-    for axis, report in parts:
-        table = report["probe"]
-        names = [name for name in table if table[name]["r2"] is not None]
-        values = np.array([table[name]["r2_weighted"] for name in names])
-        ends = np.array(
-            [table[name].get("r2_weighted_interval", [v, v]) for name, v in zip(names, values, strict=True)]
+    """R2 of every probe of {source: report}, with its interval over episodes."""
+    figure = Figure(figsize=(1 + 5 * len(reports), 3.6), layout="constrained")
+    figure.suptitle("how much of the robot's motion each tells, held-out episodes (higher is better)")
+    for axis, (source, report) in zip(figure.subplots(1, len(reports), squeeze=False)[0], reports.items(), strict=True):
+        table = {name: scores for name, scores in report["probe"].items() if scores["r2"] is not None}
+        values = np.array([scores["r2_weighted"] for scores in table.values()])
+        ends = [scores.get("r2_weighted_interval", [scores["r2_weighted"]] * 2) for scores in table.values()]
+        bars = np.abs(np.array(ends).reshape(-1, 2).T - values)
+        axis.barh(
+            list(table),
+            values.clip(-0.5),
+            color=[TRUE if name in baselines else MODEL for name in table],
+            xerr=bars,
+            error_kw=dict(lw=1),
         )
-        bars = np.abs(ends.T - values) if len(names) else None
-        colours = [TRUE if name in baselines else MODEL for name in names]
-        axis.barh(names, values.clip(-0.5), color=colours, xerr=bars, error_kw=dict(lw=1))
         axis.invert_yaxis()
         axis.axvline(0, color="black", lw=0.8)
-        axis.set(xlabel="R2, dims weighted by their motion (shown from -0.5)", xlim=(-0.55, 1))
-    return figure
-
-
-def few_shot(reports):
-    """R2 against the number of labelled episodes."""
-    figure, parts = panels(reports, "ridge on few labelled episodes (blue: latents; grey: thumbnails of frames)")
-    styles = [dict(color=MODEL), dict(color=MODEL, ls="--"), dict(color=TRUE), dict(color=TRUE, ls="--")]
-    for axis, report in parts:
-        rows = report["few_shot"]
-        counts = [row["episodes"] for row in rows]
-        for method, style in zip(list(rows[0])[1:], styles, strict=True):
-            values = [np.nan if row[method] is None else row[method] for row in rows]
-            axis.plot(counts, values, marker="o", ms=3, label=method, **style)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(counts, counts)
-        axis.set(xlabel="labelled episodes", ylabel="R2 of the motion (shown from -0.5)", ylim=(-0.5, 1))
-        axis.legend(frameon=False)
+        axis.set(title=source, xlabel="R2, dims weighted by their motion (shown from -0.5)", xlim=(-0.55, 1))
     return figure

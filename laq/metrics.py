@@ -6,7 +6,6 @@ episodes. Numpy arrays are float64 unless said otherwise.
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 LAMBDAS = np.logspace(3, -5, 9)  # of ridge, strongest first: a tie, or nothing to choose by, falls on the safe side
 FOLDS = 3  # of the fitted episodes, to choose lambda
@@ -18,25 +17,6 @@ TURN = (2 * np.pi, 360.0)  # a dim whose values span a full turn and jump by mor
 def psnr(mse):
     """Decibels of images in [0, 1]; 100 for a perfect one."""
     return float(-10 * np.log10(max(mse, 1e-10)))
-
-
-def ssim(a, b):
-    """Structural similarity (Wang et al. 2004, Gaussian window of 11, sigma 1.5) of (B C H W) in [0, 1] -> (B,).
-
-    Only where the whole window fits; images smaller than it get a smaller window.
-    """
-    width = min(11, (min(a.shape[2:]) - 1) // 2 * 2 + 1)
-    window = torch.exp(-((torch.arange(width, device=a.device) - width // 2) ** 2) / (2 * 1.5**2))
-    window = torch.outer(window, window) / window.sum() ** 2
-
-    def mean(x):
-        return F.conv2d(x.flatten(0, 1)[:, None], window[None, None])[:, 0].unflatten(0, x.shape[:2])
-
-    mean_a, mean_b = mean(a), mean(b)
-    var_a, var_b, both = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2, mean(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    top = (2 * mean_a * mean_b + c1) * (2 * both + c2)
-    return (top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
 
 
 def reconstruction_metrics(errors):
@@ -231,21 +211,3 @@ def probe_table(features, y, episode, folds):
         guess = np.concatenate([probe(x[fit], y[fit], episode[fit], x[out]) for fit, out in folds])
         table[method] = scores(y[test], guess, episode[test])
     return table
-
-
-def few_shot(features, y, episode, folds, seed):
-    """R2 against the number of labelled episodes that a probe is fitted on: [{episodes, method: R2}]."""
-    test, rows = np.concatenate([out for _, out in folds]), []
-    most = min(len(np.unique(episode[fit])) for fit, _ in folds)
-    for count in [*(2**i for i in range(20) if 2**i < most), most]:
-        some = []
-        for number, (fit, _) in enumerate(folds):
-            order = np.random.default_rng([seed, number]).permutation(np.unique(episode[fit]))
-            some.append(fit[np.isin(episode[fit], order[:count])])
-        row = dict(episodes=count)
-        for method, x in features.items():
-            parts = zip(some, folds, strict=True)
-            guess = np.concatenate([probe(x[fit], y[fit], episode[fit], x[out]) for fit, (_, out) in parts])
-            row[method] = scores(y[test], guess, episode[test], draws=1)["r2"]
-        rows.append(row)
-    return rows

@@ -5,8 +5,7 @@ A sample is one camera of one episode:
                                     actions: "delta" or "absolute", if there are any
     KEY.mp4 or KEY.frames.npy       the frames; the array is (T, H, W, 3) uint8
     KEY.actions.npy, KEY.state.npy  (T, A) and (T, S), a row per frame, where known
-A label shard has its video shard's name and keys, such as KEY.latents.npz. Beside NAME.tar may lie NAME.index.json,
-which tells where each member begins; without it, or if the tar has another size, the headers of the tar are read.
+A label shard has its video shard's name and keys, such as KEY.latents.npz.
 """
 
 import contextlib
@@ -30,11 +29,7 @@ from common import DataError
 
 REORDER = 16  # h264, h265 and AV1 change the order of frames by at most so many
 TEXTS, NUMBERS = ("instruction", "source", "episode", "camera"), ("fps", "length")
-MATRICES = {
-    1: 1,
-    9: 9,
-    10: 9,
-}  # the video's tag of its colour matrix -> swscale's number; any other is read as BT.601 (5)
+MATRICES = {1: 1, 9: 9, 10: 9}  # a video's tag of its colour matrix -> swscale's number; else BT.601 (5)
 
 
 @dataclass
@@ -288,49 +283,32 @@ def shards_of(path, flag="--data"):
     return found
 
 
-def index_of(shard):
-    return shard.with_suffix(".index.json")
-
-
-def scan(shard):
-    """The index of a tar, by reading its headers and every KEY.json. A folder in the tar is part of the key."""
-    samples = {}
-    with tarfile.open(shard) as tar:
-        for member in tar:
-            folder, slash, name = member.name.removeprefix("./").rpartition("/")
-            if not member.isfile() or name.startswith("."):  # macOS puts ._NAME beside NAME
-                continue
-            key, _, extension = name.partition(".")
-            members = samples.setdefault(folder + slash + key, {})
-            if extension in members:
-                raise ValueError(f"{member.name} is there twice")
-            members[extension] = [member.offset_data, member.size]
-    clips = []
-    for key, members in samples.items():
-        where = {extension: (shard, *place) for extension, place in members.items()}
-        try:
-            meta = json.loads(Clip(shard, key, {}, where).read("json")) if "json" in where else {}
-        except ValueError:
-            meta = None
-        clips.append(dict(key=key, meta=meta, members=members))
-    return dict(size=shard.stat().st_size, clips=clips)
-
-
 def open_shard(shard):
-    """The clips of one shard, their meta not yet checked."""
-    index = None
-    with contextlib.suppress(OSError, ValueError):
-        index = json.loads(index_of(shard).read_text())
+    """The clips of one shard, by the headers of its tar, their meta not yet checked.
+
+    A folder in the tar is part of the key. Hidden files (macOS puts ._NAME beside NAME) are no members.
+    """
+    clips = {}
     try:
-        if not isinstance(index, dict) or index["size"] != shard.stat().st_size:
-            index = scan(shard)
-        clips = []
-        for entry in index["clips"]:
-            members = {name: (shard, int(offset), int(size)) for name, (offset, size) in entry["members"].items()}
-            clips.append(Clip(shard, str(entry["key"]), entry["meta"], members))
-        return clips
-    except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                folder, slash, name = member.name.removeprefix("./").rpartition("/")
+                if not member.isfile() or name.startswith("."):
+                    continue
+                key, _, extension = name.partition(".")
+                clip = clips.setdefault(folder + slash + key, Clip(shard, folder + slash + key, {}, {}))
+                if extension in clip.members:
+                    raise ValueError(f"{member.name} is there twice")
+                clip.members[extension] = shard, member.offset_data, member.size
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise DataError(f"{shard}: not a complete WebDataset shard ({error})") from None
+    for clip in clips.values():
+        if "json" in clip.members:
+            try:
+                clip.meta = json.loads(clip.read("json"))
+            except ValueError:
+                clip.meta = None
+    return list(clips.values())
 
 
 def check(clip):
@@ -413,14 +391,12 @@ def key_of(*names):
 
 
 def write_shard(path, samples):
-    """Write samples (dicts of __key__ and extension: bytes) to the tar `path` and its index; returns how many.
+    """Write samples (dicts of __key__ and extension: bytes) to the tar `path`; returns how many.
 
-    Both are written to neighbours and renamed, the tar last: a tar that is there is complete. Nothing is written if
-    there are no samples.
+    It is written to a neighbour and renamed: a tar that is there is complete. Nothing is written without samples.
     """
     path, number = Path(path), 0
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    index = temporary.with_suffix(".index")
     try:
         with open(temporary, "wb") as file:
             with webdataset.TarWriter(file, mtime=0, user="0", group="0") as tar:
@@ -430,10 +406,7 @@ def write_shard(path, samples):
             file.flush()
             os.fsync(file.fileno())
         if number:
-            index.write_text(json.dumps(scan(temporary)))
-            os.replace(index, index_of(path))
             os.replace(temporary, path)
         return number
     finally:
-        for left in (temporary, index):
-            left.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

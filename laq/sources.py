@@ -21,7 +21,6 @@ class Source:
     low: float  # smallest and largest gap, in frames or (seconds=True) in seconds
     high: float
     seconds: bool
-    weight: float | None = None  # how often it is drawn; None: every pair alike
 
     def gaps(self, clip):
         """The smallest and the largest gap of a clip, in frames, at least 1."""
@@ -92,22 +91,15 @@ def parse_gap(text):
     return low, high, found[1].endswith("s")
 
 
-def read_sources(data, gap, val_share=0.1, val_episodes=(), weights=(), say=print):
-    """The sources of the flags' words. data: NAME=PATH or PATH; gap: 0.6s, 3 or g1=18; weights: 1 or g1=2."""
+def read_sources(data, gap, val_share=0.1, val_episodes=(), say=print):
+    """The sources of the flags' words. data: NAME=PATH or PATH; gap: 0.6s, 3 or g1=18."""
     pairs, sources = named_paths(data), []
     names = [name for name, _ in pairs]
     held, gap = named(val_episodes, names, "--val-episodes"), named(gap, names, "--gap")
-    weights = named(weights, names, "--weights")
     for name, path in pairs:
         source = Source(name, path, read_clips(path, say=say), *parse_gap(gap.get(name, "0.6s")))
         source.split(held_out(source.clips, val_share, held.get(name)))
-        if name in weights:
-            if not re.fullmatch(r"\d*\.?\d+", weights[name]):
-                raise DataError(f"--weights {name}={weights[name]}: expected a number, 0 or more")
-            source.weight = float(weights[name])
         sources.append(source)
-    if weights and not any(source.weight or source.weight is None for source in sources):
-        raise DataError("--weights: at least one must be above 0")
     return sources
 
 

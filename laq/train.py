@@ -44,7 +44,6 @@ def parse(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", metavar="PATH", help="shards, PATH or NAME=PATH; without it the demo writes its own")
     add("--gap", nargs="+", default=["0.6s"], metavar="T", help="between the frames: 3, 0.6s, 0.4s-1.2s, or g1=18 b=3")
-    add("--weights", nargs="+", default=[], metavar="X", help="how often a source is drawn, g1=2; without: every pair")
     add("--reuse", default=8, help="pairs taken from a decoded part of a clip, one per step", **whole)
     add("--crop", default=0.9, help="side of the smallest random crop, of 1; both frames alike; 1: off", **real)
     add("--jitter", default=0.1, help="random brightness, contrast and saturation, both frames alike; 0: off", **real)
@@ -189,7 +188,7 @@ def main(argv=None):
     common.broadcast()  # the other ranks wait for the demo's data
     common.seed_all(args.seed)
     say = print if rank == 0 else lambda text: None
-    sources = read_sources(args.data, args.gap, args.val_share, args.val_episodes, args.weights, say)
+    sources = read_sources(args.data, args.gap, args.val_share, args.val_episodes, say)
     common.open_run(args)
     stop = common.Interrupt(args.out)
 

@@ -391,7 +391,7 @@ def main(argv=None):
     args = parse(argv)
     out, began, frames = Path(args.out), time.monotonic(), 0
     plan = open_plan(args, out)
-    for file in [*out.glob(".*.tmp"), *out.glob(".*.index")]:
+    for file in out.glob(".*.tmp"):
         file.unlink(missing_ok=True)  # of a run that was killed: this one holds the lock
     for source, missing in plan["missing"].items():
         if missing:

@@ -70,6 +70,7 @@ def test_kmeans_finds_separate_clusters(this):
     assert (torch.cdist(true, centres).amin(1) < 0.2).all()
 
 
+@pytest.mark.slow
 def test_kmeans_of_many_codes_takes_seconds(this):
     """A codebook of 560 over 8192 vectors: the largest that the memory of vectors holds."""
     began = time.process_time()
@@ -384,9 +385,9 @@ def test_every_pair_of_a_clip_is_drawn_alike(this, tmp_path):
     write_clips(this, tmp_path, [200])
     source = this.sources.read_sources([str(tmp_path)], ["3"], 0.0)[0]
     dataset = this.data.TrainPairs([source], 16, 0)
-    starts = torch.cat([dataset[8 * turn, 0, 200]["frames"][:, 0, 0, 0, 0].int() for turn in range(40)])
+    starts = torch.cat([dataset[8 * turn, 0, 100]["frames"][:, 0, 0, 0, 0].int() for turn in range(30)])
     outer = ((starts < 24) | (starts >= 197 - 24)).float().mean()
-    assert abs(outer - 48 / 197) < 0.02 and len(starts.unique()) == 197
+    assert abs(outer - 48 / 197) < 0.03 and len(starts.unique()) == 197
 
 
 def test_a_gap_range_is_used_whole(this, tmp_path):
@@ -462,19 +463,6 @@ def test_both_frames_of_a_pair_are_augmented_alike(this):
     torch.testing.assert_close(same[0, :, :, 2:-2, 2:-2], up[:, :, 2:-2, 2:-2], atol=1e-4, rtol=0)
 
 
-def test_weights_mix_sources(this, tmp_path):
-    for name, count in (("a", 2), ("b", 6)):
-        write_clips(this, tmp_path / name, [20] * count, source=name)
-    data = [f"{name}={tmp_path / name}" for name in "ab"]
-    for words, share in (([], 0.25), (["a=1", "b=1"], 0.5), (["a=0", "b=1"], 0.0)):
-        sources = this.sources.read_sources(data, ["1"], 0.0, weights=words)
-        clips, chance = this.data.TrainPairs(sources, 16, 0, reuse=1).pool
-        drawn = sum(p for (source, _), p in zip(clips, chance, strict=True) if source.name == "a")
-        assert abs(drawn - share) < 1e-9
-    with pytest.raises(DataError, match="--weights"):
-        this.sources.read_sources(data, ["1"], 0.0, weights=["a=x"])
-
-
 def test_every_fourth_slot_is_labelled_with_label_share(this, tmp_path):
     write_clips(this, tmp_path, [20] * 30)
     source = this.sources.read_sources([str(tmp_path)], ["3"], 0.0)[0]
@@ -547,14 +535,14 @@ def test_a_resumed_run_holds_out_what_it_held_out(this, lab, tmp_path, capsys):
 
 def test_best_is_a_model_with_codes(this, lab, tmp_path):
     """A continuous model has a smaller error than any with codes: it must not stay `best`."""
-    this.train.main(flags(lab, tmp_path / "run", "--steps", 8, "--eval-every", 2, "--keep", 9, "--quantize-after", 9))
+    this.train.main(flags(lab, tmp_path / "run", "--steps", 3, "--eval-every", 1, "--quantize-after", 9))
     best = (tmp_path / "run" / "checkpoints" / "best").resolve()
-    assert best.name >= "step_0000004" and this.model.LAQ.from_pretrained(best).quantizer.quantizing
+    assert best.name >= "step_0000002" and this.model.LAQ.from_pretrained(best).quantizer.quantizing
 
 
-@pytest.mark.parametrize("more", [["--amp", "bf16"], ["--label-share", "0.5"], ["--motion-weight", "5"]])
-def test_options_train(this, lab, tmp_path, more):
-    assert this.train.main(flags(lab, tmp_path / "run", "--steps", 4, *more)) == 0
+def test_options_train(this, lab, tmp_path):
+    more = ["--amp", "bf16", "--label-share", "0.5", "--motion-weight", "5"]
+    assert this.train.main(flags(lab, tmp_path / "run", "--steps", 4, "--eval-every", 4, *more)) == 0
     assert np.isfinite(log_of(tmp_path / "run")[-1]["train/loss"])
 
 
@@ -565,13 +553,6 @@ def test_a_compiled_model_trains_as_the_plain_one(lab, tmp_path):
         assert done.returncode == 0, done.stderr
     one, two = ([line["train/loss"] for line in log_of(tmp_path / name)[:1]] for name in ("plain", "compiled"))
     np.testing.assert_allclose(one, two, rtol=1e-3)
-
-
-def test_wandb_offline_is_written(this, lab, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert this.train.main(flags(lab, tmp_path / "run", "--steps", 2, "--wandb", "test")) == 0
-    assert list((tmp_path / "run").rglob("*.wandb"))
 
 
 def test_unreadable_held_out_clips_do_not_end_a_run(this, tmp_path, capsys):
