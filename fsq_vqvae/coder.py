@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 RIDGE = 1e-3  # of the prediction from the context, relative to each value's variance
-MIX, JITTER = 0.5, 0.1  # see spread
+SPREADS = (0, 1, 2, 4, 8)  # that held-out chunks choose from; see spread
+MIX, JITTER = 0.5, 0.1
 SAMPLES = 5000  # at least so many: few chunks are spread several times, or each would get a point of its own
 LLOYD_ROUNDS = 15
 LOOK_AHEAD = 3  # two levels may be worth nothing where three are worth much: a coefficient that is mostly zero
@@ -41,28 +42,39 @@ class Fit:
         return np.square(x - coded @ self.basis).mean()
 
 
-def fit(x, context, tokens, codebook_size, wide=True):
-    """Chunks (B, X) and what is known beforehand of each, (B, C), both float64 -> Fit.
+@dataclass
+class Transform:
+    """What is known beforehand predicts a part of each chunk; the rest is turned to its principal directions (KLT)."""
 
-    wide: points for motions somewhat beyond the recorded ones (see spread); False: for just these.
-    """
+    weight: np.ndarray  # C X
+    mean: np.ndarray  # X
+    directions: np.ndarray  # M X, the strongest first
+    z: np.ndarray  # B M: the training chunks' coefficients
+
+
+def klt(x, context, tokens):
+    """Chunks (B, X) and what is known beforehand of each, (B, C), both float64 -> Transform."""
     weight = ridge(x, context)
     x = x - context @ weight
     mean = x.mean(0)
     directions = np.linalg.eigh((x - mean).T @ (x - mean))[1].T[::-1][: COEFFICIENTS_PER_TOKEN * tokens]
-    z = (x - mean) @ directions.T
-    tables = [LloydMax(samples) for samples in (spread(z) if wide else z).T]
+    return Transform(weight, mean, directions, (x - mean) @ directions.T)
+
+
+def fit(transform, tokens, codebook_size, factor=1):
+    """Levels and points for a Transform's coefficients -> Fit. factor: see spread."""
+    tables = [LloydMax(samples) for samples in spread(transform.z, factor).T]
     levels, token = allocate(tables, tokens, codebook_size)
     order = [np.flatnonzero((token == n) & (levels > 1)) for n in range(tokens)]
-    used = np.concatenate(order)
+    used, deviation = np.concatenate(order), transform.z.std(0)
     return Fit(
         levels=[levels[rows].tolist() for rows in order],
-        weight=weight,
-        mean=mean,
-        basis=directions[used],
+        weight=transform.weight,
+        mean=transform.mean,
+        basis=transform.directions[used],
         points=[tables[i](int(levels[i]))[0] for i in used],
-        deviation=z.std(0)[used],
-        span=directions * z.std(0)[:, None],
+        deviation=deviation[used],
+        span=transform.directions * deviation[:, None],
     )
 
 
@@ -74,16 +86,20 @@ def ridge(x, context):
     return np.linalg.solve(gram, centred.T @ x / len(x)) if context.shape[1] else np.zeros((0, x.shape[1]))
 
 
-def spread(z):
-    """Coefficients (B, K), spread a little: the points must also serve motions that were not recorded.
+def spread(z, factor):
+    """Coefficients (B, K), spread: the points must also serve motions that were not recorded. factor 0: as they are.
 
     Half of the values are mixed with another chunk's (weights -MIX to 1 + MIX); all get noise of JITTER deviations.
+    Half of the chunks are `factor` times as large, for data whose few episodes do not show how far a robot moves.
     """
+    if not factor:
+        return z
     draw = np.random.default_rng(0)
     z = np.tile(z, (math.ceil(SAMPLES / len(z)), 1))
     weight = np.where(draw.random(z.shape) < 0.5, draw.uniform(-MIX, 1 + MIX, z.shape), 1.0)
     mixed = weight * z + (1 - weight) * z[draw.permutation(len(z))]
-    return mixed + JITTER * z.std(0) * draw.normal(size=z.shape)
+    mixed += JITTER * z.std(0) * draw.normal(size=z.shape)
+    return mixed * np.where(draw.random((len(z), 1)) < 0.5, factor, 1)
 
 
 class LloydMax:

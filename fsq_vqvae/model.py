@@ -31,9 +31,9 @@ CONTEXT = dict(none=(), action=(("action", 0),), state=(("state", 0), ("action",
 @dataclass
 class Config:
     """sources: one dict per data set: `name`, `action_dim`, `chunk` (steps), `fps` (Hz or None), `center` and `scale`
-    (per dim; normalised = (action - center) / scale), `low` and `high` (of the training actions), `wide` (see
-    coder.fit), and `levels`: for each token the levels of its coefficients. They live in config.json, so a checkpoint
-    is complete.
+    (per dim; normalised = (action - center) / scale), `low` and `high` (of the training actions), `spread`
+    (see coder.spread), and `levels`: for each token the levels of its coefficients. They live in config.json, so a
+    checkpoint is complete.
 
     condition: a key of CONTEXT. Chunks are coded relative to the context's first row, and predicted from the
     differences of the other rows to it: a robot whose joints have drifted since the training keeps its tokens.
@@ -153,20 +153,21 @@ class FSQVQVAE(nn.Module):
         """The closed form alone, for sources described without `levels` and a sample of chunks of each: dicts with
         actions (B, T, A) in robot units, mask (B, T), context (B, R, A). Some thousands of chunks are enough.
 
-        validation: a sample of held-out chunks of each source, or None: they decide whether its points are `wide`,
-        where the source does not say.
+        validation: a sample of held-out chunks of each source, or None: they choose its `spread`, where the source
+        does not say.
         """
         size, fits, described = config.get("codebook_size", Config.codebook_size), [], []
         for s, (source, sample) in enumerate(zip(sources, samples, strict=True)):
             empty = Coder({**source, "levels": [[2]]}, Config([], **config))  # for its normalisation
-            chunks, wide = empty.chunks_of(sample), source.get("wide", True)
-            found = coder.fit(*chunks, tokens, size, wide)
-            if "wide" not in source and validation and validation[s]:
-                narrow, held_out = coder.fit(*chunks, tokens, size, wide=False), empty.chunks_of(validation[s])
-                wide = found.error(*held_out) <= narrow.error(*held_out)
-                found = found if wide else narrow
-            fits.append(found)
-            described.append({**source, "wide": bool(wide), "levels": found.levels})
+            transform, held_out = coder.klt(*empty.chunks_of(sample), tokens), validation and validation[s]
+            spreads = [source["spread"]] if "spread" in source else coder.SPREADS if held_out else [1]
+            found = {spread: coder.fit(transform, tokens, size, spread) for spread in spreads}
+            best = spreads[0]
+            if len(spreads) > 1:
+                held_out = empty.chunks_of(held_out)
+                best = min(spreads, key=lambda spread: found[spread].error(*held_out))
+            fits.append(found[best])
+            described.append({**source, "spread": best, "levels": found[best].levels})
         model = cls(Config(described, **config))
         for own, found in zip(model.coders, fits, strict=True):
             own.set(found)

@@ -120,7 +120,7 @@ def test_levels_follow_the_variance_and_stay_within_each_token(this):
     """More variance, more levels; no token has more codes than it may, and few bits are lost."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4000, 40)) * 0.8 ** np.arange(40)
-    fit = this.coder.fit(x, np.zeros((4000, 0)), 6, 1000)
+    fit = this.coder.fit(this.coder.klt(x, np.zeros((4000, 0)), 6), 6, 1000)
     sizes = [np.prod(levels) for levels in fit.levels]
     assert max(sizes) <= 1000 and np.log2(sizes).sum() > 0.97 * 6 * np.log2(1000)
     levels = np.concatenate(fit.levels)[np.argsort(-fit.deviation)]
@@ -132,7 +132,7 @@ def test_closed_form_is_near_the_bound_and_beats_equal_levels(this):
     """Gaussian coefficients: within 5 dB of the rate-distortion function, and well below PCA with equal levels."""
     rng, scale = np.random.default_rng(0), 0.8 ** np.arange(40)
     x, held = (rng.normal(size=(n, 40)) * scale for n in (8000, 2000))
-    fit = this.coder.fit(x, np.zeros((8000, 0)), 8, 1024)
+    fit = this.coder.fit(this.coder.klt(x, np.zeros((8000, 0)), 8), 8, 1024)
     z, decoded = (held - fit.mean) @ fit.basis.T, np.tile(fit.mean, (2000, 1))
     for i, points in enumerate(fit.points):
         decoded += points[np.abs(z[:, i, None] - points).argmin(1)][:, None] * fit.basis[i]
@@ -150,7 +150,7 @@ def test_what_the_context_tells_costs_no_bits(this):
     rng = np.random.default_rng(0)
     context = rng.normal(size=(2000, 3))
     x = context @ rng.normal(size=(3, 30)) * 50 + rng.normal(size=(2000, 30)) * 0.01
-    fit = this.coder.fit(x, context, 2, 1024)
+    fit = this.coder.fit(this.coder.klt(x, context, 2), 2, 1024)
     assert np.abs(context @ fit.weight + fit.mean - x).max() < 1
 
 
@@ -191,16 +191,17 @@ def test_decode_without_a_context_starts_from_the_middle_and_says_so(this):
         model.encode(smooth(1)[0])
 
 
-def test_held_out_chunks_decide_how_wide_the_points_are(this):
-    """Held-out chunks like those of the fit want points for just these; chunks that go further want wide ones."""
-    for factor, wide in ((1, False), (1.6, True)):
-        held_out = [sample(smooth(400, seed=8) * np.float32(factor), "none")]
-        fit, chunks = this.model.FSQVQVAE.fit, sample(smooth(6000), "none")
-        model = fit([described()], [chunks], 3, held_out, condition="none", hidden_dim=8)
-        assert model.sources[0]["wide"] is wide
-        both = [fit([described() | dict(wide=w)], [chunks], 3, condition="none", hidden_dim=8) for w in (True, False)]
-        errors = [(m.decode(m.encode(held_out[0]["actions"])) - held_out[0]["actions"]).square().mean() for m in both]
-        assert (errors[0] < errors[1]) == wide
+def test_held_out_chunks_decide_how_far_the_points_reach(this):
+    """Held-out chunks like those of the fit want points for just these, larger ones want points further out."""
+    fit, chunks = this.model.FSQVQVAE.fit, sample(smooth(6000), "none")
+    for size in (1, 8):
+        held_out = [sample(smooth(400, seed=8) * np.float32(size), "none")]
+        found = fit([described()], [chunks], 3, held_out, condition="none", hidden_dim=8)
+        plain = fit([described()], [chunks], 3, condition="none", hidden_dim=8)
+        assert found.sources[0]["spread"] == (8 if size == 8 else 0) and plain.sources[0]["spread"] == 1
+        x = held_out[0]["actions"]
+        a, b = ((m.decode(m.encode(x)) - x).square().mean() for m in (found, plain))
+        assert a < (0.3 if size == 8 else 0.99) * b
 
 
 @pytest.mark.parametrize("network", [False, True])
