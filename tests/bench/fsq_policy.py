@@ -12,17 +12,17 @@ Letters: B batch, T steps of a chunk, A action dims, N tokens, D width.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timing import load
+from timing import ROOT, load
 from torch import nn
 
 fsq_vqvae = load("fsq_vqvae", "baselines")
@@ -125,8 +125,8 @@ class Ours:
         words = ["--data", f"metaworld={folder}", "--chunk", T, "--condition", "none", "--tokens", tokens]
         words += ["--val-episodes", held_out, "--val-stride", 2, "--steps", 500, "--out", out, "--device", "cpu"]
         if not (out / "checkpoints" / "best").exists():
-            with contextlib.redirect_stdout(io.StringIO()):
-                fsq_vqvae.train.main([*map(str, words), "--resume"])
+            command = [sys.executable, ROOT / "fsq_vqvae" / "train.py", *words, "--resume"]
+            subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
         self.model = fsq_vqvae.model.FSQVQVAE.from_pretrained(out / "checkpoints" / "best")
         self.vocabulary, self.length = self.model.config.codebook_size, self.model.num_tokens
 
@@ -361,7 +361,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/fsq_policy"), help="folder [runs/fsq_policy]")
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, help="what the policies predict [all]")
     parser.add_argument("--tokens", type=int, default=8, help="of ours, per chunk [8]")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of each policy [1500]")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of each policy [1000]")
     parser.add_argument("--seeds", type=int, default=3, help="policies of each arm [3]")
     parser.add_argument("--episodes", type=int, default=10, help="fresh episodes of each task and seed [10]")
     args = parser.parse_args()
