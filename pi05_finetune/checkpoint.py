@@ -13,11 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot_patch import TINY_TAG
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
-from common import DataError, read_json
+from common import DataError, broadcast, is_main, load, read_json
 
 EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 HEAD = "model.paligemma_with_expert.paligemma.lm_head.weight"  # the same tensor
@@ -26,17 +30,27 @@ GOLDEN_TOLERANCE = 0.1  # of half an action's range: bfloat16 and other kernels 
 
 def export_state_dict(model):
     """The policy's weights as LeRobot names them: averaged, adapters merged, the tied embedding once."""
+    state = {}
     with model.use_ema():
-        state = {name: value.detach().to("cpu", copy=True) for name, value in model.policy.state_dict().items()}
+        for name, value in model.policy.state_dict().items():
+            value = value.full_tensor() if isinstance(value, DTensor) else value  # every rank gives its part
+            if is_main():
+                state[name] = value.to("cpu", copy=True)
     for name in [name for name in state if name.endswith(".lora_a")]:
         stem = name.removesuffix("lora_a")
         change = state.pop(stem + "lora_b").float() @ state.pop(name).float()
         state[stem + "weight"] = state[stem + "weight"].float() + change  # bfloat16 would round it away
-    del state[EMBEDDING]  # safetensors refuses two names for one tensor
+    state.pop(EMBEDDING, None)  # safetensors refuses two names for one tensor
     return {name: value.contiguous() for name, value in state.items()}
 
 
 def save(model, folder):
+    """Fill a policy folder. Of a split model every rank calls it, with a folder on rank 0 and None on the others."""
+    weights = export_state_dict(model)
+    with model.use_ema():
+        golden = golden_prediction(model)
+    if folder is None:
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.policy.config.save_pretrained(folder)
@@ -45,12 +59,42 @@ def save(model, folder):
     kept = ("type", "input_features", "output_features", "normalization_mapping", "device", "tags")
     fields = {k: v for k, v in fields.items() if k in kept or k not in default or default[k] != v}
     (folder / "config.json").write_text(json.dumps(fields, indent=1))  # an older LeRobot lacks the newest fields
-    save_file(export_state_dict(model), folder / "model.safetensors", metadata=dict(format="pt"))
+    save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
     model.processor.save_pretrained(folder, model.config.size)
     (folder / "pi05_finetune.json").write_text(json.dumps(vars(model.config), indent=1))
-    with model.use_ema():
-        golden = golden_prediction(model)
     (folder / "golden.json").write_text(json.dumps(golden.tolist()))
+
+
+# --- what a resumed run needs: resume.pt, and of a split model shards/, which any number of processes can read
+
+
+def save_run(folder, model, opt, state):
+    """Fill a checkpoint of train.py. Every rank calls it; folder is None but on rank 0."""
+    if not model.is_split:
+        if folder:
+            save(model, folder)
+            torch.save(state | dict(opt=opt.state_dict(), weights=training_state(model)), folder / "resume.pt")
+        return
+    save(model, folder)
+    parts = dict(opt=get_optimizer_state_dict(model, opt), weights=training_state(model))
+    dcp.save(parts, checkpoint_id=broadcast(folder) / "shards")
+    if folder:
+        torch.save(state, folder / "resume.pt")
+
+
+def load_run(folder, model, opt):
+    """Set a model that holds the exported weights, and its optimizer, to what save_run kept; returns resume.pt."""
+    state = load(folder / "resume.pt")
+    if ("opt" in state) == model.is_split:
+        raise DataError("--resume: --fsdp as before, please: a split run keeps its optimizer in parts")
+    if model.is_split:
+        parts = dict(opt=get_optimizer_state_dict(model, opt), weights=training_state(model))
+        dcp.load(parts, checkpoint_id=folder / "shards")
+        set_optimizer_state_dict(model, opt, parts["opt"])
+    else:
+        opt.load_state_dict(state["opt"])
+        load_training_state(model, state["weights"])
+    return state
 
 
 def training_state(model):
@@ -65,23 +109,55 @@ def training_state(model):
 
 @torch.no_grad()
 def load_training_state(model, state):
-    """Continue with the weights of training_state; the average is then what load_weights read, adapters apart."""
+    """Continue with the weights of training_state; the average began at the exported weights, adapters apart."""
     parameters = dict(model.policy.named_parameters())
     for name, value in state.items():
         (model.ema[name[4:]] if name.startswith("ema.") else parameters[name]).copy_(value)
 
 
 def read_config(folder):
-    """The fields of pi05_finetune.json."""
+    """The fields of pi05_finetune.json; of a folder that LeRobot itself has written, the same from its own files."""
     path = Path(folder) / "pi05_finetune.json"
+    if not path.exists() and (Path(folder) / "policy_preprocessor.json").exists():
+        return read_lerobot_config(Path(folder))
     fields = read_json(path)
     if not isinstance(fields, dict) or not {"cameras", "stats", "state_index"} <= set(fields):
         raise DataError(f"{path}: not a configuration of Pi05")
     return fields
 
 
+def read_lerobot_config(folder):
+    """Sizes and cameras of config.json, and the statistics that lie beside policy_preprocessor.json."""
+    config = {**vars(PI05Config(device="cpu")), **read_json(folder / "config.json")}
+    steps = read_json(folder / "policy_preprocessor.json")["steps"]
+    own = next((step for step in steps if step.get("registry_name") == "normalizer_processor"), {})
+    kinds = {name: str(config["normalization_mapping"].get(name)) for name in ("STATE", "ACTION")}
+    if config["type"] != "pi05" or "state_file" not in own or set(kinds.values()) != {"QUANTILES"}:
+        raise DataError(f"{folder}: expected a pi05 policy with QUANTILES statistics, found {config['type']}, {kinds}")
+    if relative := [step["registry_name"] for step in steps if "relative" in step.get("registry_name", "")]:
+        raise DataError(f"{folder}: its actions pass through {relative[0]}, which is not read here")
+    stats, inputs = {"observation.state": {}, "action": {}}, config["input_features"]
+    for name, value in load_file(folder / own["state_file"]).items():
+        key, _, stat = name.rpartition(".")
+        if key in stats:
+            stats[key][stat] = value.flatten().tolist()
+    cameras = [name.removeprefix("observation.images.") for name in inputs if name.startswith("observation.images.")]
+    return dict(
+        cameras=[name for name in cameras if not name.startswith("empty_camera")],
+        state_dim=inputs["observation.state"]["shape"][0],
+        action_dim=config["output_features"]["action"]["shape"][0],
+        stats=stats,
+        size="tiny" if TINY_TAG in (config["tags"] or []) else "full",
+        chunk=config["chunk_size"],
+        image_size=config["image_resolution"][0],
+        prompt_tokens=config["tokenizer_max_length"],
+        denoise_steps=config["num_inference_steps"],
+        state_index=None,
+    )
+
+
 def load_weights(model, folder):
-    """Weights of model.safetensors under LeRobot's or openpi's names; the running average starts from them."""
+    """Weights of model.safetensors under LeRobot's or openpi's names, strictly."""
     folder = Path(folder)
     file = folder / "model.safetensors"
     if not file.exists():
@@ -118,9 +194,6 @@ def load_weights(model, folder):
     if bad:
         raise DataError(f"{file}: {bad[0]} holds NaN or infinity ({len(bad)} such)")
     model.policy.load_state_dict(state, strict=not adapters)
-    for name, parameter in model.named_parameters():
-        if name in model.ema:
-            model.ema[name].copy_(parameter.detach())
 
 
 # --- the golden prediction

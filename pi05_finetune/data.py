@@ -264,7 +264,7 @@ class GlobalBatches:
 def prepare_dataloaders(spec, train, held_out, processor, args, first=0, rank=0, world=1):
     """(training loader, {source: validation loader}) of two lists of episodes; args: the flags of train.py."""
     more = dict(for_policy=True, image_size=args.image_size)
-    chunks, held_out_chunks = (SequenceConfig(args.chunk, stride) for stride in (args.stride, args.val_stride))
+    chunks, held_out_chunks = (SequenceConfig(args.chunk, stride) for stride in (args.stride, max(1, args.chunk // 2)))
     augment = build_augmentations(AUGMENT[args.augment])
     windows = EpisodeDataset(spec, sequence=chunks, augment_fn=augment, seed=args.seed, episodes=train, **more)
     held_out = EpisodeDataset(spec, sequence=held_out_chunks, episodes=held_out, **more)
@@ -276,5 +276,6 @@ def prepare_dataloaders(spec, train, held_out, processor, args, first=0, rank=0,
     for number in range(len(held_out)):
         numbers.setdefault(held_out.locate(number)[0].source, []).append(number)
     size = max(1, args.batch_size // (args.accum * world))
-    mine = {name: of_source[rank::world] for name, of_source in numbers.items()}
+    # a process of a split model must not be idle: the first window counts twice where there are too few
+    mine = {name: of_source[rank::world] or of_source[: int(args.fsdp)] for name, of_source in numbers.items()}
     return loader, {name: DataLoader(held_out, size, sampler=part, **more) for name, part in mine.items()}

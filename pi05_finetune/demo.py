@@ -42,6 +42,7 @@ class World:
         self.told = next(colour for colour in COLOURS if (colour == self.target) != swap)
         self.task = f"pick up the {self.told} block"
         self.state, self.steps, self.grasped = np.zeros(3, np.float32), 0, None
+        self.path = [self.state]
 
     @property
     def ended(self):
@@ -70,6 +71,7 @@ class World:
     def step(self, action):
         self.steps += 1
         before, self.state = self.state, np.clip(np.asarray(action, np.float32), [-1.2, -1.2, -0.2], [1.2, 1.2, 1.2])
+        self.path.append(self.state)
         if self.grasped is None and before[2] < 0.5 <= self.state[2]:
             away = {c: np.abs(self.state[:2] - middle).max() for c, middle in self.blocks.items()}
             nearest = min(away, key=away.get)

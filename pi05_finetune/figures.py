@@ -110,7 +110,6 @@ def episodes(examples, chunk):
 
 STYLES = {
     "model": dict(color=PREDICTED, lw=2),
-    "mean of draws": dict(color=PREDICTED, lw=1.5, ls=":"),
     "last action": dict(color=TRUE, lw=2),
     "mean action": dict(color=TRUE, lw=1.5, ls="--"),
 }

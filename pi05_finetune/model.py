@@ -21,6 +21,9 @@ from lerobot.policies.pi05 import modeling_pi05
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from processor import Processor, check_tokenizer
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from common import DataError
 
@@ -112,9 +115,7 @@ class Pi05(nn.Module):
         if tokenizer is not None:
             self.processor = Processor(policy, config.stats, tokenizer, config.state_index)
         self.set_trainable()
-        self.ema = {}
-        if config.ema:
-            self.ema = {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
+        self.ema, self.is_split = {}, False
 
     # --- what is trained
 
@@ -144,25 +145,62 @@ class Pi05(nn.Module):
             if not parameter.requires_grad and parameter.ndim >= 2:
                 parameter.data = parameter.data.bfloat16()
 
+    def start_ema(self):
+        """Begin the running average at the weights as they are now: those of --init, after `split`."""
+        if self.config.ema:
+            self.ema = {name: local(p).clone() for name, p in self.named_parameters() if p.requires_grad}
+
     @torch.no_grad()
     def update_ema(self):
         """After each optimizer step: average += (1 - decay) (weights - average)."""
         if self.ema:
-            now = [p.detach() for name, p in self.named_parameters() if name in self.ema]
+            now = [local(p) for name, p in self.named_parameters() if name in self.ema]
             torch._foreach_lerp_(list(self.ema.values()), now, 1 - self.config.ema)
 
     @contextlib.contextmanager
     def use_ema(self):
-        """Inside, the weights are their running average (if there is one)."""
-        mine = dict(self.named_parameters())
-        before = {name: mine[name].data for name in self.ema}
-        for name, value in self.ema.items():
-            mine[name].data = value
+        """Inside, the weights are their running average (if there is one): the two change places, tensor by tensor."""
+        mine = [(local(p), self.ema[name]) for name, p in self.named_parameters() if name in self.ema]
+
+        def exchange():
+            for weight, average in mine:
+                held = weight.clone()
+                weight.copy_(average)
+                average.copy_(held)
+
+        exchange()
         try:
             yield
         finally:
-            for name, value in before.items():
-                mine[name].data = value
+            exchange()
+
+    # --- several processes
+
+    def groups(self):
+        """Lists of modules whose weights `split` gathers together; what is in none of them stays gathered for a step.
+
+        LeRobot runs the two streams' layers in turns and calls their parts, not the layers. So a layer is two groups,
+        before and after its attention.
+        """
+        vlm = self.policy.model.paligemma_with_expert
+        groups = [[layer] for layer in vlm.paligemma.model.vision_tower.vision_model.encoder.layers]
+        for layer in [*vlm.paligemma.model.language_model.layers, *vlm.gemma_expert.model.layers]:
+            inner = layer.self_attn
+            groups.append([layer.input_layernorm, inner.q_proj, inner.k_proj, inner.v_proj])
+            groups.append([inner.o_proj, layer.post_attention_layernorm, layer.mlp])
+        return [*groups, [vlm.gemma_expert.lm_head]]  # the head is never called, so never gathered
+
+    def split(self, device):
+        """Split the weights over all processes (FSDP2). Until then each process has them whole, in the host's memory.
+
+        Weights are gathered in float32 and autocast reads them as ever: the arithmetic is that of one process.
+        """
+        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        for group in self.groups():
+            fully_shard(group, mesh=mesh)
+        fully_shard(self, mesh=mesh, reshard_after_forward=True)  # predict comes between two steps
+        register_fsdp_forward_method(self, "predict")
+        self.is_split = True
 
     # --- loss and prediction
 
@@ -212,12 +250,21 @@ class Pi05(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu"):
-        """The model of a checkpoint, for prediction: in eval mode, averaged and merged. Runs no code from the files."""
+    def from_pretrained(cls, folder, device="cpu", tokenizer=None):
+        """The model of a checkpoint, for prediction: in eval mode, averaged and merged. Runs no code from the files.
+
+        A folder that LeRobot itself has written lacks the tokenizer: give PaliGemma's.
+        """
         config = Pi05Config(**{**checkpoint.read_config(folder), "train": "all", "ema": 0.0})
-        model = cls(config, Path(folder) / "tokenizer", device=device).load_pretrained(folder).eval()
+        model = cls(config, tokenizer or Path(folder) / "tokenizer", device=device).load_pretrained(folder).eval()
         checkpoint.verify(model, folder)
         return model
+
+
+def local(parameter):
+    """This process's part of a parameter, without its gradient; of a model that is not split all of it."""
+    value = parameter.detach()
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 @torch.no_grad()
@@ -260,25 +307,36 @@ def check_first_step(model, batch, loss):
     return lines + ([f"warning: {len(idle)} trained tensors get no gradient, such as {idle[0]}"] if idle else [])
 
 
-def plan(config, amp, device):
-    """Lines on parameters, memory by part and the size of a checkpoint, counted without allocating anything."""
+def plan(config, amp, device, parts=1):
+    """Lines on parameters, memory of a process and the size of a checkpoint, counted without allocating anything.
+
+    parts: processes that the weights are split over.
+    """
     model = Pi05(config, device="meta")
-    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - learned
-    held = 2 if amp == "bf16" else 4  # bytes of a frozen number
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    total, learned = count(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held = 2 if amp == "bf16" and parts == 1 else 4  # bytes of a frozen number
     average = 4 * learned * bool(config.ema)
-    parts = dict(weights=4 * learned + held * frozen, gradients=4 * learned, Adam=8 * learned, average=average)
+    memory = dict(weights=4 * learned + held * (total - learned), gradients=4 * learned, Adam=8 * learned)
+    memory["average"] = average
     merged = 4 * sum(m.weight.numel() for m in model.modules() if isinstance(m, LoRALinear))  # beside their bases
-    on_disk = parts["weights"] + merged + parts["Adam"] + average
-    total = sum(parts.values())
+    on_disk = memory["weights"] + merged + memory["Adam"] + average
+    if parts > 1:  # weights and gradients of two groups, and of what is in none
+        sizes = [sum(map(count, group)) for group in model.groups()]
+        memory = {name: size / parts for name, size in memory.items()}
+        memory["gathered"] = 8 * (total - sum(sizes) + 2 * max(sizes[:-1]))
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else room
-    shown = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    shown, needed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items()), sum(memory.values())
     lines = [
-        f"{learned:,} of {learned + frozen:,} parameters learn (--train {config.train})",
-        f"memory without activations: {total / 1e9:.1f} GB ({shown}); {device} has {room / 1e9:.1f}",
+        f"{learned:,} of {total:,} parameters learn (--train {config.train})",
+        f"memory without activations: {needed / 1e9:.1f} GB ({shown}); {device} has {room / 1e9:.1f}",
         f"a checkpoint takes {on_disk / 1e9:.1f} GB on disk; --keep holds that many, and the best",
     ]
-    if total > room:
-        raise DataError("; ".join([*lines, "too little memory: --amp bf16, --ema 0, --train expert or lora"]))
+    if needed > room:
+        cure = "--amp bf16, --ema 0, --train expert or lora, --fsdp on more GPUs"
+        raise DataError("; ".join([*lines, f"too little memory: {cure}"]))
     return lines

@@ -10,6 +10,7 @@ Run:
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
@@ -23,9 +24,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
-import checkpoint as files
 import demo
 import figures
+from checkpoint import load_run, read_config, save_run
 from compute_norms import open_norms, relative_index
 from data import AUGMENT, PolicyBatch, prepare_dataloaders
 from model import Pi05, Pi05Config, check_first_step, plan
@@ -54,7 +55,6 @@ def parse(argv=None):
     add("--max-episodes", help="use the first N episodes only", **whole)
     add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
     add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
-    add("--val-stride", default=10, help="steps between two validation chunks", **whole)
     add("--workers", default=0, help="loader processes per rank; 0 loads in the training process", **whole)
 
     model = parser.add_argument_group("model")
@@ -83,6 +83,7 @@ def parse(argv=None):
     add("--init", metavar="CKPT", help="checkpoint whose weights to start from")
     add("--dry-run", action="store_true", help="print sizes, memory and time, take a few steps, keep nothing")
     add("--gradient-checkpointing", action="store_true", help="compute layers twice: much less memory")
+    add("--fsdp", action="store_true", help="split weights, optimizer and average over the processes (fully_shard)")
     add("--steps", default=30_000, help="optimizer steps in all", **whole)
     add("--accum", default=1, help="micro-steps per optimizer step: less memory, same batch", **whole)
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
@@ -99,7 +100,7 @@ def parse(argv=None):
     if args.demo:  # its preset first, so that the flags given here win
         given = sys.argv[1:] if argv is None else argv
         args = parser.parse_args([f"@{HERE / 'demo.args'}", *given], argparse.Namespace(demo=True))
-    positive = "stride val_stride chunk image_size prompt_tokens batch_size lr clip steps accum"
+    positive = "stride chunk image_size prompt_tokens batch_size lr clip steps accum"
     positive += " max_episodes" * (args.max_episodes is not None)
     for name in f"{positive} log_every eval_every save_every keep".split():
         if not 0 < getattr(args, name) < math.inf:
@@ -112,6 +113,8 @@ def parse(argv=None):
     micro_steps = args.accum * int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % micro_steps:
         parser.error(f"--batch-size {args.batch_size} is no multiple of {micro_steps} (micro-steps x processes)")
+    if args.fsdp and (args.train == "lora" or args.amp == "fp16" or "RANK" not in os.environ):
+        parser.error("--fsdp needs torchrun, and neither --train lora, which fits one GPU, nor --amp fp16")
     if args.resume and not args.out:
         parser.error("--resume needs --out, the folder of the run to go on with")
     args.folder = HERE.name
@@ -151,6 +154,15 @@ def learning_rate(step, args):
     return args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def evenly(loader, is_split):
+    """(batch, its samples) of this rank. All ranks of a split model run it as often: the last batch again, for 0."""
+    longest = common.broadcast(len(loader)) if is_split else 0  # rank 0 has the most
+    for batch in loader:
+        yield batch, len(batch["mask"])
+    for _ in range(longest - len(loader)):
+        yield batch, 0
+
+
 @torch.no_grad()
 def validate(model, loaders, device, amp):
     """Loss per data set over all ranks, with fixed noise and time; a chunk of each, recorded and predicted."""
@@ -158,12 +170,11 @@ def validate(model, loaders, device, amp):
     totals, counts, examples = {}, {}, {}
     with model.use_ema(), amp:
         for name, loader in loaders.items():
-            for batch in loader:
-                batch = {key: value.to(device) for key, value in batch.items()}
-                key, size = f"val/{name}/loss", len(batch["mask"])
+            for batch, size in evenly(loader, model.is_split):
+                batch, key = {key: value.to(device) for key, value in batch.items()}, f"val/{name}/loss"
                 totals[key] = totals.get(key, 0.0) + model(batch)[0].item() * size
                 counts[key] = counts.get(key, 0) + size
-            if common.is_main() and len(loader.sampler):
+            if (common.is_main() or model.is_split) and len(loader.sampler):
                 windows, spec = loader.dataset, loader.dataset.spec
                 batch = PolicyBatch(spec, model.config.chunk)([windows[max(loader.sampler, key=windows.motion)]])
                 true, predicted = (x[0][batch["mask"][0]].numpy() for x in (batch["action"], model.predict(batch)))
@@ -198,7 +209,7 @@ def main(argv=None):
     if args.dry_run:
         scratch = tempfile.TemporaryDirectory()
         args.out, args.steps_planned, args.steps = scratch.name, args.steps, DRY_STEPS
-        print("\n".join(plan(config, args.amp, device)), flush=True)
+        print("\n".join(plan(config, args.amp, device, world if args.fsdp else 1)), flush=True)
     common.open_run(args)
     out, stop = Path(args.out), common.Interrupt(args.out)
 
@@ -207,7 +218,7 @@ def main(argv=None):
     tokenizer = args.tokenizer or out / "tokenizer"
     if checkpoint:  # with its data, normalisation and tokenizer, whatever the data have become
         train, held_out, changes = restore_split(episodes, common.read_json(checkpoint / "data.json"))
-        before = files.read_config(checkpoint)
+        before = read_config(checkpoint)
         config.stats, config.state_index, tokenizer = before["stats"], before["state_index"], checkpoint / "tokenizer"
     elif rank == 0:
         warnings += [f"warning: norms: {warning}" for warning in norms.metadata["warnings"]]
@@ -217,12 +228,15 @@ def main(argv=None):
             with common.atomic(tokenizer, folder=True) as folder:
                 write_toy_tokenizer(folder, [task for episode in train for task in episode.tasks])
     common.broadcast()
-    model = Pi05(config, str(tokenizer), args.gradient_checkpointing, device)
+    model = Pi05(config, str(tokenizer), args.gradient_checkpointing, "cpu" if args.fsdp else device)
     model.processor.check_prompts([task for episode in episodes for task in episode.tasks], config.stats)
     if checkpoint or args.init:
         model.load_pretrained(checkpoint or args.init)
-    if args.amp == "bf16":
+    if args.fsdp:
+        model.split(device)
+    elif args.amp == "bf16":
         model.hold_frozen_in_bf16()
+    model.start_ema()
     learned = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in learned if p.ndim >= 2]
     others = [p for p in learned if p.ndim < 2]
@@ -235,15 +249,13 @@ def main(argv=None):
     # --- resume
     first, best = 0, None
     if checkpoint:
-        state = common.load(checkpoint / "resume.pt")
-        files.load_training_state(model, state["weights"])
-        opt.load_state_dict(state["opt"])
+        state = load_run(checkpoint, model, opt)
         scaler.load_state_dict(state["scaler"])
         first, best = state["step"], state["best"]
     log = common.Logger(args, first)
     log.say(f"{args.out}: {sum(p.numel() for p in learned):,} parameters learn, {device}, {world} process(es)")
     net = torch.compile(model) if args.compile else model
-    if world > 1:
+    if world > 1 and not args.fsdp:
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # --- data
@@ -273,6 +285,7 @@ def main(argv=None):
             log.say("\n".join(check_first_step(model, batch, loss)))
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(learned, args.clip)
+        norm = norm.full_tensor() if args.fsdp else norm
         if scaler.is_enabled() or norm.isfinite():  # a gradient that is not finite changes nothing
             scaler.step(opt)
         scaler.update()
@@ -295,13 +308,13 @@ def main(argv=None):
             best = metrics["val/loss"] if is_best else best
         if line:
             log.write(done, line)
-        if (done % args.save_every == 0 or is_best or ended or stopped) and rank == 0:
-            with common.checkpoint(args.out, done, is_best, args.keep) as folder:
-                model.save_pretrained(folder)
-                described = split_of(args.data, spec, train, held_out, args.val_stride)
-                (folder / "data.json").write_text(json.dumps(described, indent=1))
-                state = dict(step=done, best=best, opt=opt.state_dict(), scaler=scaler.state_dict())
-                torch.save(state | dict(weights=files.training_state(model)), folder / "resume.pt")
+        if done % args.save_every == 0 or is_best or ended or stopped:
+            saving = common.checkpoint(args.out, done, is_best, args.keep) if rank == 0 else contextlib.nullcontext()
+            with saving as folder:
+                save_run(folder, model, opt, dict(step=done, best=best, scaler=scaler.state_dict()))
+                if rank == 0:
+                    (folder / "data.json").write_text(json.dumps(split_of(args.data, spec, train, held_out), indent=1))
+            common.broadcast()  # parts of a split model lie in a folder that has its name only now
         if "val/loss" in line and rank == 0:
             log.figure(done, "traces", figures.traces(examples))
             log.figure(done, "curves", figures.curves(log.out / "log.jsonl"))

@@ -219,20 +219,25 @@ def correlate(a, b):
 
 
 def check_camera_names(thumbnails):
-    """thumbnails: {episode: {camera: mean frame (8, 8, 3)}}. Episodes whose camera shows something else."""
+    """thumbnails: {episode: {camera: mean frame (8, 8, 3)}}. Episodes whose camera shows something else.
+
+    Scenes differ, so a view is compared with those of the quarter of the other episodes that it is most like.
+    """
     found, cameras = {}, sorted({camera for views in thumbnails.values() for camera in views})
     if len(thumbnails) < 3:
         return found
-    usual = {camera: np.median([views[camera] for views in thumbnails.values()], 0) for camera in cameras}
+
+    def away(name, view, camera):
+        sizes = sorted(np.abs(view - views[camera]).mean() for other, views in thumbnails.items() if other != name)
+        return sizes[min(len(thumbnails) // 4, len(sizes) - 1)]
+
     for name, views in thumbnails.items():
-        for camera in cameras:
-            seen, mine = views[camera], np.abs(views[camera] - usual[camera]).mean()
-            away = {f"looks like {other} does there": np.abs(seen - usual[other]).mean() for other in cameras}
-            del away[f"looks like {camera} does there"]
-            away["has red and blue exchanged"] = np.abs(seen[..., ::-1] - usual[camera]).mean()
-            away["is upside down"] = np.abs(seen[::-1] - usual[camera]).mean()
-            best = min(away, key=away.get)
-            if away[best] < 0.5 * mine and mine > 4:
+        for camera, seen in views.items():
+            others = {f"looks like {other} does there": away(name, seen, other) for other in cameras if other != camera}
+            others["has red and blue exchanged"] = away(name, seen[..., ::-1], camera)
+            others["is upside down"] = away(name, seen[::-1], camera)
+            best, mine = min(others, key=others.get), away(name, seen, camera)
+            if others[best] < 0.5 * mine and mine > 4:
                 found.setdefault(name, []).append(("camera", f"{camera} {best}, against the other episodes"))
     return found
 

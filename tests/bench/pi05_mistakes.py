@@ -148,7 +148,7 @@ def said(words):
     """What train.py says of the data in 10 steps: the line that stops it, or its warnings."""
     out = io.StringIO()
     sizes = "--size tiny --image-size 28 --chunk 5 --prompt-tokens 80 --batch-size 8 --device cpu"
-    times = "--steps 10 --eval-every 10 --log-every 5 --val-stride 20 --lr 1e-3 --warmup 2"
+    times = "--steps 10 --eval-every 10 --log-every 5 --lr 1e-3 --warmup 2"
     try:
         with contextlib.redirect_stdout(out):
             main([*words, *sizes.split(), *times.split()])

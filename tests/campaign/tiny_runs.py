@@ -20,7 +20,7 @@ TINY = {  # a batch and a model as small as they go, with every part still there
     "vvae_lam": "--batch-size 8 --embed-dim 32 --patch-dim 32 --val-share 0.05 --quantize-after -1 --steps 24",
     "laq": "--batch-size 16 --val-pairs 64 --dim 32 --depth 1 --quantize-after -1",
     "vla": "--batch-size 16 --val-samples 64",
-    "pi05_finetune": "--batch-size 8 --val-stride 30",
+    "pi05_finetune": "--batch-size 8",
     "vae_distill": "--num-envs 64 --batch-size 128",  # four updates per iteration
 }
 SHORT = "--steps 12 --log-every 2 --eval-every 4 --save-every 4 --warmup 2 --device cpu"
