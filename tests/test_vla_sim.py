@@ -417,24 +417,43 @@ def test_a_busy_port_is_one_line(this, served):
     assert type(caught.value).__name__ == "DataError"
 
 
-def test_policies_that_can_be_served(this, tmp_path):
-    """A VLA answers image, state and prompt with its chunk; --policy FILE serves any other."""
+FAKE = """
+import numpy as np
+from model import SIZE  # of its own folder, not of vla's
 
-    class Policy:
-        state_dim = 2
+class Policy:
+    state_dim = 2
 
-        def reset(self, instructions):
-            self.instructions = instructions
+    @classmethod
+    def from_pretrained(cls, checkpoint, device):
+        return cls()
 
-        def predict(self, images, states):
-            return np.full((1, 4, 3), images[0].max() + states[0].sum() + len(self.instructions[0]))
+    def reset(self, instructions):
+        self.length = len(instructions[0])
 
-    serve = this.server.vla_policy(Policy(), "observation/image", "observation/state")
-    assert serve(request()).shape == (4, 3) and serve(request()).max() == 3 + 2 + 2
+    def predict(self, images, states):
+        (image,) = images
+        brightest = max(map(np.max, image.values())) if isinstance(image, dict) else image.max()
+        return np.full((1, SIZE, 3), brightest + states[0].sum() + self.length)
+"""
+
+
+def test_policies_that_can_be_served(this, tmp_path, monkeypatch):
+    """The Policy of any file, which imports its own folder's modules, answers for one image or for named cameras."""
+    (tmp_path / "fake_policy.py").write_text(FAKE)
+    (tmp_path / "model.py").write_text("SIZE = 4")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(this.server, "search_path", sys.path)
+    with monkeypatch.context() as modules:
+        for name in ("model", "fake_policy"):
+            modules.delitem(sys.modules, name, raising=False)
+        policy = this.server.load_policy(tmp_path / "fake_policy.py", "abc", "cpu")
+        for name in ("model", "fake_policy"):
+            del sys.modules[name]
+    for keys in (["observation/image"], ["front=observation/image", "wrist=observation/image"]):
+        infer = this.server.answer_with(policy, keys, "observation/state")
+        assert infer(request()).shape == (4, 3) and infer(request()).max() == 3 + 2 + 2
     with pytest.raises(ValueError, match="text"):
-        serve(request(prompt=5))
-    (tmp_path / "mine.py").write_text("def load(checkpoint, device):\n    return lambda request: [[len(checkpoint)]]\n")
-    words = ["--checkpoint", "abc", "--policy"]
-    assert this.server.load_policy(this.server.parse([*words, str(tmp_path / "mine.py")]))({}) == [[3]]
+        infer(request(prompt=5))
     with pytest.raises(Exception, match="not a python file"):
-        this.server.load_policy(this.server.parse([*words, str(tmp_path / "none.py")]))
+        this.server.load_policy(tmp_path / "none.py", "abc", "cpu")

@@ -21,10 +21,11 @@ import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
+from data import baselines, check_labels, collect
 from model import VLA
 from policy import Policy
 from sim import environments, rollout
-from sources import baselines, check_labels, collect, read_latents, read_sources, split_for_report
+from sources import read_latents, read_sources, split_for_report
 from train import setup
 
 import common
@@ -126,11 +127,11 @@ def measure_actions(model, source, args, device):
 
 
 def measure_latents(model, source, args, device):
-    """Accuracy per code position and of whole latent actions, perplexity, beside sources.baselines."""
+    """Accuracy per code position and of whole latent actions, perplexity, beside data.baselines."""
     check_labels([source], vars(model.config.latent))
     right, entropy = [], []
     for clip, rows, batch in batches(model, source, args, device):
-        probabilities = model.predict_latents(batch)[0].cpu().numpy()  # B N K
+        probabilities = model.predict_latents(batch).cpu().numpy()  # B N K
         codes = read_latents(clip, source.labels)[0][rows]
         right.append(probabilities.argmax(2) == codes)
         entropy.append(-np.log(np.take_along_axis(probabilities, codes[..., None], 2) + 1e-12).mean((1, 2)))

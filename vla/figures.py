@@ -89,24 +89,6 @@ def strips(films, shown=8):
     return figure
 
 
-def latents(frames, texts, probabilities):
-    """A row per frame: the frame with its instruction, and the probabilities of the codes at each position."""
-    figure = Figure(figsize=(6.4, 2.2 * len(frames)), layout="constrained")
-    axes = figure.subplots(len(frames), 2, squeeze=False)
-    for i, (picture, bars) in enumerate(axes):
-        picture.imshow(frames[i])
-        picture.set_title(texts[i], fontsize=7)
-        picture.axis("off")
-        N, K = probabilities[i].shape
-        for n in range(N):
-            x = [k + 0.8 * n / N for k in range(K)]
-            bars.bar(x, probabilities[i][n], 0.8 / N, label=f"position {n}", align="edge")
-        bars.set(xlabel="code", ylabel="probability", ylim=(0, 1))
-        bars.legend(frameon=False, fontsize=7)
-    figure.suptitle("predicted latent actions (a confident position has one high bar)")
-    return figure
-
-
 def success(table, arms):
     """Success against demonstrations, a line per arm. table: {(arm, demos): (success, low, high, seeds)}."""
     figure = Figure(figsize=(7, 4), layout="constrained")

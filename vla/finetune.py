@@ -3,11 +3,11 @@
 Run:
   python vla/finetune.py
   python vla/finetune.py --init runs/latent/checkpoints/best --data robot=PATH --out runs/robot
-  python vla/finetune.py --init CKPT --data robot=PATH --videos web=PATH --labels PATH --out runs/both
+  python vla/finetune.py --backbone NAME --data robot=PATH --out runs/scratch     # without stage 2
   torchrun --nproc_per_node 8 vla/finetune.py @vla/finetune7b.args --init CKPT --data robot=PATH --out runs/robot7b
 
---init is a checkpoint of stage 2 (its latent head is dropped unless --videos keep it) or of stage 3 (a new command
-head, or with --keep-head the old one). --backbone instead of --init starts without pretraining on actions.
+--init is a checkpoint of stage 2 (its latent head is dropped) or of stage 3 (a new command head, or with --keep-head
+the old one).
 """
 
 import argparse
@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,17 +26,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
-import sharded
-from data import prepare_dataloaders
-from model import VLA, VLAConfig, prompt_error
+import scaling
+from data import describe_actions, prepare_dataloaders
+from model import VLA, ActionConfig, VLAConfig, prompt_error
 from policy import Policy
 from sim import environments, rollout
-from sources import check_labels, few, finetune_config, read_sources, restore_split, split_of
+from sources import read_sources, restore_split, split_of
 
 import common
 
 HERE = Path(__file__).resolve().parent
 BETAS = (0.9, 0.95)  # AdamW, as for most transformers
+EVAL_EPISODES = 10  # of each task of --eval-env, at each validation
 
 
 def parse(argv=None):
@@ -45,11 +47,7 @@ def parse(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", metavar="PATH", help="clips with actions: PATH or NAME=PATH; without it the demo's")
     add("--action-labels", nargs="+", metavar="DIR", help="label shards with actions (sim/idm.py), for --data without")
-    add("--videos", nargs="+", default=[], metavar="PATH", help="clips that keep teaching latent actions (--labels)")
-    add("--labels", nargs="+", metavar="DIR", help="label shards (laq/label.py), one folder for each word of --videos")
-    add("--latent-fraction", default=0.5, help="fraction of a batch drawn from --videos", **real)
     add("--instruction", metavar="TEXT", help="for clips that have none")
-    add("--episodes", default=0, help="train on this many episodes, a subset of a larger number's; 0: all", **whole)
     add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
     add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
     add("--val-samples", default=512, help="held-out frames per source that validation reads", **whole)
@@ -61,7 +59,6 @@ def parse(argv=None):
     add("--prompt", metavar="TEXT", help="what the model is asked; without it that of --init, or of train.py")
     add("--image-size", type=int, metavar="N", help="side of the frames; without it that of --init, or 224")
     add("--chunk", default=8, help="commands predicted at once", **whole)
-    add("--bins", default=0, help="classify into quantile bins, as LAPA (256); 0: regression", **whole)
     add("--state", action="store_true", help="also read the robot's state (KEY.state.npy)")
     add("--keep-head", action="store_true", help="go on with --init's command head, chunk and normalisation")
     add("--freeze", choices=["none", "vision", "backbone"], default="none", help="what does not train")
@@ -86,7 +83,6 @@ def parse(argv=None):
     add("--steps", default=2000, help="optimizer steps in all", **whole)
     add("--accum", default=1, help="micro-steps per optimizer step: less memory, same batch", **whole)
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
-    add("--compile", action="store_true", help="torch.compile the model")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
     add("--log-every", default=50, help="steps between two log lines", **whole)
     add("--eval-every", default=500, help="steps between two validations", **whole)
@@ -96,7 +92,6 @@ def parse(argv=None):
     add("--fsdp", action="store_true", help="split weights and optimizer state over the processes (fully_shard)")
     add("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory")
     add("--eval-env", metavar="NAME", help="act in this environment at each validation; best is then by success")
-    add("--eval-episodes", default=10, help="episodes of each task of --eval-env", **whole)
     add("--dry-run", action="store_true", help="print parameters, memory, checkpoint size, steps per epoch, and end")
 
     args = parser.parse_args(argv)
@@ -104,11 +99,11 @@ def parse(argv=None):
     if args.demo:  # its preset first, so that the flags given here win
         given = sys.argv[1:] if argv is None else argv
         args = parser.parse_args([f"@{HERE / 'finetune.args'}", *given], argparse.Namespace(demo=True))
-    positive = "val_samples chunk batch_size lr clip steps accum eval_episodes"
+    positive = "val_samples chunk batch_size lr clip steps accum"
     for name in f"{positive} log_every eval_every save_every keep".split():
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
-    for name in "episodes val_share workers bins lora_rank backbone_lr lr_end warmup weight_decay augment seed".split():
+    for name in "val_share workers lora_rank backbone_lr lr_end warmup weight_decay augment seed".split():
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     micro_steps = args.accum * int(os.environ.get("WORLD_SIZE", 1))
@@ -118,10 +113,6 @@ def parse(argv=None):
         parser.error("--resume needs --out, the folder of the run to go on with")
     if not args.init and not args.backbone:
         parser.error("--init CKPT (a checkpoint of train.py) is needed, or --backbone NAME to start without stage 2")
-    if bool(args.videos) != bool(args.labels):
-        parser.error("--videos and --labels go together: one folder of labels for each word of --videos")
-    if not 0 < args.latent_fraction < 1:
-        parser.error("--latent-fraction must lie between 0 and 1")
     if args.keep_head and not args.init:
         parser.error("--keep-head needs --init, the checkpoint whose head it is")
     if args.eval_env and args.fsdp:
@@ -186,11 +177,27 @@ def validate(model, loaders, device, amp):
     return metrics
 
 
-def act(model, envs, episodes):
+def act(model, envs):
     """Success in --eval-env, on the same scenes each time. Rank 0 measures it for all ranks."""
-    success = rollout.evaluate(Policy(model), envs, episodes, say=lambda text: None)[0]["success"] if envs else 0.0
+    success = rollout.evaluate(Policy(model), envs, EVAL_EPISODES, say=lambda text: None)[0]["success"] if envs else 0.0
     model.train()
     return {"val/success": common.broadcast(success)}
+
+
+def configure(args, sources, say):
+    """The config of --init, or a new one, with a command head and without a latent one."""
+    config = VLAConfig.from_pretrained(args.init) if args.init else VLAConfig()
+    action = ActionConfig(**describe_actions(sources, args.chunk, args.state, say))
+    if args.keep_head:
+        if config.action is None:
+            raise common.DataError(f"--keep-head: {args.init} has no command head")
+        for name in ("action_dim", "state_dim"):
+            old, new = getattr(config.action, name), getattr(action, name)
+            if old != new:
+                raise common.DataError(f"--keep-head: {args.init} has {name} {old}, --data {new}")
+        action = config.action
+    changes = dict(prompt=args.prompt or config.prompt, image_size=args.image_size or config.image_size)
+    return replace(config, latent=None, action=action, lora_rank=args.lora_rank, **changes)
 
 
 def main(argv=None):
@@ -203,15 +210,11 @@ def main(argv=None):
     say = print if rank == 0 else lambda text: None
     common.seed_all(args.seed)
     split = args.val_share, args.val_episodes, args.instruction, say
-    robots = read_sources(args.data, "actions", args.action_labels, *split)
-    for robot in robots:
-        robot.train = few(robot.train, args.episodes, args.seed) if args.episodes else robot.train
-    videos = read_sources(args.videos, "latents", args.labels, *split) if args.videos else []
-    sources = robots + videos
+    sources = read_sources(args.data, "actions", args.action_labels, *split)
     envs = environments.make(args.eval_env, instruction=args.instruction) if args.eval_env and rank == 0 else []
-    config = None if args.resume else finetune_config(args, robots, videos, say)
+    config = None if args.resume else configure(args, sources, say)
     if args.dry_run:
-        say(sharded.plan(args, config or finetune_config(args, robots, videos, say), sources, world))
+        say(scaling.plan(args, config or configure(args, sources, say), sources, world))
         return 0
     common.open_run(args)
 
@@ -219,12 +222,11 @@ def main(argv=None):
     checkpoint = common.newest(args.out) if args.resume else None
     if checkpoint:  # with its statistics, whatever the data have become
         config = VLAConfig.from_pretrained(checkpoint)
-        check_labels(videos, config.latent and vars(config.latent))
-    config = config or finetune_config(args, robots, videos, say)
+    config = config or configure(args, sources, say)
     start = checkpoint or args.init or args.backbone
     stop = common.Interrupt(args.out)
     if args.fsdp and world > 1:
-        model = sharded.build(start, config, device, args.amp, args.freeze)
+        model = scaling.build(start, config, device, args.amp, args.freeze)
     else:
         model = VLA.from_pretrained(start, config).freeze(args.freeze).to(device)
     model.train()
@@ -245,13 +247,13 @@ def main(argv=None):
     first, best = 0, None
     if checkpoint:
         state = common.load(checkpoint / "resume.pt")
-        sharded.load_optimizer(checkpoint, model, opt, state)
+        scaling.load_optimizer(checkpoint, model, opt, state)
         scaler.load_state_dict(state["scaler"])
         first, best = state["step"], state["best"]
     log = common.Logger(args, first)
     size = sum(p.numel() for p in model.parameters())
     log.say(f"{args.out}: {size:,} parameters, {device}, {world} process(es)")
-    net = torch.compile(model) if args.compile else model
+    net = model
     if world > 1 and not args.fsdp:
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -261,7 +263,6 @@ def main(argv=None):
             log.say(line)
     loading = {name: getattr(args, name) for name in "batch_size seed steps accum workers val_samples augment".split()}
     loading |= dict(first=first, rank=rank, world=world, pin_memory=device.type == "cuda")
-    loading["latent_fraction"] = args.latent_fraction if videos else 0.0
     train, validation = prepare_dataloaders(sources, model.preprocess, config, **loading)
     batches = iter(train)
     for source in sources:
@@ -304,7 +305,7 @@ def main(argv=None):
         if (validation or args.eval_env) and (done % args.eval_every == 0 or ended):
             metrics = validate(model, validation, device, amp)
             if args.eval_env:
-                metrics |= act(model, envs, args.eval_episodes)
+                metrics |= act(model, envs)
             line.update(metrics)
             score = -metrics.get("val/success", 0.0), metrics.get("val/loss", 0.0)  # success first, if it is measured
             is_best = all(map(math.isfinite, score)) and (best is None or score < best)
@@ -317,7 +318,7 @@ def main(argv=None):
                 if rank == 0:
                     (path / "data.json").write_text(json.dumps(split_of(sources), indent=1))
                 state = dict(step=done, best=best, scaler=scaler.state_dict())
-                sharded.save(path, model, opt, state, args.fsdp)
+                scaling.save(path, model, opt, state, args.fsdp)
         if any("val/" in name for name in line) and rank == 0:
             log.figure(done, "curves", figures.curves(log.out / "log.jsonl"))
         if stopped and not ended:

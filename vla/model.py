@@ -5,7 +5,7 @@ read the last layer at these N positions, so the vocabulary and the softmax over
 are predicted in one forward pass.
 
 Letters: B batch, L prompt length, N queries (= codes per latent action), D width of the backbone, K codebook size,
-C dims of a code's vector, H commands per chunk, A action dims, S state dims, W bins.
+C dims of a code's vector, H commands per chunk, A action dims, S state dims.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class LatentConfig:
     mean: list  # N C
     std: list  # N C
     weight: list  # N C, each dim's share of its position's variance
-    target: str = "vectors"  # codes: cross-entropy (LAPA); codebook: regress the codes' vectors; vectors: those before
+    target: str = "vectors"  # codes: cross-entropy (LAPA); vectors: regress what the tokenizer quantised
 
 
 @dataclass
@@ -59,9 +59,6 @@ class ActionConfig:
     chunk_size: int  # H
     center: list  # A
     scale: list  # A
-    bins: int = 0  # W; 0: regression (smooth L1), otherwise classification into quantile bins, as LAPA
-    edges: list | None = None  # A W-1
-    values: list | None = None  # A W, mean command of each bin
     state_dim: int = 0  # S; 0: the robot's state is not read
     state_center: list | None = None  # S
     state_scale: list | None = None  # S
@@ -182,16 +179,14 @@ class VLA(nn.Module):
         with torch.device(embedding.device):
             if latent:
                 self.to_codes = nn.Linear(D, latent.codebook_size)
-                for name in ("codebook", "mean", "std", "weight"):
+                for name in ("mean", "std", "weight"):
                     self.remember(name, getattr(latent, name))
                 if latent.target != "codes":
                     self.to_vectors = nn.Linear(D, latent.code_dim)
             if action:
-                self.to_actions = nn.Linear(N * D, action.chunk_size * action.action_dim * max(1, action.bins))
+                self.to_actions = nn.Linear(N * D, action.chunk_size * action.action_dim)
                 self.remember("action_center", action.center)
                 self.remember("action_scale", action.scale)
-                for name in ("edges", "values") if action.bins else ():
-                    self.remember(name, getattr(action, name))
                 if action.state_dim:
                     self.from_state = nn.Linear(action.state_dim, D, bias=False)
                     nn.init.zeros_(self.from_state.weight)  # what was pretrained starts unchanged
@@ -249,18 +244,13 @@ class VLA(nn.Module):
     # --- training
 
     def forward(self, batch):
-        """A batch (dict, see data.py) -> (loss, metrics). Every sample counts the same, whatever it teaches."""
+        """A batch of latent actions, or of commands (dict, see data.py) -> (loss, metrics)."""
         hidden = self.read(batch)
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden, loss, metrics = hidden.float(), 0.0, {}
-            for teach, has in ((self.latent_loss, "has_latents"), (self.action_loss, "has_actions")):
-                if has in batch:
-                    each, parts = teach(hidden, batch)  # B
-                    fraction = batch[has].float() / len(hidden)
-                    loss = loss + (each * fraction).sum()
-                    present = fraction.sum().clamp(min=1e-12)
-                    metrics |= {name: (value.detach() * fraction).sum() / present for name, value in parts.items()}
-        return loss, {"loss": loss.detach(), **metrics}
+            teach = self.latent_loss if "codes" in batch else self.action_loss
+            loss, metrics = teach(hidden.float(), batch)
+            loss = loss.mean()
+        return loss, {"loss": loss.detach(), **{name: value.detach().mean() for name, value in metrics.items()}}
 
     def latent_loss(self, hidden, batch):
         """Per sample (B,): the loss; token accuracy, exact match, cross-entropy in nats per code, squared error."""
@@ -272,56 +262,34 @@ class VLA(nn.Module):
         metrics |= {f"token_accuracy_{n}": right[:, n] for n in range(right.shape[1])}
         if target == "codes":
             return entropy, metrics
-        vectors = self.lookup(codes) if target == "codebook" else batch["vectors"]
-        error = self.to_vectors(hidden) - (vectors - self.mean) / self.std
+        error = self.to_vectors(hidden) - (batch["vectors"] - self.mean) / self.std
         metrics["vector_mse"] = (error.square() * self.weight).sum(2).mean(1)
         return metrics["vector_mse"] + entropy, metrics
 
-    def lookup(self, codes):
-        """codes (B, N) -> their vectors (B, N, C)."""
-        return self.codebook[torch.arange(codes.shape[1], device=codes.device), codes]
-
     def action_loss(self, hidden, batch):
         """Per sample (B,): the loss, and the mean absolute error, normalised, over all dims and steps of the chunk."""
-        actions, mask = batch["actions"], batch["mask"]
-        fraction = (mask / mask.sum(1, keepdim=True).clamp(min=1))[..., None] / self.config.action.action_dim  # B H 1
-        out = self.predict_chunk(hidden)
-        if self.config.action.bins:
-            columns = zip(actions.unbind(-1), self.edges, strict=True)
-            bins = torch.stack([torch.bucketize(column.contiguous(), e, right=True) for column, e in columns], -1)
-            error = F.cross_entropy(out.permute(0, 3, 1, 2), bins, reduction="none")  # B H A
-        else:
-            error = F.smooth_l1_loss(out, (actions - self.action_center) / self.action_scale, reduction="none")
-        distance = (self.denormalize(out) - actions).abs() / self.action_scale
-        return (error * fraction).sum((1, 2)), dict(action_mae=(distance * fraction).sum((1, 2)))
+        mask = batch["mask"]
+        weight = (mask / mask.sum(1, keepdim=True).clamp(min=1))[..., None] / self.config.action.action_dim  # B H 1
+        target, out = (batch["actions"] - self.action_center) / self.action_scale, self.predict_chunk(hidden)
+        error = F.smooth_l1_loss(out, target, reduction="none")  # B H A
+        return (error * weight).sum((1, 2)), dict(action_mae=((out - target).abs() * weight).sum((1, 2)))
 
     def predict_chunk(self, hidden):
-        """(B, N, D) -> normalised commands (B, H, A), or logits of their bins (B, H, A, W)."""
+        """(B, N, D) -> normalised commands (B, H, A)."""
         action = self.config.action
-        shape = action.chunk_size, action.action_dim, *([action.bins] if action.bins else [])
-        return self.to_actions(hidden.flatten(1)).view(-1, *shape)
-
-    def denormalize(self, out):
-        """`predict_chunk`'s output -> commands in robot units (B, H, A)."""
-        if self.config.action.bins:
-            return self.values.expand(*out.shape[:2], -1, -1).gather(3, out.argmax(3, keepdim=True))[..., 0]
-        return out * self.action_scale + self.action_center
+        return self.to_actions(hidden.flatten(1)).view(-1, action.chunk_size, action.action_dim)
 
     # --- use
 
     @torch.no_grad()
     def predict_latents(self, batch):
-        """-> probabilities of the codes (B, N, K), vectors (B, N, C) before quantisation (target "codes": after)."""
-        hidden = self.read(batch).float()
-        probabilities = self.to_codes(hidden).softmax(2)
-        if self.config.latent.target == "codes":
-            return probabilities, self.lookup(probabilities.argmax(2))
-        return probabilities, self.to_vectors(hidden) * self.std + self.mean
+        """-> probabilities of the codes (B, N, K)."""
+        return self.to_codes(self.read(batch).float()).softmax(2)
 
     @torch.no_grad()
     def predict_actions(self, batch):
         """-> commands in robot units (B, H, A)."""
-        return self.denormalize(self.predict_chunk(self.read(batch).float()))
+        return self.predict_chunk(self.read(batch).float()) * self.action_scale + self.action_center
 
     # --- files
 

@@ -2,44 +2,51 @@
 
 Run:
   python vla/server.py --checkpoint runs/robot/checkpoints/best --port 8000
-  python vla/server.py --checkpoint CKPT --policy my_policy.py      # another kind of policy, such as pi05's
+  python vla/server.py --checkpoint CKPT --policy pi05_finetune/policy.py --image-key front=observation/image
 
 On the robot (pip install openpi-client):
   client = openpi_client.websocket_client_policy.WebsocketClientPolicy("HOST", 8000)
   actions = client.infer({"observation/image": image, "observation/state": state, "prompt": text})["actions"]  # (H, A)
 
 A request that cannot be answered gets an error as text, which openpi's client raises; the connection stays. GET
-/healthz answers OK. --policy FILE defines load(checkpoint, device), which returns a function: request (dict) -> actions
-(H, A); it raises ValueError or KeyError for a bad request. Nothing is unpickled.
+/healthz answers OK. --policy FILE has a class Policy like that of policy.py beside this file: from_pretrained(folder,
+device=), state_dim, reset([text]), predict([image], [state]) -> (1, H, A), ValueError for what it cannot act on. The
+image is an array, or with --image-key CAMERA=KEY a dict of cameras. Nothing is unpickled.
 """
 
 import http
-import importlib.util
+import importlib
 import sys
 import threading
 import time
 from pathlib import Path
+from sys import path as search_path
 
 import numpy as np
 import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
-from policy import Policy
-
 import common
 
 LIMIT = 64 * 2**20  # bytes of a request: a few camera images
 KINDS = "biuf"  # dtypes that an array may have: no objects, no records
+HERE = Path(__file__).resolve().parent
 
 
 def parse(argv=None):
     parser = common.ArgumentParser(__doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a checkpoint of finetune.py, or what --policy loads")
-    add("--policy", metavar="FILE", help="python file with load(checkpoint, device), for another kind of policy")
+    add("--policy", default=str(HERE / "policy.py"), metavar="FILE", help="python file with a class Policy")
     add("--host", default="127.0.0.1", metavar="NAME", help="0.0.0.0 lets other machines in; there is no password")
     add("--port", type=int, default=8000, metavar="N", help="0 takes a free one")
-    add("--image-key", default="observation/image", metavar="KEY", help="of the request: uint8 (H, W, 3)")
+    add(
+        "--image-key",
+        nargs="+",
+        default=["observation/image"],
+        metavar="KEY",
+        help="of the request: uint8 (H, W, 3); CAMERA=KEY for a policy of several cameras",
+    )
     add("--state-key", default="observation/state", metavar="KEY", help="of the request: (S,), if the policy reads it")
     add("--report-every", type=int, default=100, metavar="N", help="requests between two lines about latency")
     add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
@@ -87,29 +94,28 @@ def unpack(data):
 # --- policies
 
 
-def vla_policy(policy, image_key, state_key):
+def load_policy(file, checkpoint, device):
+    """The Policy of a python file, which imports its own folder's modules."""
+    file = Path(file).resolve()
+    if not file.is_file() or file.suffix != ".py":
+        raise common.DataError(f"--policy {file}: not a python file")
+    search_path[0] = str(file.parent)  # in the place of this folder
+    return importlib.import_module(file.stem).Policy.from_pretrained(checkpoint, device=device)
+
+
+def answer_with(policy, image_keys, state_key):
     """A function from a request to a chunk of actions (H, A) in robot units."""
+    cameras = dict(key.split("=", 1) for key in image_keys if "=" in key)
 
     def infer(request):
-        prompt, image = request["prompt"], request[image_key]
+        prompt = request["prompt"]
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError("prompt must be a text")
+        image = {camera: request[key] for camera, key in cameras.items()} or request[image_keys[0]]
         policy.reset([prompt])
         return policy.predict([image], [request[state_key]] if policy.state_dim else None)[0]
 
     return infer
-
-
-def load_policy(args):
-    if not args.policy:
-        policy = Policy.from_pretrained(args.checkpoint, args.device)
-        return vla_policy(policy, args.image_key, args.state_key)
-    spec = importlib.util.spec_from_file_location("served_policy", args.policy)
-    if spec is None or not Path(args.policy).is_file():
-        raise common.DataError(f"--policy {args.policy}: not a python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.load(args.checkpoint, args.device)
 
 
 # --- the server
@@ -184,9 +190,8 @@ class Server:
 
 def main(argv=None):
     args = parse(argv)
-    server = Server(
-        load_policy(args), dict(checkpoint=args.checkpoint), args.host, args.port, max(1, args.report_every)
-    )
+    infer = answer_with(load_policy(args.policy, args.checkpoint, args.device), args.image_key, args.state_key)
+    server = Server(infer, dict(checkpoint=args.checkpoint), args.host, args.port, max(1, args.report_every))
     print(f"serving {args.checkpoint} on ws://{args.host}:{server.port}", flush=True)
     try:
         server.run()

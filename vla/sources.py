@@ -1,12 +1,11 @@
-"""Clips and their labels: which a run uses, which it holds out, and what the model keeps of their statistics."""
+"""Which clips a run uses and which it holds out: shards.py reads clips, data.py makes batches of them."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from model import ActionConfig, LatentConfig, VLAConfig
-from shards import episode_hash, held_out, read_clips
+from shards import held_out, read_clips
 
 from common import DataError
 
@@ -134,15 +133,6 @@ def read_latents(clip, labels):
     return codes, vectors, valid
 
 
-def few(clips, episodes, seed):
-    """The clips of `episodes` episodes; a smaller number's are among a larger one's."""
-    order = sorted({clip.episode for clip in clips}, key=lambda name: episode_hash(name, salt=f"{seed}:"))
-    if len(order) < episodes:
-        raise DataError(f"--episodes {episodes}: there are only {len(order)} training episodes")
-    chosen = set(order[:episodes])
-    return [clip for clip in clips if clip.episode in chosen]
-
-
 def split_of(sources):
     """What a checkpoint keeps of the data: {source: its number of episodes, the names of those held out}."""
     table = {}
@@ -180,140 +170,3 @@ def split_for_report(source, split):
     own = [split[source.name]] if source.name in split else own
     hold_out(source, own[0]["held_out"] if own else sorted(names))
     return f"{source.name}: {'the episodes that training held out' if own else 'new data, all episodes'} are measured"
-
-
-# --- what the model keeps of the data
-
-
-def collect(read, clips, limit=1000, say=print):
-    """[read(clip)] of at most about `limit` clips, spread evenly. Those that cannot be read are named and left out."""
-    found, error = [], None
-    for clip in clips[:: max(1, len(clips) // limit)]:
-        try:
-            found.append(read(clip))
-        except (OSError, DataError) as problem:
-            say(f"skipping a clip: {(error := problem)}")
-    if not found:
-        raise DataError(f"no clip can be read: {error}")
-    return found
-
-
-def check_labels(sources, known):
-    """A DataError unless all sources were labelled with the codebook of `known`. Gaps may differ, as rates do.
-
-    known: LatentConfig's fields, or None for a model without a latent head, which no source may teach.
-    """
-    if bool(sources) != bool(known):
-        raise DataError("--videos: a run goes on with them if it began with them, and only then")
-    for source in sources:
-        for name in ("code_seq_len", "codebook_size", "code_dim", "codebook"):
-            if source.labels[name] != known[name]:
-                other = f"{source.name} was labelled by another model ({name} differs)"
-                raise DataError(f"--labels: {other}: label all sources with one tokenizer")
-
-
-def describe_latents(sources, say=print):
-    """model.LatentConfig's fields but the target: sizes, codebook, and mean, std, weight (N, C) of the vectors.
-
-    weight: each dim's share of its position's variance. A tokenizer's vectors vary in few dims, and the noise of the
-    others is not worth learning.
-    """
-    first = {name: value for name, value in sources[0].labels.items() if name != "gap"}
-    check_labels(sources, first)
-    pairs = {id(clip): (clip, source.labels) for source in sources for clip in source.train}.values()
-    vectors = np.concatenate(collect(lambda pair: read_latents(*pair)[1], [*pairs], say=say))
-    mean, std = vectors.mean(0), np.maximum(vectors.std(0), 1e-6)
-    weight = std**2 / (std**2).sum(1, keepdims=True)
-    return first | dict(mean=mean.tolist(), std=std.tolist(), weight=weight.tolist())
-
-
-def baselines(source, say=print):
-    """Accuracies on the held-out frames of predictors that see neither image nor instruction: {metric: value}.
-
-    majority: each position's most frequent code. bigram: the most frequent code after the true code of the position
-    before (first position: its most frequent). Both are counted on training clips, as is the most frequent action.
-    """
-
-    def valid_codes(clip):
-        codes, _, valid = read_latents(clip, source.labels)
-        return codes[valid]
-
-    K, N = source.labels["codebook_size"], source.labels["code_seq_len"]
-    known, held = (np.concatenate(collect(valid_codes, clips, say=say)) for clips in (source.train, source.validation))
-    top = np.array([np.bincount(known[:, n], minlength=K).argmax() for n in range(N)])
-    majority = held == top
-    bigram = majority.copy()
-    for n in range(1, N):
-        counts = np.zeros((K, K), int)
-        np.add.at(counts, (known[:, n - 1], known[:, n]), 1)
-        bigram[:, n] = counts.argmax(1)[held[:, n - 1]] == held[:, n]
-    actions, counts = np.unique(known, axis=0, return_counts=True)
-    exact = (held == actions[counts.argmax()]).all(1).mean()
-    return dict(majority_accuracy=majority.mean(), bigram_accuracy=bigram.mean(), majority_exact_match=exact)
-
-
-def describe_actions(sources, chunk_size, bins=0, use_state=False, say=print):
-    """model.ActionConfig's fields: dims, chunk size, and the normalisation fitted on the training episodes.
-
-    Each dim's 1 % and 99 % quantile goes to -1 and 1, nothing is clipped. bins: edges at quantiles, as in LAPA, and
-    each bin's mean (A, W).
-    """
-    clips = [clip for source in sources for clip in source.train]
-
-    def rows_of(extension):
-        def read(clip):
-            if extension not in clip.members:
-                raise DataError(f"{clip}: has no {extension}, which --state needs")
-            return clip.array(extension)
-
-        arrays = collect(read, clips, say=say)
-        dims = {array.shape[1] for array in arrays}
-        if len(dims) > 1:
-            raise DataError(f"--data: clips with {sorted(dims)} dims in {extension}: train one robot at a time")
-        return np.concatenate(arrays)
-
-    def normalisation(rows):
-        low, high = np.quantile(rows.astype(np.float64), [0.01, 0.99], axis=0)
-        smallest = 1e-6 * np.maximum(1, np.abs(rows).max(0))  # below it a dim is constant, and the rest is rounding
-        span = np.where(high - low > smallest, high - low, np.ptp(rows, 0))  # a rare event's own range
-        return ((low + high) / 2).tolist(), (np.where(span > smallest, span, 2.0) / 2).tolist()
-
-    rows = rows_of("actions.npy")
-    center, scale = normalisation(rows)
-    about = dict(action_dim=rows.shape[1], chunk_size=chunk_size, center=center, scale=scale, bins=bins)
-    if bins:
-        edges = np.quantile(rows, np.linspace(0, 1, bins + 1)[1:-1], axis=0).T  # A W-1
-        values = np.empty((rows.shape[1], bins))
-        for a, column in enumerate(rows.T):
-            which = np.searchsorted(edges[a], column, side="right")
-            for b in range(bins):  # an empty bin: the edge below it
-                values[a, b] = column[which == b].mean() if (which == b).any() else edges[a][max(b - 1, 0)]
-        about |= dict(edges=edges.tolist(), values=values.tolist())
-    if use_state:
-        rows = rows_of("state.npy")
-        center, scale = normalisation(rows)
-        about |= dict(state_dim=rows.shape[1], state_center=center, state_scale=scale)
-    return about
-
-
-def finetune_config(args, robots, videos, say):
-    """The VLAConfig of stage 3: that of --init, or a new one, with a command head and, for --videos, a latent head."""
-    config = VLAConfig.from_pretrained(args.init) if args.init else VLAConfig()
-    before, config.latent = config.latent, None
-    if videos:
-        config.latent = LatentConfig(**describe_latents(videos, say), target=before.target if before else "vectors")
-        if before and before.codebook == config.latent.codebook:
-            config.latent = before  # with the statistics that its head was trained with
-        config.num_queries = config.num_queries if args.init else config.latent.code_seq_len
-    action = ActionConfig(**describe_actions(robots, args.chunk, args.bins, args.state, say))
-    if args.keep_head:
-        if config.action is None:
-            raise DataError(f"--keep-head: {args.init} has no command head")
-        for name in ("action_dim", "state_dim"):
-            old, new = getattr(config.action, name), getattr(action, name)
-            if old != new:
-                raise DataError(f"--keep-head: {args.init} has {name} {old}, --data {new}")
-        action = config.action
-    changes = dict(action=action, lora_rank=args.lora_rank)
-    changes |= dict(prompt=args.prompt or config.prompt, image_size=args.image_size or config.image_size)
-    return replace(config, **changes)

@@ -27,10 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import demo
 import figures
-import sharded
-from data import prepare_dataloaders
+import scaling
+from data import baselines, check_labels, describe_latents, prepare_dataloaders
 from model import PROMPT, VLA, LatentConfig, VLAConfig, prompt_error
-from sources import baselines, check_labels, describe_latents, read_sources, restore_split, split_of
+from sources import read_sources, restore_split, split_of
 
 import common
 
@@ -56,7 +56,7 @@ def parse(argv=None):
     add("--backbone", default="Qwen/Qwen2.5-VL-7B-Instruct", metavar="NAME", help="a local folder or a name on the hub")
     add("--prompt", default=PROMPT, metavar="TEXT", help="what the model is asked; {instruction} is filled in")
     add("--image-size", default=224, help="side that frames are squashed to for the image processor", **whole)
-    add("--target", choices=["codes", "codebook", "vectors"], default="vectors", help="see README: How it works")
+    add("--target", choices=["codes", "vectors"], default="vectors", help="see README: How it works")
     add("--freeze", choices=["none", "vision", "backbone"], default="none", help="what does not train")
     add("--lora-rank", default=0, help="rank of LoRA layers in the language model; 0: none", **whole)
     add("--dropout", default=0.1, help="dropout on what the heads read", **real)
@@ -197,7 +197,7 @@ def main(argv=None):
     sources = read_sources(args.data, "latents", args.labels, *split)
     config = None if args.resume else configure(args, sources, say)
     if args.dry_run:
-        say(sharded.plan(args, config or configure(args, sources, say), sources, world))
+        say(scaling.plan(args, config or configure(args, sources, say), sources, world))
         return 0
     common.open_run(args)
 
@@ -210,7 +210,7 @@ def main(argv=None):
     start = checkpoint or args.init or args.backbone
     stop = common.Interrupt(args.out)
     if args.fsdp and world > 1:
-        model = sharded.build(start, config, device, args.amp, args.freeze)
+        model = scaling.build(start, config, device, args.amp, args.freeze)
     else:
         model = VLA.from_pretrained(start, config).freeze(args.freeze).to(device)
     model.train()
@@ -228,7 +228,7 @@ def main(argv=None):
     first, best = 0, None
     if checkpoint:
         state = common.load(checkpoint / "resume.pt")
-        sharded.load_optimizer(checkpoint, model, opt, state)
+        scaling.load_optimizer(checkpoint, model, opt, state)
         scaler.load_state_dict(state["scaler"])
         first, best = state["step"], state["best"]
     log = common.Logger(args, first)
@@ -298,7 +298,7 @@ def main(argv=None):
                 if rank == 0:
                     (path / "data.json").write_text(json.dumps(split_of(sources), indent=1))
                 state = dict(step=done, best=best, scaler=scaler.state_dict())
-                sharded.save(path, model, opt, state, args.fsdp)
+                scaling.save(path, model, opt, state, args.fsdp)
         if "val/loss" in line and rank == 0:
             log.figure(done, "curves", figures.curves(log.out / "log.jsonl"))
         if stopped and not ended:

@@ -1,7 +1,7 @@
 """Inverse dynamics for VPT: from few demonstrations learn the action between two frames, then label videos with it.
 
 Run:
-  python vla/sim/idm.py --data robot=PATH --videos web=PATH --episodes 10 --out runs/vpt
+  python vla/sim/idm.py --data robot=PATH --videos web=PATH --out runs/vpt
   python vla/finetune.py --backbone NAME --data web=PATH --action-labels runs/vpt/web --out runs/vpt/policy
 
 VPT (Baker et al. 2022, arXiv 2206.11795) is the strong baseline for latent actions: it needs actions before it can use
@@ -23,7 +23,7 @@ from tqdm import tqdm
 if __name__ == "__main__":  # vla/ and its parent take the place of vla/sim/
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 from shards import npy, read_clips, write_shard
-from sources import few, named_paths, read_sources
+from sources import named_paths, read_sources
 
 import common
 
@@ -36,7 +36,6 @@ def parse(argv=None):
     add("--data", nargs="+", required=True, metavar="PATH", help="demonstrations with actions, NAME=PATH or PATH")
     add("--videos", nargs="+", required=True, metavar="PATH", help="clips to label, NAME=PATH or PATH")
     add("--out", required=True, metavar="DIR", help="folder for the label shards")
-    add("--episodes", default=0, help="learn from N demonstrations, as finetune.py chooses them; 0: all", **whole)
     add("--val-share", default=0.1, help="share of the demonstrations held out", **real)
     add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
     add("--image-size", default=32, help="side that frames are squashed to, a power of two", **whole)
@@ -44,7 +43,7 @@ def parse(argv=None):
     add("--batch-size", default=64, help="pairs of frames per step", **whole)
     add("--lr", default=1e-3, help="peak learning rate", **real)
     add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
-    add("--seed", default=0, help="of weights, batches and the choice of demonstrations", **whole)
+    add("--seed", default=0, help="of weights and batches", **whole)
     args = parser.parse_args(argv)
     for name in ("image_size", "steps", "batch_size", "lr"):
         if not 0 < getattr(args, name) < math.inf:
@@ -105,7 +104,6 @@ def main(argv=None):
     args = parse(argv)
     sources = read_sources(args.data, "actions", None, args.val_share, args.val_episodes)
     train = [clip for source in sources for clip in source.train]
-    train = few(train, args.episodes, args.seed) if args.episodes else train
     x, y = read_pairs(train, args.image_size)
     center, scale = y.mean(0), y.std(0).clamp(min=1e-6)
     common.seed_all(args.seed)

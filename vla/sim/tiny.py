@@ -1,20 +1,10 @@
 """Build a small, randomly initialised vision-language model of the real one's family, without any download.
 
-Run:
-  python vla/sim/tiny.py --out runs/tiny --text "push the red block" "pick up the bottle"
-
 The folder holds what a real one holds (config, weights, tokenizer trained on --text, image processor), so
 AutoModelForImageTextToText and AutoProcessor load it as they load Qwen/Qwen2.5-VL-7B-Instruct.
 """
 
-import argparse
-import sys
-from pathlib import Path
-
 import torch
-
-if __name__ == "__main__":  # vla/ and its parent take the place of vla/sim/
-    sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Qwen2_5_VLConfig,
@@ -115,31 +105,3 @@ def build(
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--text",
-        nargs="+",
-        metavar="WORDS",
-        default=["push the red block to the left"],
-        help="texts to know the words of",
-    )
-    parser.add_argument(
-        "--family", choices=[*FAMILIES, "film"], default="qwen3_vl", help="whose architecture [qwen3_vl]"
-    )
-    parser.add_argument(
-        "--width", type=int, default=128, metavar="N", help="of the language model, a multiple of 32 [128]"
-    )
-    parser.add_argument("--depth", type=int, default=3, metavar="N", help="decoder layers [3]")
-    parser.add_argument("--pixels", type=int, default=32, metavar="N", help="side of the images [32]")
-    parser.add_argument("--patch", type=int, default=4, metavar="N", help="side of a patch; 2 x 2 become one token [4]")
-    args = parser.parse_args(argv)
-    sizes = dict(family=args.family, width=args.width, depth=args.depth, pixels=args.pixels, patch=args.patch)
-    print(f"{args.out}: {build(Path(args.out), args.text, **sizes):,} parameters")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Checkpoints of whole and of split models (FSDP2), and what a run will need, before it starts.
+"""What large models need: weights and optimizer split over GPUs (FSDP2), and memory foretold before the start.
 
 A checkpoint holds the whole weights as a plain Hugging Face folder. The optimizer state lies in resume.pt, or under
 --fsdp in shards (torch.distributed.checkpoint, folder optimizer/), which any number of ranks can read.
