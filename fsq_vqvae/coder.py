@@ -87,19 +87,18 @@ def ridge(x, context):
 
 
 def spread(z, factor):
-    """Coefficients (B, K), spread: the points must also serve motions that were not recorded. factor 0: as they are.
+    """Coefficients (B, K), spread: the points must also serve motions that were not recorded.
 
-    Half of the values are mixed with another chunk's (weights -MIX to 1 + MIX); all get noise of JITTER deviations.
-    Half of the chunks are `factor` times as large, for data whose few episodes do not show how far a robot moves.
+    Half of the values are mixed with another chunk's, also beyond the two of them (weights -MIX to 1 + MIX) unless
+    `factor` is 0; all get noise of JITTER deviations. Half of the chunks are `factor` times as large: for data whose
+    few episodes do not show how far a robot moves.
     """
-    if not factor:
-        return z
     draw = np.random.default_rng(0)
-    z = np.tile(z, (math.ceil(SAMPLES / len(z)), 1))
-    weight = np.where(draw.random(z.shape) < 0.5, draw.uniform(-MIX, 1 + MIX, z.shape), 1.0)
+    z, mix = np.tile(z, (math.ceil(SAMPLES / len(z)), 1)), MIX if factor else 0.0
+    weight = np.where(draw.random(z.shape) < 0.5, draw.uniform(-mix, 1 + mix, z.shape), 1.0)
     mixed = weight * z + (1 - weight) * z[draw.permutation(len(z))]
     mixed += JITTER * z.std(0) * draw.normal(size=z.shape)
-    return mixed * np.where(draw.random((len(z), 1)) < 0.5, factor, 1)
+    return mixed * np.where(draw.random((len(z), 1)) < 0.5, max(factor, 1), 1)
 
 
 class LloydMax:
