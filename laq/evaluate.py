@@ -96,8 +96,9 @@ def encode(model, frames, size, device):
 def collect(model, source, args, device):
     """The pairs of a source as arrays with a row per pair, or None if no pair of an evaluated episode can be read.
 
-    evaluated (n,) bool; episode (n,) number; codes, vectors; thumbs (n 2 192) of 8 x 8 pictures; frames of the
-    evaluated pairs; scenes: a first frame of each of some clips, with scene_episode; motion (n A), nan if unknown.
+    evaluated (n,) bool; episode (n,) number; camera (n,) name; codes, vectors; thumbs (n 2 192) of 8 x 8 pictures;
+    frames of the evaluated pairs; scenes: a first frame of each of some clips, with scene_episode; motion (n A), nan if
+    unknown.
     """
     parts, motions, states, numbers = [], [], [], {}
     long = [clip for clip in source.clips if len(clip) > source.gap(clip)]
@@ -123,6 +124,7 @@ def collect(model, source, args, device):
                 dict(
                     evaluated=np.full(len(starts), side),
                     episode=episode,
+                    camera=np.full(len(starts), clip.meta["camera"], object),
                     codes=codes,
                     vectors=vectors.reshape(len(starts), -1).astype(float),
                     thumbs=small / 255,
@@ -195,12 +197,11 @@ def images(model, pairs, args, device):
 
 def probe(model, pairs, seed):
     """Sections of the report on what the latents tell of the robot's motion; empty without motion."""
-    known = np.isfinite(pairs.motion).all(1) & (pairs.motion.shape[1] > 0)
-    episode, y, small, codes = (x[known] for x in (pairs.episode, pairs.motion, pairs.thumbs, pairs.codes))
-    folds = metrics.leave_one_out(episode, np.unique(episode[pairs.evaluated[known]]))
-    if not folds or min(len(rows) for fold in folds for rows in fold) < 2:
+    known = np.isfinite(pairs.motion).all(1)
+    if pairs.motion.shape[1] == 0 or not known.any():
         return {}
-    one_hot = metrics.one_hot(codes, model.config.codebook_size)
+    episode, camera, y, small = (x[known] for x in (pairs.episode, pairs.camera, pairs.motion, pairs.thumbs))
+    one_hot = metrics.one_hot(pairs.codes[known], model.config.codebook_size)
     features = {
         "codes": one_hot,
         "vectors before quantization": pairs.vectors[known],
@@ -208,11 +209,12 @@ def probe(model, pairs, seed):
         "pixel difference": small[:, 1] - small[:, 0],
         "shuffled codes": np.random.default_rng(seed).permutation(one_hot),
     }
-    fitted, tested = min(len(fit) for fit, _ in folds), sum(len(test) for _, test in folds)
-    return dict(
-        probe=metrics.probe_table(features, y, episode, folds),
-        probed=dict(motion=pairs.kind, fitted=fitted, tested=tested, episodes=len(np.unique(episode))),
-    )
+    tested = np.unique(episode[pairs.evaluated[known]])
+    table, cameras, (fitted, scored) = metrics.probe_tables(features, y, episode, camera.astype(str), tested)
+    if not table:
+        return {}
+    probed = dict(motion=pairs.kind, fitted=fitted, tested=scored, episodes=len(np.unique(episode)))
+    return dict(probe=table, probed=probed) | (dict(cameras=cameras) if len(cameras) > 1 else {})
 
 
 # --- the report
@@ -226,9 +228,9 @@ def summary(name, report, K):
         if None not in r2.values():
             better = r2["codes"] > max(0, r2["first frame"], r2["pixel difference"])
             text += (
-                f"; of the motion the codes tell {'more' if better else 'LESS'} than pixels do: R2 {r2['codes']:.2f}, "
+                f"; of the motion the codes tell {'more' if better else 'LESS'} than pixels do: R2 {r2['codes']:.2f}"
             )
-            text += f"first frame {r2['first frame']:.2f}, pixel difference {r2['pixel difference']:.2f}"
+            text += f", first frame {r2['first frame']:.2f}, pixel difference {r2['pixel difference']:.2f}"
     return f"{name}: {text}"
 
 
@@ -251,20 +253,29 @@ def section(report):
     if "probe" not in report:
         yield "\nNo probes: no actions or state are known, or of too few pairs."
         return
-    probed, rows = report["probed"], []
+    probed = report["probed"]
     yield f"""
 Ridge probes of the difference of the {probed["motion"]} over the gap: {probed["tested"]} pairs scored, each episode by
-a probe fitted on the others ({probed["fitted"]} pairs at least){ONE_EPISODE if probed["episodes"] == 1 else ""}.
-In brackets 95 % intervals over episodes. Weighted: each dim counts by how much it moves. Good: codes above the first
-frame (what the scene tells anyway) and above pixel differences (of 8 x 8 thumbnails, nothing learned).
+a probe fitted on the others ({probed["fitted"]} pairs at least){ONE_EPISODE if probed["episodes"] == 1 else ""}; each
+camera has probes of its own. In brackets 95 % intervals over episodes. Weighted: each dim counts by how much it moves.
+Good: codes above the first frame (what the scene tells anyway) and above pixel differences (of 8 x 8 thumbnails,
+nothing learned).
 """
-    for method, s in report["probe"].items():
+    yield from probe_rows(report["probe"])
+    for camera, scores in report.get("cameras", {}).items():
+        yield from ("", f"Camera {camera}:", "", *probe_rows(scores))
+
+
+def probe_rows(scores):
+    """The table of one set of probes, line by line."""
+    rows = []
+    for method, s in scores.items():
         ends = [s.get(f"{name}_interval") for name in ("r2", "r2_weighted")]
         brackets = [f" [{end[0]:.2f}, {end[1]:.2f}]" if end else "" for end in ends]
         values = ["-" if s[n] is None else f"{s[n]:.2f}" for n in ("r2", "r2_weighted")]
         each = ["-" if v is None else f"{v:.2f}" for v in s["r2_per_dim"]]
         rows.append((method, values[0] + brackets[0], values[1] + brackets[1], " ".join(each)))
-    yield from table(["features", "R2", "R2 weighted", "R2 of each dim"], rows)
+    return table(["features", "R2", "R2 weighted", "R2 of each dim"], rows)
 
 
 ONE_EPISODE = "; there is one episode, so its parts are held out in turn"

@@ -203,11 +203,31 @@ def scores(true, guess, episode, draws=1000):
     return found
 
 
-def probe_table(features, y, episode, folds):
-    """{method: scores} of features {method: (n D)} for the motion y (n A); folds as `leave_one_out` gives them."""
-    test = np.concatenate([out for _, out in folds])
-    table = {}
-    for method, x in features.items():
-        guess = np.concatenate([probe(x[fit], y[fit], episode[fit], x[out]) for fit, out in folds])
-        table[method] = scores(y[test], guess, episode[test])
-    return table
+def probe_tables(features, y, episode, camera, tested):
+    """R2 of features {method: (n D)} for the motion y (n A): ({method: scores}, {camera: {method: scores}}, pairs).
+
+    Each of the `tested` episodes is held out in turn. A camera has probes of its own: the same motion looks different
+    from elsewhere. The first table scores the predictions of all cameras together. pairs: how many a probe was fitted
+    on at least, and how many were scored in all.
+    """
+    rows, guesses, fitted, cameras = [], {method: [] for method in features}, [], {}
+    for name in np.unique(camera):
+        own = np.flatnonzero(camera == name)
+        held_out = np.intersect1d(tested, episode[own])
+        folds = leave_one_out(episode[own], held_out) if len(held_out) else []
+        if not folds or min(len(part) for fold in folds for part in fold) < 2:
+            continue
+        folds = [(own[fit], own[test]) for fit, test in folds]
+        test = np.concatenate([test for _, test in folds])
+        rows.append(test)
+        fitted += [len(fit) for fit, _ in folds]
+        cameras[str(name)] = {}
+        for method, x in features.items():
+            guess = np.concatenate([probe(x[fit], y[fit], episode[fit], x[out]) for fit, out in folds])
+            guesses[method].append(guess)
+            cameras[str(name)][method] = scores(y[test], guess, episode[test])
+    if not rows:
+        return {}, {}, (0, 0)
+    rows = np.concatenate(rows)
+    table = {method: scores(y[rows], np.concatenate(guess), episode[rows]) for method, guess in guesses.items()}
+    return table, cameras, (min(fitted), len(rows))

@@ -104,6 +104,16 @@ def test_each_evaluated_episode_is_held_out_in_turn(laq):
     assert sorted(np.concatenate([test for _, test in alone])) == list(range(10)) and len(alone) == 5
 
 
+def test_each_camera_has_its_own_probe(laq):
+    """The same motion goes left in one picture and right in the other: one probe for both would tell nothing."""
+    rng = np.random.default_rng(0)
+    y, episode, camera = rng.normal(size=(80, 2)), np.repeat(np.arange(8), 10), np.tile(["left", "right"], 40)
+    seen = np.where((camera == "left")[:, None], y, -y)
+    table, cameras, pairs = laq.metrics.probe_tables(dict(seen=seen), y, episode, camera, [2, 5])
+    assert table["seen"]["r2"] > 0.99 and cameras["left"]["seen"]["r2"] > 0.99 and pairs == (35, 20)
+    assert laq.metrics.probe_tables(dict(seen=seen), y, episode, camera, [])[0] == {}
+
+
 def test_codebook_metrics(laq):
     """A code of 1 % is not in use where 1 / 40 is the bound; perplexity is exp of the entropy."""
     codes = np.zeros((1000, 2), int)
