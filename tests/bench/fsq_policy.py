@@ -32,8 +32,8 @@ TASKS = [*TASKS.split(), "peg-insert-side"]
 FRAME_SKIP, LIMIT = 2, 100  # simulator steps of 12.5 ms per action; actions until an episode has failed
 NOISE, MEMORY, PERIOD, DISTURBED = 0.5, 0.7, 24, 8  # the expert is pushed off its way for 8 of every 24 actions
 TRAIN, HELD_OUT = 20, 4  # demonstrations of each task
-T, A, EXECUTE = 12, 4, 6  # a chunk, and how much of it is executed before the next
-WIDTH, DEPTH, HEADS, BATCH, LR = 96, 2, 4, 64, 1e-3
+T, A, EXECUTE = 8, 4, 4  # a chunk, and how much of it is executed before the next
+WIDTH, DEPTH, HEADS, BATCH, LR = 64, 2, 4, 64, 2e-3
 ARMS = ["ours", "FAST", "regression", "256 bins"]
 
 
@@ -331,18 +331,21 @@ def interval(successes, n, z=1.96):
 
 
 class Results:
-    """OUT/results.json: what is there is not computed again."""
+    """OUT/results.json: what is there is not computed again. Several processes may fill it."""
 
     def __init__(self, file):
-        self.file, self.found = file, json.loads(file.read_text()) if file.exists() else {}
+        self.file = file
+
+    def read(self):
+        return json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def get(self, key, compute, *words):
-        if key not in self.found:
+        if key not in self.read():
             start = time.process_time()
-            self.found[key] = compute(*words) | dict(cpu_seconds=time.process_time() - start)
-            self.file.write_text(json.dumps(self.found, indent=1))
-            print(key, self.found[key], flush=True)
-        return self.found[key]
+            found = compute(*words) | dict(cpu_seconds=time.process_time() - start)
+            self.file.write_text(json.dumps(self.read() | {key: found}, indent=1))
+            print(key, found, flush=True)
+        return self.read()[key]
 
 
 def one_policy(codec, data, held_out, envs, args, seed):
@@ -361,9 +364,9 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/fsq_policy"), help="folder [runs/fsq_policy]")
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, help="what the policies predict [all]")
     parser.add_argument("--tokens", type=int, default=8, help="of ours, per chunk [8]")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of each policy [1000]")
+    parser.add_argument("--steps", type=int, default=800, help="training steps of each policy [800]")
     parser.add_argument("--seeds", type=int, default=3, help="policies of each arm [3]")
-    parser.add_argument("--episodes", type=int, default=10, help="fresh episodes of each task and seed [10]")
+    parser.add_argument("--episodes", type=int, default=5, help="fresh episodes of each task and seed [5]")
     args = parser.parse_args()
     torch.set_num_threads(1)
     demos = args.out / "demos"
