@@ -19,7 +19,7 @@ import numpy as np
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from teacher.arm import make
 
-ABOUT = dict(version=1, clips=40, frames=250, rate=50, substeps=4, seed=0)
+ABOUT = dict(version=2, clips=40, frames=250, rate=50, substeps=4, seed=0)
 # two links in a vertical plane, 0.5 m and 1 kg
 WALKER = """<mujoco model="planar_arm">
   <option timestep="0.005"><flag eulerdamp="disable"/></option>

@@ -4,7 +4,8 @@ DAgger as in PULSE: the environments go where the student's actions lead, and ea
 with the action that the teacher would have taken. Environments may be sharded over devices: everything random is
 drawn for the whole batch, so the trajectories do not depend on the number of devices.
 
-state: dict(params, opt, envs); task: dict(reference, teacher, mean, std, train), arrays that no iteration changes.
+state: dict(params, opt, envs)
+task: dict(reference, teacher, mean, std, train, seed), arrays that no iteration changes
 """
 
 import jax
@@ -18,7 +19,6 @@ from model import intention
 from common import DataError
 
 BETAS = (0.9, 0.95)
-AR_AFTER = 3  # control steps of an episode that PULSE's AR term leaves out
 
 
 def make_optimizer(weight_decay, clip):
@@ -36,18 +36,23 @@ def make_optimizer(weight_decay, clip):
 
 def init_state(env, student, opt, num_envs, task, seed):
     """The state before the first iteration."""
-    key = jax.random.key(seed)
-    params = student.init(jax.random.fold_in(key, 1))
-    envs = jax.jit(lambda task, key: reset_all(env, task, num_envs, key))(task, jax.random.fold_in(key, 2))
-    return dict(params=params, opt=opt.init(params), envs=envs)
+
+    @jax.jit
+    def start(task, key):
+        params = student.init(jax.random.fold_in(key, 1))
+        here = env.with_reference(task["reference"])
+        envs = reset_all(here, task["train"], num_envs, jax.random.fold_in(key, 2))
+        return dict(params=params, opt=opt.init(params), envs=envs)
+
+    return start(task, jax.random.key(seed))
 
 
-def reset_all(env, task, num_envs, key):
-    """States of `num_envs` environments at random starts in the training clips."""
+def reset_all(env, train, num_envs, key):
+    """States of `num_envs` environments at random starts in the clips `train`."""
 
     def reset(key):
-        clip, start = env.sample_start(task["reference"], task["train"], key)
-        return env.reset(task["reference"], clip, start, key)
+        clip, start = env.sample_start(train, key)
+        return env.reset(clip, start, key)
 
     return jax.vmap(reset)(jax.random.split(key, num_envs))
 
@@ -57,44 +62,38 @@ def where(done, new, old):
     return jax.tree.map(lambda a, b: jnp.where(done.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
 
-def make_iteration(env, student, opt, unroll, batch_size, seed, ar=False):
+def make_iteration(env, student, opt, unroll, batch_size):
     """The function (state, task, step, schedule) -> (state, metrics), to be jitted.
 
-    step: optimizer steps done; schedule: lr, kl, unit_kl, ar, (updates,) each; an update whose lr is 0 changes nothing.
+    step: optimizer steps done; schedule: lr and kl, (updates,) each; an update whose lr is 0 changes nothing.
     """
 
-    def rollout(params, envs, task, key):
+    def rollout(env, params, envs, train, key):
         """`unroll` control steps of all environments with the student's sampled actions. An environment that ends goes
         on from its place in `fresh`, drawn once per iteration: resetting costs as much as a physics step."""
         keys = jax.random.split(key)
-        fresh = reset_all(env, task, len(envs.age), keys[0])
+        fresh = reset_all(env, train, len(envs.age), keys[0])
 
         def control_step(envs, t):
-            obs = jax.vmap(env.get_obs, (None, 0))(task["reference"], envs)
+            obs = jax.vmap(env.get_obs)(envs)
             z = student.posterior(params, obs).sample(jax.random.fold_in(keys[1], t))
             action = student.decode(params, obs, z)
-            follows = (envs.age > AR_AFTER).astype(jnp.float32)
-            envs, terms, terminated, truncated = jax.vmap(env.step, (None, 0, 0))(task["reference"], envs, action)
+            envs, terms, terminated, truncated = jax.vmap(env.step)(envs, action)
             metrics = dict(reward=env.total(terms), terminated=terminated, nan=terms["nan"])
-            return where(terminated | truncated, fresh, envs), (dict(obs=obs, follows=follows), metrics)
+            return where(terminated | truncated, fresh, envs), (obs, metrics)
 
-        envs, (samples, metrics) = jax.lax.scan(control_step, envs, jnp.arange(unroll))
-        return envs, samples, jax.tree.map(lambda x: x.astype(jnp.float32).mean(), metrics)
+        envs, (obs, metrics) = jax.lax.scan(control_step, envs, jnp.arange(unroll))
+        return envs, obs, jax.tree.map(lambda x: x.astype(jnp.float32).mean(), metrics)
 
-    def label(task, samples):
-        """Batch of observations with the teacher's actions; for the AR term with the observations before them."""
-        obs = samples["obs"]
+    def label(task, obs):
+        """Batch of observations with the teacher's actions."""
         action, _ = intention(task["teacher"], (obs - task["mean"]) / task["std"], env.reference_size)
-        batch = dict(obs=obs, action=action)
-        if ar:
-            batch["before"] = jnp.concatenate([obs[:1], obs[:-1]])
-            batch["follows"] = samples["follows"].at[0].set(0.0)
-        return batch
+        return dict(obs=obs, action=action)
 
     def update(carry, inputs):
         """One optimizer step; a gradient that is not finite changes nothing."""
         (params, moments), (batch, key, now) = carry, inputs
-        (_, metrics), grads = jax.value_and_grad(student.loss, has_aux=True)(params, batch, key, now)
+        (_, metrics), grads = jax.value_and_grad(student.loss, has_aux=True)(params, batch, key, now["kl"])
         norm = optax.global_norm(grads)
         direction, new = opt.update(grads, moments, params)
         moved = optax.apply_updates(params, jax.tree.map(lambda x: -now["lr"] * x, direction))
@@ -103,9 +102,10 @@ def make_iteration(env, student, opt, unroll, batch_size, seed, ar=False):
         return carry, dict(metrics, norm=norm)
 
     def iteration(state, task, step, schedule):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed + 1), step), 3)
-        envs, samples, counts = rollout(state["params"], state["envs"], task, keys[0])
-        batches = minibatches(label(task, samples), batch_size, keys[1])
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(task["seed"] + 1), step), 3)
+        here = env.with_reference(task["reference"])
+        envs, obs, counts = rollout(here, state["params"], state["envs"], task["train"], keys[0])
+        batches = minibatches(label(task, obs), batch_size, keys[1])
         noise = jax.random.split(keys[2], len(batches["obs"]))
         (params, opt), metrics = jax.lax.scan(update, (state["params"], state["opt"]), (batches, noise, schedule))
         return dict(params=params, opt=opt, envs=envs), jax.tree.map(jnp.mean, metrics) | counts

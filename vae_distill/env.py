@@ -1,17 +1,18 @@
-"""The imitation task of track-mjx in pure MJX, rebuilt from a teacher's configuration, for any walker.
+"""The imitation task of track-mjx, rebuilt from a teacher's configuration, for any walker, in MJX or in C MuJoCo.
 
 A walker with a free root (rodent) is observed and rewarded as in track-mjx's MultiClipTracking, one with a fixed
 base (an arm) as in its reaching task. What differs on purpose: frames are counted in whole numbers (float32 time
 drops one now and then), an episode that ends starts anew on another clip and frame, NaN physics is counted, and the
 cost of a changed action is charged (track-mjx's step overwrites the previous action first, so that it is always 0).
 
-All methods take one environment; callers vmap them. `reference` (a pytree of arrays, C T ...) is passed to each, so
-that it lives on the devices once and not inside the compiled programs.
+All methods take one environment; callers vmap them. A compiled program takes the clips as an argument and begins with
+`env = env.with_reference(reference)`, so that they live on the devices once and not inside the program.
 
 Letters: E environments, T frames ahead, J joints, B tracked bodies, A actions.
 """
 
 import contextlib
+import copy
 import io
 from fractions import Fraction
 from functools import cached_property
@@ -29,6 +30,7 @@ from common import DataError
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     from mujoco import mjx  # it prints that the optional warp is missing
 
+mujoco.set_mju_user_warning(lambda text: None)  # of C MuJoCo; it would write a file here. We count NaN ourselves
 ROOTS = ("torso", "thorax", "reference_base", "torso13_body")  # what track-mjx's walkers call their root body
 LIMITS = ("bad_pose_dist", "too_far_dist", "bad_quat_dist", "healthy_z_range", "penalty_pos_distance_scale")
 TERMINATIONS = ("bad_pose", "too_far", "bad_quat", "fall", "nan")  # terms that end an episode
@@ -87,11 +89,15 @@ class Imitation:
     body_shift: track-mjx of 2025 looks up a body's reference by its id in a model that has a floor body which the clips
     lack, so that it tracks the next body; a teacher trained so needs 1. "auto" is 1 where the root is free and the
     walker has just one body more than the clips.
+    physics: "mjx" is compiled for the device, which takes minutes for a walker with contacts; "mujoco" calls C MuJoCo,
+    environment by environment on one core, for a computer without a GPU.
     """
 
-    def __init__(self, config, walker, clips, model=None, body_shift="auto"):
+    def __init__(self, config, walker, clips, model=None, body_shift="auto", physics="mjx"):
         timing, names = config["env_config"]["env_args"], config["walker_config"]
-        self.model = build_model(walker, config) if model is None else model
+        self.model, self.physics = build_model(walker, config) if model is None else model, physics
+        if physics == "mujoco":  # NaN stays NaN and is counted
+            self.model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
         self.substeps = int(timing["physics_steps_per_control_step"])
         self.rate = 1 / (self.substeps * self.model.opt.timestep)  # control steps per second
         # mocap frames per control step, as a fraction
@@ -132,6 +138,18 @@ class Imitation:
             raise DataError(f"--data: clip {short[0]} is shorter than the {self.ahead + 2} frames that a step needs")
         last = int(clips.length.max()) - self.ahead - 1
         self.longest = -(-last * self.frames_per_step.denominator // self.frames_per_step.numerator)  # control steps
+
+    def with_reference(self, reference):
+        """The same task with these arrays, traced or on a device, in place of its own `reference`."""
+        env = copy.copy(self)
+        env.reference = reference
+        if self.physics == "mjx":
+            env.mjx = self.mjx
+        return env
+
+    def lookup(self, key, *index):
+        """reference[key][index] for a clip, or a clip and a frame; indices may be traced."""
+        return jnp.asarray(self.reference[key])[index]
 
     def ids(self, walker, kind, names):
         count = self.model.njnt if kind == "joint" else self.model.nbody
@@ -176,11 +194,11 @@ class Imitation:
         """The clip's frame that belongs to a state."""
         return state.start + state.age * self.frames_per_step.numerator // self.frames_per_step.denominator
 
-    def get_obs(self, reference, state):
+    def get_obs(self, state):
         """(N,) observation: the next T reference frames relative to the walker, then proprioception. NaN physics: 0."""
         at = self.frame_index(state) + 1
         qpos, body = (
-            jax.lax.dynamic_slice_in_dim(reference[key][state.clip], at, self.ahead) for key in ("qpos", "body")
+            jax.lax.dynamic_slice_in_dim(self.lookup(key, state.clip), at, self.ahead) for key in ("qpos", "body")
         )
         joints = (qpos - state.qpos)[:, self.q0 :][:, self.joints]
         seen = [joints]
@@ -201,10 +219,15 @@ class Imitation:
         own += [position[2:3], axes[2], ends.ravel()] if self.free else [ends.ravel(), jnp.zeros(9)]
         return jnp.concatenate(own)
 
-    def reward(self, reference, state):
+    def blind_obs(self, state):
+        """(N,) observation without a reference, its part is 0: for prior and decoder, which do not see it."""
+        own = jnp.nan_to_num(self.proprioception(state), posinf=0.0, neginf=0.0)
+        return jnp.concatenate([jnp.zeros(self.reference_size), own])
+
+    def reward(self, state):
         """{term: weighted value}, distances and end-of-episode flags; costs are negative, `total` sums the reward."""
         w, frame = self.weights, self.frame_index(state)
-        now = {key: reference[key][state.clip, frame] for key in ("qpos", "qvel", "body", "end")}
+        now = {key: self.lookup(key, state.clip, frame) for key in ("qpos", "qvel", "body", "end")}
         action, before = state.actions[-1], state.actions[-2] if self.window > 1 else state.actions[-1]
 
         def near(name, distance):
@@ -251,10 +274,10 @@ class Imitation:
         """The reward: sum of the terms named ..._reward and ..._cost."""
         return sum(value for name, value in terms.items() if name.endswith(("_reward", "_cost")))
 
-    def errors(self, reference, state):
+    def errors(self, state):
         """Tracking errors: root mean square over the joints (rad), mean distance over tracked bodies and ends."""
         frame = self.frame_index(state)
-        now = {key: reference[key][state.clip, frame] for key in ("qpos", "body", "end")}
+        now = {key: self.lookup(key, state.clip, frame) for key in ("qpos", "body", "end")}
         here = jnp.concatenate([state.xpos[self.body], state.xpos[self.end]])
         apart = jnp.linalg.norm(here - jnp.concatenate([now["body"], now["end"]]), axis=-1)
         return jnp.sqrt(jnp.square(state.qpos - now["qpos"])[self.q0 :].mean()), apart.mean()
@@ -271,48 +294,74 @@ class Imitation:
             except NotImplementedError as error:
                 raise DataError(f"--walker: MJX cannot simulate it ({error})") from None
 
-    def sample_start(self, reference, train, key):
+    def sample_start(self, train, key):
         """A random clip of `train` (indices) and a random frame in its first half."""
         keys = jax.random.split(key)
         clip = train[jax.random.randint(keys[0], (), 0, len(train))]
-        last = reference["length"][clip] - self.ahead - 1
+        last = self.lookup("length", clip) - self.ahead - 1
         return clip, jax.random.randint(keys[1], (), 0, jnp.maximum(last // 2, 1))
 
-    def reset(self, reference, clip, start, key):
+    def reset(self, clip, start, key):
         """State at frame `start` of `clip`, as in track-mjx: uniform noise on qpos, and for qvel noise alone."""
-        model, blank = self.mjx
         bounds = dict(minval=-self.noise, maxval=self.noise)
-        qpos = reference["qpos"][clip, start] + jax.random.uniform(key, (self.model.nq,), **bounds)
+        qpos = self.lookup("qpos", clip, start) + jax.random.uniform(key, (self.model.nq,), **bounds)
         qvel = jax.random.uniform(key, (self.model.nv,), **bounds)
         return self.state_at(qpos, qvel, clip, start)
 
     def state_at(self, qpos, qvel, clip, start):
         """State of a given posture, no action taken yet."""
+        actions, zero = jnp.zeros((self.window, self.model.nu)), jnp.zeros(self.model.nv)
+        state = State(
+            qpos, qvel, None, None, None, jnp.zeros(self.model.na), zero, clip, start, jnp.zeros_like(start), actions
+        )
+        if self.physics == "mujoco":
+            return self.on_host(state, actions[-1], 0)
         model, blank = self.mjx
-        data = mjx.kinematics(model, blank.replace(qpos=qpos, qvel=qvel))
-        fields = dict.fromkeys(("qpos", "qvel", "qfrc_actuator", "xpos", "xmat", "act", "warmstart"))
-        actions = jnp.zeros((self.window, self.model.nu))
-        return State(**fields, clip=clip, start=start, age=jnp.zeros_like(start), actions=actions).with_physics(data)
+        return state.with_physics(mjx.kinematics(model, blank.replace(qpos=qpos, qvel=qvel)))
 
     def simulate(self, state, action):
         """The state one control step later; `age` and `actions` follow."""
+        actions = jnp.concatenate([state.actions[1:], action[None]])
+        state = state.replace(age=state.age + 1, actions=actions)
+        if self.physics == "mujoco":
+            return self.on_host(state, action, self.substeps)
         model, blank = self.mjx
         data = blank.replace(
             qpos=state.qpos, qvel=state.qvel, act=state.act, qacc_warmstart=state.warmstart, ctrl=action
         )
-        data = jax.lax.fori_loop(0, self.substeps, lambda _, d: mjx.step(model, d), data)
-        actions = jnp.concatenate([state.actions[1:], action[None]])
-        return state.with_physics(data).replace(age=state.age + 1, actions=actions)
+        return state.with_physics(jax.lax.fori_loop(0, self.substeps, lambda _, d: mjx.step(model, d), data))
 
-    def step(self, reference, state, action):
+    def on_host(self, state, ctrl, steps):
+        """The state after `steps` physics steps of C MuJoCo, with 0 after its kinematics alone."""
+        m = self.model
+        sizes = dict(qpos=(m.nq,), qvel=(m.nv,), qfrc_actuator=(m.nv,), xpos=(m.nbody, 3), xmat=(m.nbody, 3, 3))
+        sizes |= dict(act=(m.na,), warmstart=(m.nv,))
+        shapes = {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}
+        inputs = state.qpos, state.qvel, state.act, state.warmstart, ctrl
+
+        def run(*inputs):
+            inputs = [np.asarray(x, np.float64) for x in inputs]
+            out = {name: np.empty((*inputs[0].shape[:-1], *size), np.float32) for name, size in sizes.items()}
+            data, blank = mujoco.MjData(m), State(*[None] * 11)
+            for i in np.ndindex(inputs[0].shape[:-1]):
+                data.qpos, data.qvel, data.act, data.qacc_warmstart, data.ctrl = (x[i] for x in inputs)
+                mujoco.mj_step(m, data, steps) if steps else mujoco.mj_kinematics(m, data)
+                after = blank.with_physics(data)
+                for name, array in out.items():
+                    array[i] = getattr(after, name)
+            return out
+
+        return state.replace(**jax.pure_callback(run, shapes, *inputs, vmap_method="broadcast_all"))
+
+    def step(self, state, action):
         """One control step: (State, terms, terminated, truncated). terminated: the pose is lost or physics is NaN
         (terms["nan"] is 1 then, the others 0); truncated: the clip has no further frames."""
         state = self.simulate(state, action)
-        terms = self.reward(reference, state)
-        physics = (state.qpos, state.qvel, state.qfrc_actuator, state.xpos, state.xmat)
+        terms = self.reward(state)
+        physics = (state.qpos, state.qvel, state.qfrc_actuator, state.xpos, state.xmat, *terms.values())
         finite = jnp.all(jnp.array([jnp.isfinite(x).all() for x in physics]))
         terms = {name: jnp.where(finite, value, 0.0) for name, value in terms.items()}
         terms["nan"] = 1.0 - finite
         terminated = sum(terms.get(name, 0.0) for name in TERMINATIONS) > 0
-        truncated = self.frame_index(state) + self.ahead + 1 >= reference["length"][state.clip]
+        truncated = self.frame_index(state) + self.ahead + 1 >= self.lookup("length", state.clip)
         return state, terms, terminated, truncated

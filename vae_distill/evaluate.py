@@ -6,8 +6,8 @@ Run:
 
 From the same starts: the teacher, the student with the mode or a sample of its posterior's latent, or of its
 prior's, and zero action. Teacher, clips, split and walker are those of the run unless flags say otherwise; of other
-clips all are held out. Writes OUT/report.md, report.json, figures, and with --video reference and student as stick
-figures.
+clips all are held out. Then, without a reference, how long the prior's samples move on and how smoothly, and what lies
+between two latents. Writes OUT/report.md, report.json and figures.
 """
 
 import json
@@ -21,12 +21,14 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one f
 import figures
 from data import read_clips, restore_split
 from env import Imitation
-from metrics import ERRORS, POLICIES, latent_metrics, make_rollout, measure
+from metrics import ERRORS, POLICIES, free_run, lasting, latent_metrics, make_rollout, measure, smoothness
 from model import ACTIVE, Student
 from teacher.checkpoint import read_teacher
 from teacher.walker import build_model
 
 import common
+
+FREE_EPISODES, PANELS = 64, 7  # episodes without a reference; latents of the film strip
 
 
 def parse(argv=None):
@@ -41,7 +43,8 @@ def parse(argv=None):
     add("--episodes", default=3, help="episodes per clip: one from its first frame, the others random", **whole)
     add("--train-clips", default=20, help="training clips to play, at most", **whole)
     add("--batch-size", default=256, help="episodes at a time", **whole)
-    add("--video", action="store_true", help="also write figures/stick.gif: a held-out clip and the student's motion")
+    add("--seconds", default=10.0, type=float, metavar="S", help="length of an episode without a reference")
+    add("--physics", choices=["mjx", "mujoco"], help="as in train.py; without it the run's")
     add("--device", default="auto", metavar="NAME", help="auto, cpu or gpu")
     add("--compile-cache", default="runs/compiled", metavar="DIR", help="where compiled programs are kept")
     add("--seed", default=0, help="of starts and of latent samples", **whole)
@@ -78,7 +81,8 @@ def open_run(args):
         print(restore_split(clips, common.read_json(checkpoint / "data.json")) or "the run's own split")
     else:
         clips.held_out[:] = True
-    env = Imitation(teacher.config, args.walker, clips, walker, flags.get("body_shift", "auto"))
+    physics = args.physics or flags.get("physics", "mjx")
+    env = Imitation(teacher.config, args.walker, clips, walker, flags.get("body_shift", "auto"), physics)
     env.check(teacher)
     if len(student.mean) != env.obs_size:
         raise common.DataError(f"{checkpoint}: takes {len(student.mean)} numbers, the observation has {env.obs_size}")
@@ -113,6 +117,53 @@ def play(args, env, student, params, teacher, clip, start):
             out = rollout(params, task, np.int32(number), clip[some], start[some], key)
             parts[name].append(jax.tree.map(np.asarray, out))
     return {name: jax.tree.map(lambda *x: np.concatenate(x, 1)[:, : len(clip)], *parts[name]) for name in POLICIES}
+
+
+# --- without a reference
+
+
+def without_reference(args, env, clips, student, params, tracked):
+    """Rows of the report: does it last for --seconds, and how fast and how jerky is it, against the clips; `tracked`:
+    postures (T E nq) of the student on the held-out clips."""
+    rng, steps, n = np.random.default_rng(args.seed), round(args.seconds * env.rate), FREE_EPISODES
+    start = clips.qpos[rng.integers(len(clips.ids), size=n), 0]
+    key = jax.random.key(args.seed)
+
+    @jax.jit
+    def sample(obs, t):
+        return student.decode(params, obs, student.prior(params, obs).sample(jax.random.fold_in(key, t)))
+
+    @jax.jit
+    def mode(obs, t):
+        return student.decode(params, obs, student.prior(params, obs).mode())
+
+    def noise(obs, t):
+        return rng.uniform(-1, 1, (n, env.model.nu))
+
+    speed, acceleration = smoothness(env, np.moveaxis(clips.qpos, 1, 0), env.rate * float(env.frames_per_step))
+    rows = {"clips": dict(lasting=1.0, speed=1.0, acceleration=1.0)}
+    policies = {"prior sample": sample, "prior mean": mode, "random motor commands": noise}
+    for name, act in {"posterior mean, tracking": None, **policies}.items():
+        qpos = free_run(env, act, start, steps) if act else tracked
+        own = smoothness(env, qpos, env.rate)
+        share = float(lasting(env, clips, qpos).mean())
+        rows[name] = dict(lasting=share, speed=own[0] / speed, acceleration=own[1] / acceleration)
+    return rows
+
+
+def interpolation(env, student, params, out, shown):
+    """Postures (T E nq) over a third of a second with the latent held, from one start; E latents on the line between
+    two that lie far apart (tenth and ninetieth percentile) in the main direction of the `shown` episodes' latents."""
+    played = out["alive"][:, shown] > 0
+    latent, qpos = (out[name][:, shown][played] for name in ("latent", "qpos"))
+    _, _, directions = np.linalg.svd(latent - latent.mean(0), full_matrices=False)
+    along = latent @ directions[0]
+    order = along.argsort()
+    a, b = latent[order[len(order) // 10]], latent[order[-len(order) // 10]]
+    between = a + np.linspace(0, 1, PANELS)[:, None] * (b - a)
+    middle = qpos[order[len(order) // 2]]
+    act = jax.jit(lambda obs, t: student.decode(params, obs, between))
+    return free_run(env, act, np.repeat(middle[None], PANELS, 0), round(env.rate / 3))
 
 
 # --- the report
@@ -161,6 +212,12 @@ def report(args, card):
     active = f"{latent['active_dims']} of {len(latent['kl_per_dim'])} dims carry more than {ACTIVE} nats"
     two = 100 * sum(latent["pca_explained_variance"][:2])
     lines += ["", "## Latent", "", f"KL(q || p) {latent['kl']:.3g} nats; {active}; two PCs explain {two:.0f} %.", ""]
+    head = ["motion", f"lasts {args.seconds:g} s", "speed / clips", "acceleration / clips"]
+    body = [
+        [name, f"{100 * row['lasting']:.0f} %", f"{row['speed']:.2f}", f"{row['acceleration']:.2f}"]
+        for name, row in card["without a reference"].items()
+    ]
+    lines += ["## Without a reference", "", *table(head, body), "", "![interpolation](figures/interpolation.png)", ""]
     body = []
     for row in card["clips"]:
         numbers = f"{row['reward_share']:.3f}", f"{100 * row['survival']:.0f} %", f"{row['action_mse']:.2g}"
@@ -197,6 +254,14 @@ def main(argv=None):
         about = dict(clip=clips.ids[i], part="held out" if clips.held_out[i] else "train")
         card["clips"].append({**about, **{key: row[key] for key in ("reward_share", "survival", *ERRORS)}})
 
+    whole = shown[outs["posterior mean"]["terminated"][:, shown].sum(0) == 0]
+    least = int(outs["posterior mean"]["alive"][:, whole].sum(0).min()) if len(whole) else 0
+    tracked = outs["posterior mean"]["qpos"][:least, whole]
+    card["without a reference"] = without_reference(args, env, clips, student, params, tracked)
+    for name, row in card["without a reference"].items():
+        print(name, *(f"{key} {value:.3g}" for key, value in row.items()))
+    between = interpolation(env, student, params, outs["posterior mean"], shown)
+
     out, episode = Path(args.out), shown[0]
     (out / "figures").mkdir(parents=True, exist_ok=True)
     played = int(outs["posterior mean"]["alive"][:, episode].sum())
@@ -207,12 +272,12 @@ def main(argv=None):
         tracking=figures.tracking({clips.source[clip[episode]]: (reference, qpos)}, env.rate),
         latent=figures.latent(points),
         dims=figures.dims(card["latent"]["kl_per_dim"], ACTIVE),
+        interpolation=figures.strip(
+            env.model, between[:: len(between) // 6], [f"{x:.2f}" for x in np.linspace(0, 1, PANELS)]
+        ),
     ).items():
         with common.atomic(out / "figures" / f"{name}.png") as path:
             figure.savefig(path, format="png")
-    if args.video:
-        with common.atomic(out / "figures" / "stick.gif") as path:
-            figures.stick(path, env.model, reference, qpos, env.rate)
     with common.atomic(out / "report.json") as path:
         path.write_text(json.dumps(dict(flags=vars(args), **card), indent=1))
     with common.atomic(out / "report.md") as path:

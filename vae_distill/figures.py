@@ -5,6 +5,7 @@ import json
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from teacher.walker import positions
 
 TRUE, STUDENT = "0.55", "tab:blue"
 COLORS = dict(zip(
@@ -125,40 +126,21 @@ def learning(curves, steps_per_update, goal, task):
     return figure
 
 
-def stick(path, model, reference, student, rate, fps=25):
-    """An animated GIF: reference (grey) and student (blue), (T nq) each, as lines between the centres of the bodies."""
-    import mujoco
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
+def strip(model, qpos):
+    """Film strip of an interpolation, a panel per latent: postures, the later the darker, as lines between the bodies.
 
-    def places(qpos):
-        data, out = mujoco.MjData(model), []
-        for row in qpos:
-            data.qpos[:] = row
-            mujoco.mj_kinematics(model, data)
-            out.append(data.xpos.copy())
-        return np.stack(out)
-
-    bones = [(i, model.body_parentid[i]) for i in range(2, model.nbody) if model.body_parentid[i] > 0]
-    skip = max(1, round(rate / fps))
-    both = {TRUE: places(reference[::skip]), STUDENT: places(student[::skip])}
-    every = np.concatenate([x[:, 1:] for x in both.values()])
-    across = sorted(every.std((0, 1)).argsort()[::-1][:2])  # the plane that shows most
-    low, high = every[..., across].min((0, 1)), every[..., across].max((0, 1))
-    middle, half = (low + high) / 2, 0.55 * (high - low).max()
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    axis = figure.subplots()
-    axis.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half), aspect="equal")
-    axis.set(xlabel="xyz"[across[0]], ylabel="xyz"[across[1]], title="reference (grey) and student (blue)")
-    lines = {
-        color: [axis.plot([], [], color=color, lw=3 if color == TRUE else 1.5)[0] for _ in bones] for color in both
-    }
-
-    canvas, images = FigureCanvasAgg(figure), []
-    for t in range(len(both[TRUE])):
-        for color, x in both.items():
-            for line, bone in zip(lines[color], bones, strict=True):
-                line.set_data(*x[t][list(bone)][:, across].T)
-        canvas.draw()
-        images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("P"))
-    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=1000 * skip / rate, loop=0)
+    qpos: (T E nq), T postures of E latents; seen in the plane in which the bodies move most.
+    """
+    places = np.stack([positions(model, postures) for postures in np.moveaxis(qpos, 1, 0)])  # E T nb 3
+    bones = [(i, model.body_parentid[i]) for i in range(1, model.nbody) if model.body_parentid[i] > 0]
+    across = sorted(places[:, :, 1:].std((0, 1, 2)).argsort()[::-1][:2])
+    figure = Figure(figsize=(1.8 * len(places), 2.6), layout="constrained")
+    axes = figure.subplots(1, len(places), sharex=True, sharey=True)
+    for axis, postures, share in zip(axes, places, np.linspace(0, 1, len(places)), strict=True):
+        for t, bodies in enumerate(postures):
+            for bone in bones:
+                axis.plot(*bodies[list(bone)][:, across].T, color=STUDENT, lw=1.5, alpha=(t + 1) / len(postures))
+        axis.set(title=f"{share:.2f}", aspect="equal", xlabel="xyz"[across[0]])
+    figure.axes[0].set_ylabel("xyz"[across[1]])
+    figure.suptitle("a third of a second with the latent held, between two latents (good: it changes gradually)")
+    return figure

@@ -5,8 +5,9 @@ Records of a rollout are arrays (steps E ...); `alive` (steps E) is 1 for the st
 
 import jax
 import jax.numpy as jnp
+import mujoco
 import numpy as np
-from env import TERMINATIONS
+from env import TERMINATIONS, State
 from model import ACTIVE, intention
 
 POLICIES = ("teacher", "posterior mean", "posterior sample", "prior mean", "prior sample", "zero action")
@@ -33,16 +34,16 @@ def make_rollout(env, student, steps):
 
     @jax.jit
     def rollout(params, task, policy, clip, start, key):
-        reference = task["reference"]
+        here = env.with_reference(task["reference"])
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(clip)))
-        envs = jax.vmap(env.reset, (None, 0, 0, 0))(reference, clip, start, keys)
+        envs = jax.vmap(here.reset)(clip, start, keys)
 
         def control_step(carry, t):
             envs, alive = carry
-            obs = jax.vmap(env.get_obs, (None, 0))(reference, envs)
+            obs = jax.vmap(here.get_obs)(envs)
             action, label, latent, kl = act(params, task, policy, obs, jax.random.fold_in(key, t))
-            envs, terms, terminated, truncated = jax.vmap(env.step, (None, 0, 0))(reference, envs, action)
-            joint, body = jax.vmap(env.errors, (None, 0))(reference, envs)
+            envs, terms, terminated, truncated = jax.vmap(here.step)(envs, action)
+            joint, body = jax.vmap(here.errors)(envs)
             out = dict(
                 reward=env.total(terms), terms=terms, alive=alive, terminated=alive * terminated, joint_error=joint,
                 body_error=body, action_mse=jnp.square(action - label).mean(-1), latent=latent, kl=kl, qpos=envs.qpos,
@@ -123,3 +124,47 @@ def latent_metrics(out, chosen):
         pca_explained_variance=variance[:8].tolist(),
     )
     return metrics, points
+
+
+# --- without a reference
+
+
+def free_run(env, act, qpos, steps):
+    """Postures (steps E nq) of E episodes that begin at rest in `qpos` (E nq), under act(observations (E N), step) ->
+    commands (E A). In C MuJoCo, so that nothing is compiled but the observation."""
+    datas = [mujoco.MjData(env.model) for _ in qpos]
+    for data, posture in zip(datas, qpos, strict=True):
+        data.qpos = posture
+        mujoco.mj_kinematics(env.model, data)
+    observe, blank, out = jax.jit(jax.vmap(env.blind_obs)), State(*[None] * 11), []
+    for t in range(steps):
+        states = jax.tree.map(lambda *x: np.stack(x, dtype=np.float32), *map(blank.with_physics, datas))
+        for data, ctrl in zip(datas, np.asarray(act(observe(states), t)), strict=True):
+            data.ctrl = ctrl
+            mujoco.mj_step(env.model, data, env.substeps)
+        out.append([np.full(env.model.nq, np.nan) if diverged(data) else data.qpos.copy() for data in datas])
+    return np.array(out)
+
+
+def diverged(data):
+    """C MuJoCo starts anew when its numbers explode; it counts the times."""
+    kinds = mujoco.mjtWarning
+    return any(data.warning[kind].number for kind in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC))
+
+
+def lasting(env, clips, qpos):
+    """(E,) bool: never did a joint of `qpos` (T E nq) leave the recorded range by more than half its width, nor did the
+    root of a free walker leave the heights that the task allows."""
+    joints, recorded = qpos[..., env.q0 :], clips.qpos[..., env.q0 :].reshape(-1, qpos.shape[-1] - env.q0)
+    low, high = recorded.min(0), recorded.max(0)
+    inside = (np.abs(joints - (low + high) / 2) < high - low).all(-1)
+    if env.free:
+        bottom, top = env.weights["healthy_z_range"]
+        inside &= (qpos[..., 2] > bottom) & (qpos[..., 2] < top)
+    return inside.all(0)
+
+
+def smoothness(env, qpos, rate):
+    """Root mean square of speed and acceleration of the joints of `qpos` (T ... nq) at `rate` per second."""
+    speed = np.diff(qpos[..., env.q0 :], axis=0) * rate
+    return [float(np.sqrt(np.square(x).mean())) for x in (speed, np.diff(speed, axis=0) * rate)]

@@ -34,7 +34,6 @@ class StudentConfig:
     encoder_hidden_sizes: tuple = (512, 512, 256)
     decoder_hidden_sizes: tuple = (512, 512, 256)
     prior_hidden_sizes: tuple = (512, 256)
-    prior_stop_gradient: bool = False  # fit the prior to the posterior, not the posterior to the prior
     teacher: dict = field(default_factory=dict)  # the teacher's own configuration: walker, timing, rewards
 
 
@@ -175,11 +174,12 @@ class Student:
         """Fresh parameters."""
         c, keys = self.config, jax.random.split(key, 3)
         p = c.proprioception_size
-        return dict(
-            encoder=self.encoder.init(keys[0], jnp.zeros(c.reference_size + p))["params"],
-            prior=self.prior_net.init(keys[1], jnp.zeros(p))["params"],
-            decoder=self.decoder.init(keys[2], jnp.zeros(c.latent_dim + p))["params"],
-        )
+        networks = dict(encoder=self.encoder, prior=self.prior_net, decoder=self.decoder)
+        sizes = dict(encoder=c.reference_size + p, prior=p, decoder=c.latent_dim + p)
+        return {
+            name: jax.jit(network.init)(k, jnp.zeros(sizes[name]))["params"]
+            for (name, network), k in zip(networks.items(), keys, strict=True)
+        }
 
     def normalize(self, obs):
         return (obs - self.mean) / self.std
@@ -207,19 +207,16 @@ class Student:
         inputs = jnp.concatenate([z, self.proprioception(obs)], -1)
         return jnp.tanh(self.decoder.apply({"params": params["decoder"]}, inputs))
 
-    def loss(self, params, batch, key, weights):
-        """(loss, metrics) of a batch: obs (B N), action (B A) the teacher's; with the AR term also before (B N), the
-        observation one control step earlier, and follows (B), 0 where there is none in this episode.
+    def loss(self, params, batch, key, kl_weight):
+        """(loss, metrics) of a batch: obs (B N), action (B A) the teacher's.
 
-        action MSE + kl * KL(q || p) + unit_kl * KL(q || N(0, I)) + ar * |mu_t - 0.99 mu_(t-1)|, weighted by `weights`.
-        KL is summed over dims. With FSQ the KL is -log p of the codes, and unit_kl does not count.
+        action MSE + kl_weight * KL(q || p), summed over dims. With FSQ the KL is -log p of the codes.
         """
         q, p = self.posterior(params, batch["obs"]), self.prior(params, batch["obs"])
         error = self.decode(params, batch["obs"], q.sample(key)) - batch["action"]
-        target = jax.lax.stop_gradient(q) if self.config.prior_stop_gradient else q
-        dims = target.kl(p).mean(tuple(range(batch["obs"].ndim - 1)))  # Z
+        dims = q.kl(p).mean(tuple(range(batch["obs"].ndim - 1)))  # Z
         mse = jnp.square(error).mean()
-        loss = mse + weights["kl"] * dims.sum()
+        loss = mse + kl_weight * dims.sum()
         metrics = dict(
             action_mse=mse,
             kl=dims.sum(),
@@ -227,13 +224,7 @@ class Student:
             latent_rms=jnp.sqrt(jnp.square(q.mode()).mean()),
         )
         if not self.config.fsq_levels:
-            metrics["unit_kl"] = q.kl(Normal(0.0, 0.0)).sum(-1).mean()
             metrics["posterior_std"] = jnp.exp(0.5 * q.logvar).mean()
-            loss = loss + weights["unit_kl"] * metrics["unit_kl"]
-        if "before" in batch:
-            jump = q.mode() - 0.99 * self.posterior(params, batch["before"]).mode()
-            metrics["ar"] = (jnp.sqrt(jnp.square(jump).sum(-1) + 1e-12) * batch["follows"]).mean()
-            loss = loss + weights["ar"] * metrics["ar"]
         return loss, dict(loss=loss, **metrics)
 
     # --- files
@@ -273,7 +264,7 @@ class Student:
 
 def comparable(config):
     """What two students must share for one's weights to serve the other: sizes, and what the numbers mean."""
-    out = {name: value for name, value in asdict(config).items() if name not in ("teacher", "prior_stop_gradient")}
+    out = {name: value for name, value in asdict(config).items() if name != "teacher"}
     walker = config.teacher.get("walker_config", {})
     names = {key: walker.get(key) for key in ("joint_names", "body_names", "end_eff_names")}
     return json.loads(json.dumps({**out, **names}))

@@ -8,7 +8,7 @@ The decoder and the prior are frozen. With latent actions a policy's action a be
 deviation * a (with FSQ the level next to prior mode + a), so that an untrained policy moves as the prior does, as in
 PULSE; raw actions are motor commands. Tasks
 for an arm: `reach` a random point, `follow` an ellipse through the space that the recorded hand visited. All seeds of a
-kind are one compiled program. Writes OUT/report.json and OUT/curves.png.
+kind are one compiled program. Writes OUT/TASK.json and OUT/TASK.png.
 """
 
 import json
@@ -54,6 +54,7 @@ def parse(argv=None):
     add("--teacher", metavar="DIR", help="a track-mjx run; without it the run's")
     add("--walker", metavar="FILE", help="MJCF of the walker; without it the run's")
     add("--data", nargs="+", metavar="PATH", help="reference clips; without it what the run was trained on")
+    add("--physics", choices=["mjx", "mujoco"], help="as in train.py; without it the run's")
     add("--compile-cache", default="runs/compiled", metavar="DIR", help="where compiled programs are kept")
     args = parser.parse_args(argv)
     for name in ("env_steps", "seeds", "num_envs", "unroll", "horizon", "lr", "std"):
@@ -119,12 +120,7 @@ class Task:
         """The policy's observation: targets relative to the hand, proprioception as the student sees it."""
         hand = state.arm.xpos[self.env.end[0]]
         targets = [(self.target_at(state, ahead) - hand) / self.scale for ahead in AHEAD]
-        return jnp.concatenate([*targets, self.student.proprioception(self.full_obs(state))])
-
-    def full_obs(self, state):
-        """An observation of the imitation task whose reference part, which prior and decoder do not see, is 0."""
-        own = self.env.proprioception(state.arm)
-        return jnp.nan_to_num(jnp.concatenate([jnp.zeros(self.env.reference_size), own]), posinf=0.0, neginf=0.0)
+        return jnp.concatenate([*targets, self.student.proprioception(self.env.blind_obs(state.arm))])
 
     def step(self, state, command):
         """(TaskState, reward, distance, done)."""
@@ -172,96 +168,102 @@ class Transition(NamedTuple):
     done: Any
 
 
-def make_train(args, task, kind):
-    """The function (key, student's parameters) -> metrics per update (reward and distance per control step)."""
-    env, student, updates = task.env, task.student, args.env_steps // (args.num_envs * args.unroll)
-    net = ActorCritic(student.config.latent_dim if kind == "latent" else env.model.nu, args.std)
-    steps = updates * EPOCHS * MINIBATCHES
-    opt = optax.chain(
-        optax.clip_by_global_norm(MAX_NORM), optax.adam(optax.linear_schedule(args.lr, 0.0, steps), eps=1e-5)
-    )
+class PPO:
+    """One seed's run: `train` collects, estimates advantages and learns, over and over. kind: latent or raw."""
 
-    def command(params, state, action):
+    def __init__(self, args, task, kind):
+        self.args, self.task, self.kind, self.student = args, task, kind, task.student
+        self.updates = args.env_steps // (args.num_envs * args.unroll)
+        self.net = ActorCritic(self.student.config.latent_dim if kind == "latent" else task.env.model.nu, args.std)
+        lr = optax.linear_schedule(args.lr, 0.0, self.updates * EPOCHS * MINIBATCHES)
+        self.opt = optax.chain(optax.clip_by_global_norm(MAX_NORM), optax.adam(lr, eps=1e-5))
+
+    def train(self, key, params):
+        """Metrics per update (reward and distance per control step); params: the student's."""
+        key, *keys = jax.random.split(key, 4)
+        weights = self.net.init(keys[0], jnp.zeros(self.task.obs_size))
+        states = self.reset(keys[1])
+        ages = jax.random.randint(keys[2], (self.args.num_envs,), 0, self.task.horizon)  # they end at different times
+        states = states._replace(arm=states.arm.replace(age=ages))
+
+        def update(carry, key):
+            weights, moments, states = carry
+            keys = jax.random.split(key)
+            states, batch = self.collect(params, weights, states, keys[0])
+            advantage = self.advantages(weights, states, batch)
+            weights, moments = self.learn(weights, moments, batch, advantage, keys[1])
+            return (weights, moments, states), dict(reward=batch.reward.mean(), distance=batch.distance.mean())
+
+        carry = weights, self.opt.init(weights), states
+        return jax.lax.scan(update, carry, jax.random.split(key, self.updates))[1]
+
+    def reset(self, key):
+        return jax.vmap(self.task.reset)(jax.random.split(key, self.args.num_envs))
+
+    def command(self, params, state, action):
         """Motor commands in [-1, 1] from a policy's action."""
-        if kind == "raw":
+        if self.kind == "raw":
             return jnp.clip(action, -1, 1)
-        obs, levels = task.full_obs(state), student.config.fsq_levels
-        prior = student.prior(params, obs)
+        obs, levels = self.task.env.blind_obs(state.arm), self.student.config.fsq_levels
+        prior = self.student.prior(params, obs)
         if levels:
             half = levels // 2
             z = jnp.clip(jnp.round((prior.mode() + action) * half), -half, levels - 1 - half) / half
         else:
             z = prior.mean + jnp.exp(0.5 * prior.logvar) * action
-        return student.decode(params, obs, z)
+        return self.student.decode(params, obs, z)
 
-    def loss_fn(weights, batch, advantage, target):
-        mean, log_std, value = net.apply(weights, batch.obs)
-        ratio = jnp.exp(log_prob(batch.action, mean, log_std) - batch.log_prob)
+    def collect(self, params, weights, states, key):
+        """`unroll` control steps of all environments; one that ends goes on from its place in `fresh`."""
+        keys = jax.random.split(key)
+        fresh = self.reset(keys[0])
+
+        def control_step(states, key):
+            obs = jax.vmap(self.task.get_obs)(states)
+            mean, log_std, value = self.net.apply(weights, obs)
+            action = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+            commands = jax.vmap(self.command, (None, 0, 0))(params, states, action)
+            states, reward, distance, done = jax.vmap(self.task.step)(states, commands)
+            kept = Transition(obs, action, value, log_prob(action, mean, log_std), reward, distance, done)
+            return where(done, fresh, states), kept
+
+        return jax.lax.scan(control_step, states, jax.random.split(keys[1], self.args.unroll))
+
+    def advantages(self, weights, states, batch):
+        """Generalised advantage estimates (unroll E); states: those after the last transition."""
+        _, _, last = self.net.apply(weights, jax.vmap(self.task.get_obs)(states))
+
+        def backwards(carry, step):
+            gae, next_value = carry
+            delta = step.reward + GAMMA * next_value * (1 - step.done) - step.value
+            gae = delta + GAMMA * LAMBDA * (1 - step.done) * gae
+            return (gae, step.value), gae
+
+        return jax.lax.scan(backwards, (jnp.zeros_like(last), last), batch, reverse=True)[1]
+
+    def loss(self, weights, batch, advantage):
+        """Clipped policy and value losses of a minibatch."""
+        mean, log_std, value = self.net.apply(weights, batch.obs)
+        ratio, target = jnp.exp(log_prob(batch.action, mean, log_std) - batch.log_prob), advantage + batch.value
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         actor = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - CLIP, 1 + CLIP) * advantage).mean()
         clipped = batch.value + jnp.clip(value - batch.value, -CLIP, CLIP)
         critic = 0.5 * jnp.maximum(jnp.square(value - target), jnp.square(clipped - target)).mean()
         return actor + VALUE_WEIGHT * critic
 
-    def train(key, params):
-        # INIT
-        key, *keys = jax.random.split(key, 4)
-        weights = net.init(keys[0], jnp.zeros(task.obs_size))
-        states = jax.vmap(task.reset)(jax.random.split(keys[1], args.num_envs))
-        ages = jax.random.randint(keys[2], (args.num_envs,), 0, task.horizon)  # episodes end at different times
-        states = states._replace(arm=states.arm.replace(age=ages))
+    def learn(self, weights, moments, batch, advantage, key):
+        """EPOCHS passes over the batch in MINIBATCHES parts: new (weights, moments)."""
+        count = self.args.num_envs * self.args.unroll
+        flat = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), (batch, advantage))
+        order = jnp.concatenate([jax.random.permutation(k, count) for k in jax.random.split(key, EPOCHS)])
 
-        def update(carry, _):
-            weights, moments, states, key = carry
-            key, *keys = jax.random.split(key, 4)
-            fresh = jax.vmap(task.reset)(jax.random.split(keys[2], args.num_envs))
+        def minibatch(carry, index):
+            weights, moments = carry
+            part = jax.tree.map(lambda x: x[index], flat)
+            direction, moments = self.opt.update(jax.grad(self.loss)(weights, *part), moments)
+            return (optax.apply_updates(weights, direction), moments), None
 
-            # COLLECT TRAJECTORIES
-            def control_step(states, key):
-                obs = jax.vmap(task.get_obs)(states)
-                mean, log_std, value = net.apply(weights, obs)
-                action = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
-                states, reward, distance, done = jax.vmap(task.step)(
-                    states, jax.vmap(command, (None, 0, 0))(params, states, action)
-                )
-                states = where(done, fresh, states)
-                return states, Transition(obs, action, value, log_prob(action, mean, log_std), reward, distance, done)
-
-            states, batch = jax.lax.scan(control_step, states, jax.random.split(keys[0], args.unroll))
-
-            # CALCULATE ADVANTAGE
-            _, _, last = net.apply(weights, jax.vmap(task.get_obs)(states))
-
-            def advantage(carry, step):
-                gae, next_value = carry
-                delta = step.reward + GAMMA * next_value * (1 - step.done) - step.value
-                gae = delta + GAMMA * LAMBDA * (1 - step.done) * gae
-                return (gae, step.value), gae
-
-            _, gae = jax.lax.scan(advantage, (jnp.zeros_like(last), last), batch, reverse=True)
-
-            # UPDATE NETWORK
-            def epoch(carry, key):
-                order = jax.random.permutation(key, args.num_envs * args.unroll)
-                parts = jax.tree.map(
-                    lambda x: x.reshape(-1, *x.shape[2:])[order].reshape(MINIBATCHES, -1, *x.shape[2:]),
-                    (batch, gae, gae + batch.value),
-                )
-
-                def minibatch(carry, part):
-                    weights, moments = carry
-                    direction, moments = opt.update(jax.grad(loss_fn)(weights, *part), moments)
-                    return (optax.apply_updates(weights, direction), moments), None
-
-                return jax.lax.scan(minibatch, carry, parts)[0], None
-
-            (weights, moments), _ = jax.lax.scan(epoch, (weights, moments), jax.random.split(keys[1], EPOCHS))
-            metrics = dict(reward=batch.reward.mean(), distance=batch.distance.mean())
-            return (weights, moments, states, key), metrics
-
-        return jax.lax.scan(update, (weights, opt.init(weights), states, key), length=updates)[1]
-
-    return train
+        return jax.lax.scan(minibatch, (weights, moments), order.reshape(EPOCHS * MINIBATCHES, -1))[0]
 
 
 # --- the comparison
@@ -291,7 +293,7 @@ def main(argv=None):
     task = Task(args.task, env, clips, student, args.horizon)
     keys, curves, distances, seconds = jax.random.split(jax.random.key(0), args.seeds), {}, {}, {}
     for kind in args.actions:
-        train = jax.jit(jax.vmap(make_train(args, task, kind), (0, None))).lower(keys, params).compile()
+        train = jax.jit(jax.vmap(PPO(args, task, kind).train, (0, None))).lower(keys, params).compile()
         start = time.perf_counter()
         metrics = jax.tree.map(np.asarray, train(keys, params))
         seconds[kind] = time.perf_counter() - start

@@ -55,6 +55,7 @@ def parse(argv=None):
     add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
     add("--clip-frames", default=0, help="frames per clip, if the file does not tell", **whole)
     shift = "1: track the next body, as teachers of 2025 learnt to; see Imitation in env.py"
+    add("--physics", choices=["mjx", "mujoco"], default="mjx", help="mujoco: in C on one core, nothing to compile")
     add("--body-shift", choices=["auto", "0", "1"], default="auto", help=shift)
 
     model = parser.add_argument_group("model")
@@ -77,9 +78,6 @@ def parse(argv=None):
     add("--clip", default=1.0, help="largest norm of the gradient", **real)
     add("--kl-weight", default=1e-3, help="weight of KL(q || p)", **real)
     add("--kl-start", help="KL weight of the first half, annealed to --kl-weight in the third quarter", **real)
-    add("--unit-kl-weight", default=0.0, help="weight of KL(q || N(0, I))", **real)
-    add("--ar-weight", default=0.0, help="weight of the distance between consecutive latents (PULSE: 0.005)", **real)
-    add("--prior-stop-gradient", action="store_true", help="fit the prior to the encoder, not the encoder to the prior")
     add("--seed", default=0, help="of weights, batches, augmentation and noise", **whole)
 
     add = parser.add_argument_group("run").add_argument
@@ -105,12 +103,12 @@ def parse(argv=None):
     for name in positive.split():
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
-    zero = "val_share clip_frames fsq_levels lr_end warmup weight_decay kl_weight unit_kl_weight ar_weight devices seed"
+    zero = "val_share clip_frames fsq_levels lr_end warmup weight_decay kl_weight devices seed"
     for name in zero.split():
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
-    if args.fsq_levels == 1 or args.fsq_levels and args.unit_kl_weight:
-        parser.error("--fsq-levels is 0 or at least 2, and has no --unit-kl-weight")
+    if args.fsq_levels == 1:
+        parser.error("--fsq-levels is 0 or at least 2")
     if not distill.updates_per_iteration(args.num_envs, args.unroll, args.batch_size):
         parser.error("--batch-size must divide --num-envs, or be a multiple of it by a factor of --unroll")
     if args.resume and not args.out:
@@ -146,6 +144,8 @@ def setup(args):
     if args.devices > len(devices):
         raise common.DataError(f"--devices {args.devices}: there are {len(devices)} here")
     devices = devices[: args.devices or None]
+    if args.physics == "mujoco" and (len(devices) > 1 or world > 1):
+        raise common.DataError("--physics mujoco: it runs on one core, so --devices is 1")
     if args.num_envs % len(devices):
         raise common.DataError(f"--num-envs {args.num_envs} must be a multiple of the {len(devices)} devices")
     mesh = jax.make_mesh((len(devices),), ("env",), axis_types=(AxisType.Auto,), devices=devices)
@@ -161,7 +161,7 @@ def learning_rate(step, args):
 
 
 def schedules(args, step, updates):
-    """Learning rate and loss weights of `updates` optimizer steps from `step` on, (updates,) each.
+    """Learning rate and KL weight of `updates` optimizer steps from `step` on, (updates,) each.
 
     The learning rate is 0 after --steps: the last iteration may hold more updates than are left.
     """
@@ -172,8 +172,6 @@ def schedules(args, step, updates):
     values = dict(
         lr=np.array([learning_rate(i, args) if i < args.steps else 0.0 for i in steps]),
         kl=start + done * (args.kl_weight - start),
-        unit_kl=np.full(updates, args.unit_kl_weight),
-        ar=np.full(updates, args.ar_weight),
     )
     return {name: value.astype(np.float32) for name, value in values.items()}
 
@@ -209,7 +207,7 @@ def main(argv=None):
     teacher = read_teacher(args.teacher)
     walker = build_model(args.walker, teacher.config)
     clips = read_clips(args.data, walker, teacher.mocap_hz, args.val_share, args.val_episodes, args.clip_frames)
-    env = Imitation(teacher.config, args.walker, clips, walker, args.body_shift)
+    env = Imitation(teacher.config, args.walker, clips, walker, args.body_shift, args.physics)
     env.check(teacher)
     if clips.held_out.all():
         raise common.DataError("no clip is left to train on: hold out fewer with --val-share or --val-episodes")
@@ -219,7 +217,7 @@ def main(argv=None):
 
     # --- model
     checkpoint = distill.broadcast(str(common.newest(args.out) or "")) if args.resume else ""
-    sizes = "latent_dim fsq_levels encoder_hidden_sizes decoder_hidden_sizes prior_hidden_sizes prior_stop_gradient"
+    sizes = "latent_dim fsq_levels encoder_hidden_sizes decoder_hidden_sizes prior_hidden_sizes"
     config = StudentConfig(
         reference_size=env.reference_size,
         proprioception_size=env.obs_size - env.reference_size,
@@ -230,7 +228,7 @@ def main(argv=None):
     model = Student(config, teacher.mean, teacher.std)
     opt = distill.make_optimizer(args.weight_decay, args.clip)
     task = dict(reference=env.reference, teacher=teacher.params, mean=teacher.mean, std=teacher.std)
-    task["train"] = np.flatnonzero(~clips.held_out).astype(np.int32)
+    task |= dict(train=np.flatnonzero(~clips.held_out).astype(np.int32), seed=np.int32(args.seed))
     state = distill.init_state(env, model, opt, args.num_envs, task, args.seed)
     if checkpoint or args.init:  # with its normaliser, whatever the teacher has become
         state["params"] = model.load_pretrained(checkpoint or args.init)
@@ -261,7 +259,7 @@ def main(argv=None):
         log.say("nothing to validate on: hold out clips with --val-share or --val-episodes")
     log.say(f"teacher: {teacher.path}, layout {teacher.layout}, {env.rate:.0f} Hz, body shift {env.shift}")
     state, task = distill.shard(mesh, state), distill.replicate(mesh, task)
-    iteration = distill.make_iteration(env, model, opt, args.unroll, args.batch_size, args.seed, args.ar_weight > 0)
+    iteration = distill.make_iteration(env, model, opt, args.unroll, args.batch_size)
     iteration = distill.jit(mesh, iteration, state)
     rollout = make_rollout(env, model, env.longest)
     updates = distill.updates_per_iteration(args.num_envs, args.unroll, args.batch_size)

@@ -47,14 +47,14 @@ class Setting:
         self.student = vae.model.Student(config, teacher.mean, teacher.std)
         self.opt, self.batch_size = vae.distill.make_optimizer(0.0, 1.0), min(512, envs * UNROLL)
         task = dict(reference=self.env.reference, teacher=teacher.params, mean=teacher.mean, std=teacher.std)
-        task["train"] = np.flatnonzero(~clips.held_out).astype(np.int32)
+        task |= dict(train=np.flatnonzero(~clips.held_out).astype(np.int32), seed=np.int32(0))
         state = vae.distill.init_state(self.env, self.student, self.opt, envs, task, 0)
         self.state, self.task = vae.distill.shard(self.mesh, state), vae.distill.replicate(self.mesh, task)
         updates = vae.distill.updates_per_iteration(envs, UNROLL, self.batch_size)
-        self.schedule = {name: np.full(updates, 1e-3, np.float32) for name in ("lr", "kl", "unit_kl", "ar")}
+        self.schedule = {name: np.full(updates, 1e-3, np.float32) for name in ("lr", "kl")}
 
     def iteration(self):
-        make = vae.distill.make_iteration(self.env, self.student, self.opt, UNROLL, self.batch_size, 0)
+        make = vae.distill.make_iteration(self.env, self.student, self.opt, UNROLL, self.batch_size)
         program, box = vae.distill.jit(self.mesh, make, self.state), [jax.tree.map(jnp.copy, self.state)]
 
         def run():
@@ -75,21 +75,21 @@ class Setting:
 
     def python(self):
         """One jitted call per control step (act, label, step, reset) and one per update."""
-        env, student, opt, task, distill = self.env, self.student, self.opt, self.task, vae.distill
+        student, opt, task, distill = self.student, self.opt, self.task, vae.distill
+        env = self.env.with_reference(task["reference"])
 
         @jax.jit
         def control_step(params, envs, key):
-            obs = jax.vmap(env.get_obs, (None, 0))(task["reference"], envs)
+            obs = jax.vmap(env.get_obs)(envs)
             action = student.decode(params, obs, student.posterior(params, obs).sample(key))
             label, _ = vae.model.intention(task["teacher"], (obs - task["mean"]) / task["std"], env.reference_size)
-            played, _, terminated, truncated = jax.vmap(env.step, (None, 0, 0))(task["reference"], envs, action)
-            fresh = distill.reset_all(env, task, len(obs), key)
+            played, _, terminated, truncated = jax.vmap(env.step)(envs, action)
+            fresh = distill.reset_all(env, task["train"], len(obs), key)
             return distill.where(terminated | truncated, fresh, played), obs, label
 
         @jax.jit
         def update(params, moments, batch, key):
-            weights = dict(kl=1e-3, unit_kl=0.0, ar=0.0)
-            grads = jax.grad(lambda p: student.loss(p, batch, key, weights)[0])(params)
+            grads = jax.grad(lambda p: student.loss(p, batch, key, 1e-3)[0])(params)
             direction, moments = opt.update(grads, moments, params)
             return jax.tree.map(lambda p, s: p - 1e-3 * s, params, direction), moments
 
