@@ -30,7 +30,7 @@ def this():
 def home(this, tmp_path_factory):
     """A small demo: 24 videos with latents, 16 demonstrations, a tiny transformer of width 32."""
     folder = tmp_path_factory.mktemp("demo") / "vla"
-    this.demo.write(folder, videos=24, demonstrations=16, family="film", grounding=0)
+    this.demo.write(folder, videos=24, demonstrations=16, family="film")
     texts = [" red", " blue", "robot, push the red block to the left"]
     this.tiny.build(folder / "small", texts, width=32, depth=2, vision_width=32)
     return folder

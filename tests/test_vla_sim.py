@@ -1,4 +1,4 @@
-"""vla/sim and the server: worlds and experts, rollouts, inverse dynamics, grounding, the experiment."""
+"""vla/sim and the server: worlds and experts, rollouts, inverse dynamics, the experiment."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import load
 
-SIM = "environments experiment film grounding idm metaworld rollout tabletop tiny".split()
+SIM = "environments experiment film idm metaworld rollout tabletop tiny".split()
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def this():
 
 @pytest.fixture(scope="module")
 def home(this, tmp_path_factory):
-    """A small demo: 24 videos with latents, 16 demonstrations, no grounding."""
+    """A small demo: 24 videos with latents, 16 demonstrations."""
     folder = tmp_path_factory.mktemp("demo") / "vla"
-    this.demo.write(folder, videos=24, demonstrations=16, grounding=0)
+    this.demo.write(folder, videos=24, demonstrations=16)
     return folder
 
 
@@ -91,22 +91,6 @@ def test_bodies_look_different_and_act_alike(this):
     for a, b in zip(one, two, strict=True):
         assert np.array_equal(a["actions"], b["actions"]) and a["instruction"] == b["instruction"]
         assert np.abs(a["frames"].astype(int) - b["frames"]).mean() > 50
-
-
-def test_grounding_scenes_are_where_they_say(this):
-    """The effector's colour is found at the position that the scene names for it."""
-    images, positions = this.grounding.scenes(np.random.default_rng(0), 3, 64, "disc")
-    colour = 255 * np.array(this.tabletop.BODIES["disc"][1])
-    for image, at in zip(images, positions, strict=True):
-        x, y = (at[-1] * 64).astype(int)
-        assert np.abs(image[y, x] - colour).max() < 3
-
-
-@pytest.mark.slow
-def test_grounding_learns_positions(this, tmp_path):
-    """A tiny transformer leaves the plateau of 11.5 pixels, which is the middle of the table for everything."""
-    this.tiny.build(tmp_path / "tiny", [f" {name}" for name in this.grounding.NAMES])
-    assert this.grounding.warm_up(tmp_path / "tiny", 600) < 9
 
 
 # --- Meta-World
@@ -279,7 +263,9 @@ def test_the_plan_has_every_number_and_its_stages_first(this, tmp_path):
         assert all(order.index(name) < number for name in job.needs)
         assert job.function or not [word for word in job.command if "{" in word and word != "{instruction}"]
     assert sum(name.startswith("laq-") for name in jobs) == 4  # two looks, two seeds
-    assert "--keep-head" in jobs["stage3-vpt-0-5"].command and "--keep-head" not in jobs["stage3-latents-0-5"].command
+    assert jobs["test-vpt-0-5"].needs == ["pretrain-vpt-0-5"] and jobs["test-latents-0-5"].needs == [
+        "stage3-latents-0-5"
+    ]
 
 
 def test_the_runner_goes_on_where_it_was(this, tmp_path):

@@ -5,9 +5,9 @@ Run:
   python vla/demo.py --out runs/big --videos 1500 --body light
 
 OUT: shards of videos (body A; their actions are left out unless --with-actions), labels/ (latent actions), robot/
-(shards of labelled demonstrations, body B), backbone/ (sim/tiny.py), with a grounding warm-up (sim/grounding.py). The
-labels are a stand-in for those of a trained tokenizer: the effector's true motion plus noise, quantised by k-means.
-They show the interface and the effect, and prove nothing about pixels.
+(shards of labelled demonstrations, body B), backbone/ (sim/tiny.py). The labels are a stand-in for those of a trained
+tokenizer: the effector's true motion plus noise, quantised by k-means. They show the interface and the effect, and
+prove nothing about pixels.
 """
 
 import argparse
@@ -22,12 +22,10 @@ import numpy as np
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from shards import npy, npz, write_shard
 from sim import tabletop
-from sim.grounding import NAMES, warm_up
 from sim.tiny import FAMILIES, build
 
-DEFAULT = dict(videos=300, demonstrations=100, body="disc", robot="disc", pixels=32, fps=5, seed=0)
-DEFAULT |= dict(family="film", grounding=400)
-VERSION, GAP, NOISE = 3, 4, 0.3  # frames between a pair; the labels' noise, of their spread: R2 about 0.92
+DEFAULT = dict(videos=300, demonstrations=100, body="disc", robot="disc", pixels=32, fps=5, seed=0, family="film")
+VERSION, GAP, NOISE = 4, 4, 0.3  # frames between a pair; the labels' noise, of their spread: R2 about 0.92
 
 
 def successes(count, seed, body, pixels):
@@ -104,11 +102,8 @@ def write(folder, with_actions=False, **changes):
     head = dict(codebook_size=len(codebook), code_seq_len=2, code_dim=2, gap=GAP, codebook=codebook.tolist())
     (temporary / "labels" / "labels.json").write_text(json.dumps(head))
     texts = [tabletop.instruction(task, verb) for task in range(len(tabletop.TASKS)) for verb in tabletop.VERBS]
-    names = [f" {name}" for name in NAMES]
-    texts = names + [f"robot, {text}" for text in texts]
+    texts = [f"robot, {text}" for text in texts]
     build(temporary / "backbone", texts, about["family"], pixels=about["pixels"])
-    if about["grounding"]:
-        warm_up(temporary / "backbone", about["grounding"], about["pixels"])
     (temporary / "demo.json").write_text(json.dumps(about))
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -126,7 +121,6 @@ if __name__ == "__main__":
     add("--body", choices=tabletop.BODIES, default="disc", help="how the videos' robot looks [disc]")
     add("--robot", choices=tabletop.BODIES, default="disc", help="how the demonstrations' robot looks [disc]")
     add("--family", choices=[*FAMILIES, "film"], default="qwen3_vl", help="of the tiny model (sim/tiny.py) [qwen3_vl]")
-    add("--grounding", default=0, help="steps of the tiny model's grounding warm-up (sim/grounding.py) [0]", **whole)
     add("--seed", default=0, help="of scenes, tasks and noise [0]", **whole)
     add("--with-actions", action="store_true", help="keep the videos' true actions, for the upper bound")
     args = vars(parser.parse_args())

@@ -9,7 +9,8 @@ Run:
 
 --data: action error in robot units per dim, smoothness of the predicted chunks, latent accuracy (with --labels), beside
 baselines that need no model. --env: success rate with its 95 % interval, per task too; an episode ends with its first
-success, or fails after --limit steps. Writes report.json, report.md, figures/ (with videos of the first episodes).
+success, or fails after --limit steps. Writes report.json, report.md, figures/ (with videos of the first episodes), and
+with --wandb a table of the episodes.
 """
 
 import json
@@ -56,6 +57,7 @@ def parse(argv=None):
     add("--temporal-ensemble-coeff", type=float, metavar="X", help="average overlapping chunks, see policy.py")
     add("--videos", default=6, help="episodes to show in rollouts.mp4", **whole)
     add("--batch-size", default=64, help="frames, or episodes, at a time", **whole)
+    add("--wandb", metavar="PROJECT", help="also log the closed loop to this Weights & Biases project")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
     add("--seed", default=0, help="of the episodes: the same seed is the same scenes and tasks", **whole)
     args = parser.parse_args(argv)
@@ -144,6 +146,19 @@ def measure_latents(model, source, args, device):
     return {name: float(value) for name, value in numbers.items()} | dict(clips=len(source.validation))
 
 
+def log_to_wandb(project, checkpoint, loop):
+    """Success, and a table with a row for each episode."""
+    try:
+        import wandb
+    except ImportError:
+        raise common.DataError("--wandb needs a package: pip install wandb") from None
+    columns = ["task", "instruction", "seed", "success", "steps"]
+    table = wandb.Table(columns, [[row[column] for column in columns] for row in loop["rows"]])
+    run = wandb.init(project=project, config=dict(checkpoint=checkpoint, rule=loop["rule"]))
+    run.log(dict(success=loop["success"], low=loop["low"], high=loop["high"], episodes=table))
+    run.finish()
+
+
 def report(args, offline, loop):
     """report.md, as text."""
     lines = [f"# {args.checkpoint}", ""]
@@ -195,6 +210,8 @@ def main(argv=None):
                 rollout.write_video(path, [frames for _, frames in videos], envs[0].fps)
         for env in envs:
             env.close()
+        if args.wandb:
+            log_to_wandb(args.wandb, args.checkpoint, loop)
     figure = {}
     if examples:
         figure |= dict(commands=figures.commands(examples))

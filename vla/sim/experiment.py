@@ -7,8 +7,9 @@ Run:
 
 Writes videos of scripted experts, trains a tokenizer (laq) on their pixels alone, labels them, pretrains a policy on
 the labels (stage 2), finetunes it on N demonstrations per task (stage 3) and tests it in closed loop on fresh goals.
-ARMS are what it is compared with. Each gets the same demonstrations, the same steps of stage 3 and the same test goals.
-A seed is a seed of everything: tokenizer, network, batches, demonstrations. Kill it and run it again: it goes on.
+ARMS are what it is compared with, with the same demonstrations and test goals; those whose pretraining already gives a
+policy (vpt, actions) have no stage 3. A seed is a seed of everything: tokenizer, network, batches, demonstrations. Kill
+it and run it again: it goes on.
 Writes OUT/table.md, tasks.md, results.json, success.png and rollouts.png; OUT/logs has each stage's output.
 """
 
@@ -32,7 +33,7 @@ from shards import npz, read_clips, write_shard
 from sources import read_labels, read_latents
 
 import common
-from sim import grounding, metaworld, tabletop
+from sim import metaworld, tabletop
 from sim.rollout import wilson
 from sim.tiny import build
 
@@ -49,7 +50,6 @@ ARMS = dict(
     other_latents="latent actions (laq) of another robot's videos",
     other_vpt="inverse dynamics from the same demonstrations label another robot's videos",
 )
-GROUNDING = 400  # steps of the tabletop's grounding warm-up, in every arm
 MOST_DEMOS, HELD_OUT = 10, 2  # demonstrations per task; those after the first N are held out, and two at least
 # The command of each stage; a plan fills in the {words}. TRAIN stands in the three training stages.
 TRAIN = """--image-size {pixels} --batch-size 32 --lr 1e-3 --warmup 50 --weight-decay 0.05 --steps {steps}
@@ -101,7 +101,7 @@ def parse(argv=None):
         metavar="NAME",
         help="of metaworld",
     )
-    add("--videos", default=50, help="videos per task (tabletop: a quarter of it, for each of 28 tasks)", **whole)
+    add("--videos", default=50, help="videos per task", **whole)
     add("--laq-steps", default=1200, help="steps of the tokenizer", **whole)
     add("--steps", default=1500, help="steps of stage 2", **whole)
     add("--tune-steps", default=600, help="steps of stage 3; 200 leave a policy without pretraining at 3 %%", **whole)
@@ -142,12 +142,11 @@ def plan(args):
     """{name: Job} of the whole table, in the order in which they are begun: an arm after another, seed by seed."""
     out, jobs, meta = Path(args.out).resolve(), {}, args.env == "metaworld"
     tasks = [list(metaworld.TASKS).index(task) for task in args.tasks] if meta else [0]
-    per_task = 1 if meta else 28  # of the tabletop's tasks only the sum is chosen
+    per_task = 1 if meta else len(tabletop.TASKS)  # of the tabletop's tasks only the sum is chosen
     pixels, most = (64 if meta else 32), MOST_DEMOS + HELD_OUT
     texts = list(metaworld.TASKS.values())
     if not meta:
         texts = [tabletop.instruction(i, verb) for i in range(len(tabletop.TASKS)) for verb in tabletop.VERBS]
-        texts = [f" {name}" for name in grounding.NAMES] + texts
     shared = dict(env=args.env, tasks=args.tasks, env_tasks=["--tasks", *args.tasks] if meta else [], pixels=pixels)
     shared |= dict(patch=pixels // 4, chunk=8 if meta else 4, n_action_steps=4 if meta else 1, episodes=args.episodes)
     shared |= dict(device=args.device, laq_steps=args.laq_steps, steps=args.steps, prompt="{instruction}")
@@ -161,34 +160,31 @@ def plan(args):
         jobs.setdefault(name, Job(name, stage, list(needs), [sys.executable, *parts] if parts else None, function))
         return name
 
-    def build_backbone(run, seed):
-        build(run, texts, "film", pixels=pixels, seed=seed)
-        if not meta:  # where a task is one of 28 instructions, stage 2 else stays on a plateau
-            grounding.warm_up(run, GROUNDING, pixels, seed=seed)
-
     def cell(arm, seed, demos):
         """The jobs of one number of the table."""
         count = most * per_task
         demos_at = add(f"{args.env}-demos", f"demos-{seed}", seed=seed, count=count)
         backbone = f"backbone-{seed}"
-        add("backbone", backbone, function=lambda run: build_backbone(run, seed))
+        add("backbone", backbone, function=lambda run: build(run, texts, "film", pixels=pixels, seed=seed))
         held_out = ",".join(f"{1000 * task + demos * per_task}-{1000 * task + count - 1}" for task in tasks)
         own = dict(seed=seed, demos=out / demos_at, backbone=out / backbone, held_out=held_out)
         start, before = ["--backbone", out / backbone, "--prompt", "{instruction}", "--backbone-lr", 1], []
         if not arm.startswith("scratch"):
             before = [pretraining(arm, seed, demos, demos_at, own)]
             start = ["--init", out / before[0] / "checkpoints" / "best", "--backbone-lr", args.backbone_lr]
-            start += ["--keep-head"] if arm.endswith(("vpt", "actions")) else []
-        steps = args.tune_steps + (args.steps if arm == "scratch_long" else 0)
-        needs = [demos_at, backbone, *before]
-        policy = add("stage3", f"stage3-{arm}-{seed}-{demos}", needs, **own | dict(start=start, steps=steps))
+        if arm.endswith(("vpt", "actions")):  # a policy already; tuned on few demonstrations it would get worse
+            (policy,) = before
+        else:
+            steps = args.tune_steps + (args.steps if arm == "scratch_long" else 0)
+            needs = [demos_at, backbone, *before]
+            policy = add("stage3", f"stage3-{arm}-{seed}-{demos}", needs, **own | dict(start=start, steps=steps))
         add("test", f"test-{arm}-{seed}-{demos}", [policy], policy=out / policy, seed=seed)
 
     def pretraining(arm, seed, demos, demos_at, own):
         """The job that pretrains an arm."""
         other, backbone = arm.startswith("other"), f"backbone-{seed}"
         look = ("other" if meta else "light") if other else ("robot" if meta else "disc")
-        count = args.videos if meta else args.videos * per_task // 4
+        count = args.videos * per_task
         videos = add(f"{args.env}-videos", "other" if other else "videos", look=look, seed=2 * other, count=count)
         own = own | dict(videos=out / videos)
         if arm == "actions":

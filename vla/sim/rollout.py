@@ -52,7 +52,8 @@ def evaluate(policy, envs, episodes, seed=0, videos=0, say=print):
     """`episodes` episodes of each environment's task: (summary, videos).
 
     The seeds are seed * 1,000,000 + 0, 1, 2 ...: a policy compared with another under the same seed meets the same
-    scenes. summary: success with its 95 % interval over all episodes, steps of the successes, and the same per task.
+    scenes. summary: success with its 95 % interval over all episodes, steps of the successes, the same per task, and a
+    row for each episode.
     videos: (instruction and outcome, frames) of the first `videos` episodes.
     """
     records, shown, start = [], [], time.perf_counter()
@@ -69,7 +70,8 @@ def evaluate(policy, envs, episodes, seed=0, videos=0, say=print):
             say(f"{done} of {episodes} episodes a task: {wins} of {len(records)} succeed, {left:.0f} s left")
     limits = sorted({env.limit for env in envs})
     rule = f"An episode ends with its first success, or fails after {' or '.join(map(str, limits))} steps."
-    return summarise(records) | dict(rule=rule, seed=seed), shown
+    rows = [{name: value for name, value in one.items() if name != "seconds"} for one in records]
+    return summarise(records) | dict(rule=rule, seed=seed, rows=rows), shown
 
 
 def summarise(records):

@@ -6,29 +6,26 @@ downwards. An action is the effector's displacement (dx, dy) per step, cut to MA
 
 import numpy as np
 
-BLOCK, EFFECTOR, MAX_STEP, EDGE, TOUCH = 0.07, 0.055, 0.04, 0.08, 0.03
+BLOCK, EFFECTOR, MAX_STEP, EDGE = 0.07, 0.055, 0.04, 0.08
 COLOURS = dict(red=(0.85, 0.2, 0.15), green=(0.2, 0.65, 0.25), blue=(0.2, 0.35, 0.9), yellow=(0.9, 0.8, 0.1))
-SIDES = dict(left=(-1, 0), right=(1, 0), top=(0, -1), bottom=(0, 1))
+SIDES = dict(left=(-1, 0), right=(1, 0))
 # shape, colour and size of the effector, colour of the table: `light` is another robot's look
 BODIES = dict(
     disc=("disc", (0.05, 0.05, 0.08), 0.055, (0.82, 0.82, 0.8)),
     light=("square", (1.0, 1.0, 1.0), 0.06, (0.25, 0.25, 0.28)),
 )
 VERBS = ("push", "move", "slide")
-# (block, side or other block): 16 pushes to a side, then 12 to another block
-TASKS = [(b, side) for b in COLOURS for side in SIDES] + [
-    (b, other) for b in COLOURS for other in COLOURS if b != other
-]
+TASKS = [(block, side) for block in COLOURS for side in SIDES]
 
 
 def instruction(task, verb="push"):
-    """TASKS[task] as text: push the red block to the left; push the red block to the blue block."""
-    block, goal = TASKS[task]
-    return f"{verb} the {block} block to the {goal}" + ("" if goal in SIDES else " block")
+    """TASKS[task] as text: push the red block to the left."""
+    block, side = TASKS[task]
+    return f"{verb} the {block} block to the {side}"
 
 
 class Tables:
-    """n tables at once. `reset` draws a task and a scene per table from its seed; half of the tasks are of each kind.
+    """n tables at once. `reset` draws a task and a scene per table from its seed.
 
     Attributes: effector (n, 2), blocks (n, 4, 2), task (n,) index into TASKS, instructions (n texts), time (n,) steps.
     """
@@ -41,29 +38,21 @@ class Tables:
     def reset(self, seeds):
         """seeds: n whole numbers or tuples of them. Returns frames (n, P, P, 3)."""
         self.rng = [np.random.default_rng(seed) for seed in seeds]
-        kinds = [int(rng.integers(2)) for rng in self.rng]
-        tasks = [rng.integers(16) if kind else 16 + rng.integers(12) for kind, rng in zip(kinds, self.rng, strict=True)]
-        self.task = np.array(tasks)
+        self.task = np.array([rng.integers(len(TASKS)) for rng in self.rng])
         verbs = [VERBS[rng.integers(3)] for rng in self.rng]
-        self.instructions = [instruction(task, verb) for task, verb in zip(tasks, verbs, strict=True)]
-        scenes = [scatter(rng, target_blocks(task)) for task, rng in zip(tasks, self.rng, strict=True)]
+        self.instructions = [instruction(task, verb) for task, verb in zip(self.task, verbs, strict=True)]
+        self.block = self.task // len(SIDES)
+        scenes = [scatter(rng, block) for block, rng in zip(self.block, self.rng, strict=True)]
         self.effector = np.stack([scene[0] for scene in scenes])
         self.blocks = np.stack([scene[1:] for scene in scenes])
-        self.block = np.array([list(COLOURS).index(TASKS[task][0]) for task in tasks])
-        self.to_side = self.task < 16
-        goals = [TASKS[task][1] for task in tasks]
-        self.side = np.array([SIDES.get(goal, (0, 0)) for goal in goals], float)
-        self.other = np.array([0 if goal in SIDES else list(COLOURS).index(goal) for goal in goals])
+        self.side = np.array([SIDES[TASKS[task][1]] for task in self.task], float)
         self.time = np.zeros(self.n, int)
         return self.render()
 
     def success(self):
-        """(n,) bool: the block lies within EDGE of touching its side, or within TOUCH of touching the other block."""
-        rows = np.arange(self.n)
-        block = self.blocks[rows, self.block]
-        wall = ((block - 0.5) * self.side).sum(1) > 0.5 - BLOCK - EDGE
-        near = np.linalg.norm(block - self.blocks[rows, self.other], axis=1) < 2 * BLOCK + TOUCH
-        return np.where(self.to_side, wall, near)
+        """(n,) bool: the block lies within EDGE of touching its side."""
+        block = self.blocks[np.arange(self.n), self.block]
+        return ((block - 0.5) * self.side).sum(1) > 0.5 - BLOCK - EDGE
 
     def step(self, actions):
         """actions (n, 2) -> frames, success (n,), over (n,): out of time. A table that is over can go on."""
@@ -107,10 +96,7 @@ class Tables:
 
     def expert(self):
         """(n, 2) the scripted expert's actions: go round the block to behind it, then push, correcting sideways."""
-        rows = np.arange(self.n)
-        block = self.blocks[rows, self.block]
-        goal = np.where(self.to_side[:, None], block + self.side, self.blocks[rows, self.other])
-        ahead = unit(goal - block)
+        block, ahead = self.blocks[np.arange(self.n), self.block], self.side
         offset = self.effector - block
         along = (offset * ahead).sum(1, keepdims=True)
         sideways = offset - along * ahead
@@ -138,11 +124,6 @@ class Tables:
         return np.where((inwards < 0) & (distance < radius + 0.02) & (length > 1e-6), around, move)
 
 
-def target_blocks(task):
-    """Colour indices of the block to push and, if there is one, of the block it goes to."""
-    return [list(COLOURS).index(name) for name in TASKS[task] if name in COLOURS]
-
-
 def unit(vectors):
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
 
@@ -153,11 +134,11 @@ def apart(offset, radius):
     return np.where((distance < radius) & (distance > 0), offset / np.maximum(distance, 1e-9) * (radius - distance), 0)
 
 
-def scatter(rng, targets):
-    """Effector and four blocks, (5, 2), none touching another; the task's blocks away from the walls."""
+def scatter(rng, target):
+    """Effector and four blocks, (5, 2), none touching another; block `target` lies away from the walls."""
     places = []
     while len(places) < 5:
-        inner = len(places) == 0 or len(places) - 1 in targets
+        inner = len(places) in (0, target + 1)
         place = rng.uniform(0.22, 0.78, 2) if inner and places else rng.uniform(0.1, 0.9, 2)
         room = [np.linalg.norm(place - other) for other in places]
         if all(distance > 2 * BLOCK + (0.06 if inner else 0.01) for distance in room):
