@@ -40,9 +40,9 @@ class TrainBatches(Dataset):
     directly. anchor: the frame where the rollout of training starts, drawn per sample of the global batch.
     """
 
-    def __init__(self, sequences, batch_size, seed=0, accum=1, rank=0, world=1, horizon=2):
+    def __init__(self, sequences, batch_size, seed=0, accum=1, rank=0, world=1):
         self.sequences, self.batch_size, self.seed, self.accum = sequences, batch_size, seed, accum
-        self.rank, self.world, self.horizon = rank, world, horizon
+        self.rank, self.world = rank, world
         if not len(sequences):
             longest = max((len(r) for r in sequences.recordings), default=0)
             needed = (sequences.length - 1) * sequences.gap + 1
@@ -69,8 +69,8 @@ class TrainBatches(Dataset):
         size = self.batch_size // (self.accum * self.world)
         first = (micro * self.world + self.rank) * size
         latents = self.read(step * self.batch_size + np.arange(first, first + size))
-        last = max(1, self.sequences.length - self.horizon)
-        anchor = np.random.default_rng([self.seed, step, 1]).integers(0, last, self.batch_size)[first : first + size]
+        drawn = np.random.default_rng([self.seed, step, 1])  # two steps follow the anchor
+        anchor = drawn.integers(0, self.sequences.length - 2, self.batch_size)[first : first + size]
         return dict(latents=torch.from_numpy(latents), anchor=torch.from_numpy(anchor))
 
 

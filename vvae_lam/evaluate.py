@@ -20,9 +20,9 @@ import torch
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
 from data import Sequences
-from label import label, open_device
-from metrics import assess, codebook_metrics, count_codes, probe, reconstruction_metrics
-from model import VVAELatentActionVQVAE
+from label import label, open_model
+from layers import optical_flow
+from metrics import advice, assess, codebook_metrics, count_codes, probe, reconstruction_metrics
 from sources import describe_recordings, read_sources, restore_split
 from torch.utils.data import DataLoader
 
@@ -162,13 +162,15 @@ def probes(model, held_out, training, most=8000):
             left_out[str(recording.path)] = f"{int((~good).sum())} of {len(good)} transitions have NaN {name}"
         code, vector = (torch.from_numpy(part[good]) for part in label(model, recording))
         frames = torch.from_numpy(recording.read(np.arange(len(recording))))
-        pooled = pool(model.normalize(frames.to(model.mean.device)), 4).flatten(1).cpu()
+        frames = model.normalize(frames.to(model.mean.device))
+        pooled = pool(frames, 4).flatten(1).cpu()
         first, last = pooled[:-gap], pooled[gap:]
         found = dict(
             codes=torch.nn.functional.one_hot(code, model.config.num_embeddings).flatten(1).float(),
             vectors=vector.flatten(1),
             first_frame=first[good],
             latent_difference=(last - first)[good],
+            optical_flow=optical_flow(frames[None, :-gap], frames[None, gap:])[0].cpu()[good],
         )
         for key, value in found.items():
             columns.setdefault(key, []).append(value)
@@ -219,6 +221,7 @@ def lines_of(report):
             cells = [f"{row[column]:.2f}{interval(row, column)}" for column in columns]
             yield f"| {name} | {' | '.join(cells)} |"
         yield "\nRidge regression, each episode predicted from others; in brackets 95 % over episodes."
+    yield f"\nAdvice: {report['advice']}."
     for path, why in report["left_out_of_probes"].items():
         yield f"\nLeft out of the probes: {path}: {why}."
     for figure in report["figures"]:
@@ -227,9 +230,7 @@ def lines_of(report):
 
 def main(argv=None):
     args = parse(argv)
-    model = VVAELatentActionVQVAE.from_pretrained(args.checkpoint).to(open_device(args.device))
-    if not model.quantizer.quantizing:
-        raise common.DataError(f"{args.checkpoint} is from before quantization began: train longer")
+    model = open_model(args.checkpoint, args.device)
     split, held_out, training = open_recordings(args, model)
     generator, out, gap = torch.Generator().manual_seed(args.seed), Path(args.out), model.config.gap
     one, histogram = one_step(model, held_out, args)
@@ -246,15 +247,17 @@ def main(argv=None):
         short_rollout=rollouts(model, held_out, args.steps, generator),
         full_rollout=rollouts(model, held_out, args.full_steps, generator, keep=out / "rollouts"),
         probes=found,
+        advice=advice(one, model.config.num_embeddings, found),
         left_out_of_probes=left_out,
     )
     longest = max(held_out, key=len)
     clip = torch.from_numpy(longest.read(np.arange(0, min(len(longest), 6 * gap + 1), gap)))
-    clips = [torch.from_numpy(r.read([0, gap])) for r in held_out[:16] if len(r) > gap]
+    wholes = [torch.from_numpy(r.read(np.arange(len(r)))) for r in held_out[:16] if len(r) > gap]
+    clips = [whole[[0, gap]] for whole in wholes]
     drawn = dict(
         prediction=figures.prediction(model, clip.to(model.mean.device)),
         code_scene_grid=figures.code_scene_grid(model, torch.stack(clips).to(model.mean.device)),
-        rollouts=figures.rollouts(report["full_rollout"]["mse"]),
+        code_motion=figures.code_motion(model, [whole.to(model.mean.device) for whole in wholes]),
         codes=figures.codes({split: histogram.numpy()}),
     )
     (out / "figures").mkdir(parents=True, exist_ok=True)

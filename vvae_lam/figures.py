@@ -5,7 +5,9 @@ import json
 import matplotlib
 import numpy as np
 import torch
+from layers import cells, optical_flow
 from matplotlib.figure import Figure
+from metrics import count_codes
 
 TRUE, PREDICTED, WRONG = "0.55", "tab:blue", "tab:red"
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120})
@@ -121,16 +123,31 @@ def curves(log_file):
     return figure
 
 
-def rollouts(errors):
-    """Rollout error against its length. errors: {name: list of MSE per step}; names true, shuffled, random, copy."""
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    axis = figure.subplots()
-    style = dict(true=PREDICTED, shuffled=WRONG, random="tab:orange", copy=TRUE)
-    labels = dict(true="true codes", shuffled="shuffled codes", random="random codes", copy="copy baseline")
-    for name, values in errors.items():
-        axis.plot(range(1, len(values) + 1), values, color=style[name], label=labels[name])
-    axis.set(xlabel="latent frames from the start", ylabel="MSE (normalised)", title="rollouts (blue lowest is good)")
-    axis.legend(frameon=False)
+@torch.no_grad()
+def code_motion(model, clips, most=6):
+    """Mean optical flow of the transitions that have a code, as arrows, for the most used codes of every position.
+
+    clips: held-out recordings (T, C, H, W).
+    """
+    gap, (H, W), (rows, columns) = model.config.gap, model.shape[1:], cells(*model.shape[1:])
+    codes = torch.cat([model.encode(x, gap) for x in clips]).cpu()  # n S
+    frames = [model.normalize(x)[None] for x in clips]
+    flow = torch.cat([optical_flow(x[:, :-gap], x[:, gap:])[0] for x in frames]).cpu().unflatten(1, (2, rows, columns))
+    counts, picture = count_codes(codes, model.config.num_embeddings), colours(clips[0])(clips[0][0])
+    most = min(most, counts.shape[1])
+    x, y = np.meshgrid((np.arange(columns) + 0.5) * W / columns - 0.5, (np.arange(rows) + 0.5) * H / rows - 0.5)
+    scale = max(1e-6, flow.norm(dim=1).quantile(0.9).item()) * columns / W  # the longest arrows are about a cell
+    style = dict(angles="xy", scale_units="xy", scale=scale, color=WRONG, width=0.015)
+    figure = Figure(figsize=(0.4 + 1.7 * most, 0.5 + len(counts) * (0.3 + 1.6 * H / W)), layout="constrained")
+    for position, axes in enumerate(figure.subplots(len(counts), most, squeeze=False)):
+        for axis, code in zip(axes, counts[position].argsort(descending=True), strict=False):
+            axis.imshow(picture, alpha=0.5)
+            if counts[position, code]:
+                axis.quiver(x, y, *flow[codes[:, position] == code].mean(0).numpy(), **style)
+            axis.set_title(f"code {code} ({100 * counts[position, code] / len(codes):.0f} %)", fontsize=8)
+            axis.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(f"position {position + 1}")
+    figure.suptitle("mean motion where a code is given (arrows that differ from code to code are good)")
     return figure
 
 

@@ -60,6 +60,18 @@ def open_device(name):
     return device
 
 
+def open_model(checkpoint, device):
+    """The model of a checkpoint folder on --device; DataError where it has no codes yet."""
+    folder = Path(checkpoint)
+    no_codes = folder.name == "best" and not folder.exists() and (folder.parent / "last").exists()
+    model = VVAELatentActionVQVAE.from_pretrained(folder.with_name("last") if no_codes else folder)
+    if not model.quantizer.quantizing:
+        why = "is not there, as the best model is chosen among those with codes" if no_codes else "has no codes"
+        cure = "train longer, or with a smaller --quantize-after (log.jsonl has the code_sensitivity that it reached)"
+        raise common.DataError(f"{folder} {why}: quantization had not begun: {cure}")
+    return model.to(open_device(device))
+
+
 def label(model, recording, batch_size=64):
     """codes (T - gap, S) and vectors (T - gap, S, D) of all transitions of a recording, arrays."""
     codes, vectors, gap = [], [], model.config.gap
@@ -136,9 +148,7 @@ def write_labels_json(model, args, gap, out):
 
 def main(argv=None):
     args = parse(argv)
-    model = VVAELatentActionVQVAE.from_pretrained(args.checkpoint).to(open_device(args.device))
-    if not model.quantizer.quantizing:
-        raise common.DataError(f"{args.checkpoint} is from before quantization began: train longer")
+    model = open_model(args.checkpoint, args.device)
     recordings, out = read_sources(args.data, val_share=0.0, all_latents=model.config.all_latents), Path(args.out)
     gaps = {}
     for recording in recordings:

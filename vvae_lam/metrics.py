@@ -4,6 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from layers import optical_flow
+
+ENOUGH_USE = 0.05  # of the squared error, or of the flow: below, shuffled codes would do nearly as well
 
 
 def distances(x_hat, x):
@@ -34,11 +37,12 @@ def assess(model, latents, generator=None):
 
     Names: true_l2, shuffled_l2 (codes of another transition of the batch) and, once codes are quantized, random_l2
     (every code another) and flipped_l2 (one code another); l1 and cos likewise; copy_l2: the frame before as
-    prediction. codes are None before quantization. generator: of the random codes.
+    prediction. With --flow: true_flow, the error of the flow told by the codes, and copy_flow, that of no flow.
+    codes are None before quantization. generator: of the random codes.
     """
     x = model.normalize(latents)
     patches = model.patchify(x)
-    vectors, codes, _ = model.quantizer(model.encode_transitions(patches))
+    vectors, codes, _ = model.quantizer(model.encode_transitions(x, patches=patches))
     position = torch.arange(vectors.shape[1], device=x.device).expand(len(x), -1)
     variants = dict(true=vectors)
     if vectors.shape[0] * vectors.shape[1] > 1:
@@ -47,6 +51,9 @@ def assess(model, latents, generator=None):
         random, flipped = random_codes(codes, model.config.num_embeddings, generator)
         variants |= dict(random=model.quantizer.lookup(random), flipped=model.quantizer.lookup(flipped))
     found = {f"copy_{name}": value for name, value in distances(x[:, :-1], x[:, 1:]).items()}
+    if model.config.flow:
+        found["true_flow"] = model.flow_error(x, vectors).item()
+        found["copy_flow"] = optical_flow(x[:, :-1], x[:, 1:]).square().mean().item()
     for name, vectors in variants.items():
         x_hat = model.decode(x[:, :-1], vectors, position, patches=patches[:, :-1])[0]
         found |= {f"{name}_{kind}": value for kind, value in distances(x_hat, x[:, 1:]).items()}
@@ -59,6 +66,7 @@ def reconstruction_metrics(means):
     relative_mse: squared error over that of the copy baseline (the frame before), below 1 is good;
     relative_mse_shuffled: the same with shuffled codes; code_sensitivity: their difference, 0 where codes are ignored.
     psnr_gain_over_copy: dB. action_sensitivity_*: error with random codes minus error with the true ones.
+    flow_r2: share of the optical flow that the codes tell.
     random_over_flipped: (d_random - d_true) / (d_flipped - d_true), large where one wrong code does little harm.
     """
     true, copy = means["true_l2"], max(means["copy_l2"], 1e-12)
@@ -66,6 +74,8 @@ def reconstruction_metrics(means):
     if "shuffled_l2" in means:
         out["relative_mse_shuffled"] = means["shuffled_l2"] / copy
         out["code_sensitivity"] = out["relative_mse_shuffled"] - out["relative_mse"]
+    if "true_flow" in means:
+        out["flow_r2"] = 1 - means["true_flow"] / max(means["copy_flow"], 1e-12)
     if "random_l2" in means:
         for kind in ("l1", "l2", "cos"):
             out[f"action_sensitivity_{kind}"] = means[f"random_{kind}"] - means[f"true_{kind}"]
@@ -75,12 +85,12 @@ def reconstruction_metrics(means):
     return out
 
 
-def code_sensitivity(model, latents):
-    """That of a batch (B, T, C, H, W), the model in eval mode meanwhile; 0 for a single transition."""
+def code_use(model, latents):
+    """What the codes of a batch (B, T, C, H, W) are good for: {code_sensitivity, and flow_r2 with --flow}."""
     model.eval()
-    found, _ = assess(model, latents)
+    found = reconstruction_metrics(assess(model, latents)[0])
     model.train()
-    return reconstruction_metrics(found).get("code_sensitivity", 0.0)
+    return {name: found[name] for name in ("code_sensitivity", "flow_r2") if name in found}
 
 
 def codebook_metrics(counts):
@@ -94,6 +104,26 @@ def codebook_metrics(counts):
 def count_codes(codes, K):
     """Codes (..., S) -> how often each of the K codes comes at each position, (S, K) int64."""
     return torch.stack([torch.bincount(column.flatten().cpu(), minlength=K) for column in codes.unbind(-1)])
+
+
+def advice(numbers, K, probes=None):
+    """One line: whether codes with these numbers, out of K per position, are good enough to label with; if not, a cure.
+
+    numbers: of reconstruction_metrics and codebook_metrics; probes: of evaluate.py.
+    """
+    codes, first = ((probes or {}).get(name, {}) for name in ("codes", "first_frame"))
+    score = "r2" if "r2" in codes else "accuracy"
+    if numbers["relative_mse"] >= 1:
+        return "not good enough: predictions are worse than the frame before: train longer, or with a smaller --lr"
+    use = max(numbers["code_sensitivity"], numbers.get("flow_r2", 0.0))
+    if use < ENOUGH_USE:
+        return f"not good enough: the codes hardly matter ({use:.3f} of {ENOUGH_USE}): train longer, or with --flow"
+    if numbers["codebook_perplexity"] < K / 2:
+        share = f"a perplexity of {numbers['codebook_perplexity']:.1f} of {K} codes"
+        return f"not good enough: {share}: more data, or a smaller --codebook-dim"
+    if codes and codes.get(f"{score}_low", codes[score]) <= first[score]:
+        return f"good predictions, but the codes tell no more of the motion than the first frame ({score}): try --flow"
+    return "good enough to label with, by these numbers" + ("" if codes else "; evaluate.py tells of the motion")
 
 
 # --- probes

@@ -11,6 +11,7 @@ transformers, S code positions (codes per transition), K codes in a codebook.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from layers import Block, cells, optical_flow
 from quantizer import VectorQuantizer
 from torch import nn
 
@@ -41,7 +43,7 @@ class Config:
     num_embeddings: int = 12  # K
     codebook_dim: int = 128  # width of a code
     commitment_weight: float = 0.25
-    rollout_horizon: int = 2  # 2: one step on the model's own prediction is in the loss; 1: none
+    flow: bool = False  # the encoder sees the optical flow of its two frames, and the codes have to tell it
     context: int = 8  # latent frames that the decoder attends to; clips and rollouts may be longer
     mean: tuple = (0.0,)  # per channel; the model works on (latent - mean) / std, and its errors are in those units
     std: tuple = (1.0,)
@@ -49,7 +51,7 @@ class Config:
     all_latents: bool = False  # trained on every latent of a jointly encoded chunk, not on the last one alone
 
 
-MAY_DIFFER = {"commitment_weight", "rollout_horizon", "gap", "all_latents"}  # the weights fit all the same
+MAY_DIFFER = {"commitment_weight", "gap", "all_latents"}  # the weights fit all the same
 
 
 class VVAEtoLAMAdapter(nn.Module):
@@ -83,75 +85,6 @@ class LAMtoVVAEAdapter(nn.Module):
         return x[..., : self.height, : self.width]
 
 
-def rotate(x, position):
-    """Rotary embedding (Su et al. 2021, arXiv 2104.09864) of x (..., T, d) at `position` (T,) or (B, 1, T)."""
-    half = x.shape[-1] // 2
-    frequency = 100.0 ** -(torch.arange(half, device=x.device) / half)  # 100: clips are tens of frames
-    angle = position[..., None].float() * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-
-class SpaceAttention(nn.Module):
-    """Full attention among the tokens of one frame. x (B, T, N, D) -> (B, T, N, D)."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv_proj, self.out_proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x):
-        q, k, v = rearrange(self.qkv_proj(x), "b t n (three h d) -> three (b t) h n d", three=3, h=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(rearrange(y, "(b t) h n d -> b t n (h d)", b=len(x)))
-
-
-class TimeAttention(SpaceAttention):
-    """Each token attends to itself in its own and the `context - 1` frames before. x (B, T, N, D) -> the same, (k, v).
-
-    position (B, T): frame numbers. cache: ((k, v), their positions): k, v (B, N, heads, L, d), positions (B, L).
-    """
-
-    def __init__(self, dim, heads, context):
-        super().__init__(dim, heads)
-        self.context = context
-
-    def forward(self, x, position, cache=None):
-        q, k, v = rearrange(self.qkv_proj(x), "b t n (three h d) -> three b n h t d", three=3, h=self.heads)
-        q, k = rotate(q, position[:, None, None]), rotate(k, position[:, None, None])
-        mask, causal, key_position = None, cache is None and x.shape[1] <= self.context, position
-        if cache is not None:
-            (old_k, old_v), old_position = cache
-            k, v = torch.cat([old_k, k], 3), torch.cat([old_v, v], 3)
-            key_position = torch.cat([old_position, position], 1)
-        if not causal:
-            age = position[:, :, None] - key_position[:, None]  # B T L
-            mask = ((age >= 0) & (age < self.context))[:, None, None].expand(-1, x.shape[2], -1, -1, -1).flatten(0, 1)
-        y = F.scaled_dot_product_attention(*(part.flatten(0, 1) for part in (q, k, v)), mask, is_causal=causal)
-        return self.out_proj(rearrange(y, "(b n) h t d -> b t n (h d)", b=len(x))), (k, v)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block; with `context` it has attention in time too."""
-
-    def __init__(self, dim, heads, context=0):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3 if context else 2))
-        self.space = SpaceAttention(dim, heads)
-        self.time = TimeAttention(dim, heads, context) if context else None
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x, position=None, cache=None):
-        """x (B, T, N, D) -> the same and, with attention in time, its keys and values."""
-        kv = None
-        x = x + self.space(self.norms[0](x))
-        if self.time is not None:
-            y, kv = self.time(self.norms[2](x), position, cache)
-            x = x + y
-        return x + self.mlp(self.norms[1](x)), kv
-
-
 class VVAELatentActionVQVAE(nn.Module):
     """Latent action model over video-VAE latents; see Config."""
 
@@ -170,6 +103,9 @@ class VVAELatentActionVQVAE(nn.Module):
         nn.init.zeros_(self.pair_proj.weight[:, : c.patch_dim])  # codes start as motion: equal where nothing moves
         self.encoder_pos_embed = nn.Parameter(torch.randn(N, D) * 0.02)
         self.encoder = nn.ModuleList(Block(D, c.num_heads) for _ in range(c.encoder_depth))
+        if c.flow:
+            size = 2 * math.prod(cells(c.height, c.width))
+            self.flow_proj, self.to_flow = nn.Linear(size, D), nn.Linear(S * c.codebook_dim, size)
         self.to_vectors = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, S * c.codebook_dim))
         self.quantizer = VectorQuantizer(c.num_embeddings, S, c.codebook_dim)
 
@@ -190,13 +126,17 @@ class VVAELatentActionVQVAE(nn.Module):
         """(B, T, C, H, W) -> (B, T, N, P)."""
         return self.adapter_in(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
-    def encode_transitions(self, patches, gap=1):
-        """Patches (B, T, N, P) -> vectors (B, T-gap, S, codebook_dim); row t sees frames t and t+gap alone."""
+    def encode_transitions(self, x, gap=1, patches=None):
+        """Frames x (B, T, C, H, W) -> vectors (B, T-gap, S, codebook_dim); row t sees frames t and t+gap alone."""
+        patches = self.patchify(x) if patches is None else patches
         before, after = patches[:, :-gap], patches[:, gap:]
         h = self.pair_proj(torch.cat([before, after - before], -1)) + self.encoder_pos_embed  # B T-gap N D
         for block in self.encoder:
             h, _ = block(h)
-        return self.to_vectors(h.mean(2)).unflatten(-1, (self.config.num_codes, -1))
+        h = h.mean(2)
+        if self.config.flow:
+            h = h + self.flow_proj(optical_flow(x[:, :-gap], x[:, gap:]))
+        return self.to_vectors(h).unflatten(-1, (self.config.num_codes, -1))
 
     def decode(self, x, z, position, kv_cache=None, patches=None):
         """Frames x (B, T, C, H, W) and vectors z (B, T, S, codebook_dim) -> next frames, kv_cache.
@@ -219,12 +159,13 @@ class VVAELatentActionVQVAE(nn.Module):
     def forward(self, batch):
         """batch: latents (B, T, C, H, W) and, in training, anchor (B,) -> (loss, metrics). Samples weigh the same.
 
-        loss = MSE + commitment_weight * commitment + MSE of the rollout. The last two begin with quantization: a
-        rollout before that would go on from an average over all actions, which slows the start.
+        loss = MSE + commitment_weight * commitment + MSE of the rollout + error of the flow, if there is one. The
+        second and third begin with quantization: a rollout before that would go on from an average over all actions,
+        which slows the start.
         """
         x = self.normalize(batch["latents"])
         patches = self.patchify(x)
-        z, _, commitment = self.quantizer(self.encode_transitions(patches))
+        z, _, commitment = self.quantizer(self.encode_transitions(x, patches=patches))
         position = torch.arange(z.shape[1], device=x.device).expand(len(x), -1)
         x_hat, kv_cache = self.decode(x[:, :-1], z, position, patches=patches[:, :-1])
         error = x_hat.float() - x[:, 1:]
@@ -232,30 +173,34 @@ class VVAELatentActionVQVAE(nn.Module):
         loss = mse + vq
         metrics = dict(mse_loss=mse, mae_loss=error.abs().mean(), vq_loss=vq, commitment_loss=commitment)
         metrics["codebook_loss"] = commitment.detach()  # the same distance; the moving average lowers it, no gradient
-        if self.config.rollout_horizon > 1 and "anchor" in batch and self.quantizer.quantizing:
+        if self.config.flow:
+            metrics["flow_loss"] = self.flow_error(x, z)
+            loss = loss + metrics["flow_loss"]
+        if "anchor" in batch and self.quantizer.quantizing:
             metrics["rollout_loss"] = self.rollout_loss(x, x_hat, z, kv_cache, batch["anchor"])
             loss = loss + metrics["rollout_loss"]
         return loss, {"loss": loss, **metrics}
 
     def rollout_loss(self, x, x_hat, z, kv_cache, anchor):
-        """MSE of the steps that follow the prediction made at frame `anchor` (B,), each fed with the one before.
+        """MSE of the step that follows the prediction made at frame `anchor` (B,), fed with that prediction, detached.
 
-        That first prediction is detached. Keys and values up to the anchor are those of the parallel pass.
+        Keys and values up to the anchor are those of the parallel pass.
         """
         kv_cache = kv_cache[0], kv_cache[1].masked_fill(kv_cache[1] > anchor[:, None], 10**6)  # later: never seen
-        rows, loss = torch.arange(len(x), device=x.device), 0.0
+        rows, now = torch.arange(len(x), device=x.device), anchor + 1
         frame = x_hat[rows, anchor].detach()[:, None]
-        for step in range(1, self.config.rollout_horizon):
-            now = anchor + step
-            frame, kv_cache = self.decode(frame, z[rows, now][:, None], now[:, None], kv_cache)
-            loss = loss + F.mse_loss(frame[:, 0].float(), x[rows, now + 1])
-        return loss / (self.config.rollout_horizon - 1)
+        frame = self.decode(frame, z[rows, now][:, None], now[:, None], kv_cache)[0]
+        return F.mse_loss(frame[:, 0].float(), x[rows, now + 1])
+
+    def flow_error(self, x, z):
+        """MSE of the optical flow of frames x (B, T, C, H, W) that a linear map reads from the vectors z alone."""
+        return F.mse_loss(self.to_flow(z.flatten(2)).float(), optical_flow(x[:, :-1], x[:, 1:]))
 
     @torch.no_grad()
     def init_codebook(self, latents, seed):
         """Make the codes of the vectors of clips (B, T, C, H, W), by k-means, and quantize from now on."""
         parts = (self.normalize(part.to(self.mean.device)) for part in latents.split(32))
-        vectors = [self.encode_transitions(self.patchify(part)).flatten(0, 1) for part in parts]
+        vectors = [self.encode_transitions(part).flatten(0, 1) for part in parts]
         self.quantizer.init_codebook(torch.cat(vectors), seed)
 
     # --- use, on latents in the VAE's own units
@@ -299,7 +244,7 @@ class VVAELatentActionVQVAE(nn.Module):
         if not self.quantizer.quantizing:
             raise DataError("this checkpoint is from before quantization began (train.py says when): train longer")
         x, single = self.check_latents(latents, 5)
-        z = self.encode_transitions(self.patchify(x), gap).float()
+        z = self.encode_transitions(x, gap).float()
         out = [part[0] if single else part for part in (self.quantizer.nearest(z), self.quantizer.align(z))]
         out = out if torch.is_tensor(latents) else [part.cpu().numpy() for part in out]
         return tuple(out) if vectors else out[0]

@@ -27,7 +27,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one f
 import demo
 import figures
 from data import Sequences, TrainBatches, train_loader, validation_loaders
-from metrics import assess, code_sensitivity, codebook_metrics, count_codes, reconstruction_metrics
+from metrics import advice, assess, code_use, codebook_metrics, count_codes, reconstruction_metrics
 from model import Config, VVAELatentActionVQVAE, read_config
 from sources import describe_recordings, normalisation, read_sources, restore_split, split_of
 
@@ -65,6 +65,7 @@ def parse(argv=None):
     add("--num-codes", default=3, help="codes per transition", **whole)
     add("--num-embeddings", default=12, help="codes in the codebook of each code position", **whole)
     add("--codebook-dim", default=128, help="width of a code", **whole)
+    add("--flow", action="store_true", help="codes also tell the optical flow of the latents, which the encoder sees")
 
     optimisation = parser.add_argument_group("optimisation")
     add = optimisation.add_argument
@@ -74,7 +75,6 @@ def parse(argv=None):
     add("--warmup", default=1000, help="steps of linear warm-up", **whole)
     add("--weight-decay", default=0.1, help="AdamW weight decay of matrices", **real)
     add("--clip", default=1.0, help="largest norm of the gradient", **real)
-    add("--commitment-weight", default=0.25, help="pulls vectors to their codes", **real)
     add("--quantize-after", default=0.1, help="quantize once the code sensitivity is above this", **real)
     add("--overfit", action="store_true", help="learn one batch by heart; exit code 1 if MSE < 0.01, MAE < 0.05 fail")
     add("--seed", default=0, help="of weights, batches, augmentation and noise", **whole)
@@ -100,11 +100,11 @@ def parse(argv=None):
         given = sys.argv[1:] if argv is None else argv
         args = parser.parse_args([f"@{HERE / 'demo.args'}", *given], argparse.Namespace(demo=True))
     args.fixed = [action.dest for group in (model, optimisation) for action in group._group_actions]
-    sizes = [action.dest for action in model._group_actions]
+    sizes = [action.dest for action in model._group_actions if action.type is int]
     for name in [*sizes, *"gap batch_size lr clip steps accum log_every eval_every save_every keep".split()]:
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
-    for name in "val_share workers lr_end warmup weight_decay commitment_weight seed".split():
+    for name in "val_share workers lr_end warmup weight_decay seed".split():
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     micro_steps = args.accum * int(os.environ.get("WORLD_SIZE", 1))
@@ -112,8 +112,8 @@ def parse(argv=None):
         parser.error(f"--batch-size {args.batch_size} is no multiple of {micro_steps} (micro-steps x processes)")
     if args.resume and not args.out:
         parser.error("--resume needs --out, the folder of the run to go on with")
-    if args.sequence_length <= Config.rollout_horizon:
-        parser.error(f"--sequence-length must be above {Config.rollout_horizon}, the horizon of the rollout")
+    if args.sequence_length < 3:
+        parser.error("--sequence-length must be above 2: the loss holds a rollout of two steps")
     if args.embed_dim % (2 * args.num_heads):
         parser.error(f"--embed-dim {args.embed_dim} must be a multiple of twice the {args.num_heads} heads")
     args.folder = HERE.name
@@ -233,7 +233,7 @@ def main(argv=None):
 
     # --- data
     sequences = Sequences(training, args.sequence_length, args.gap)
-    batches = TrainBatches(sequences, args.batch_size, args.seed, args.accum, rank, world, Config.rollout_horizon)
+    batches = TrainBatches(sequences, args.batch_size, args.seed, args.accum, rank, world)
     train = train_loader(batches, first, args.steps, args.workers, args.overfit, device.type == "cuda")
     if args.overfit:
         validation = {"overfit": [batches[micro] for micro in range(args.accum)]}
@@ -247,7 +247,7 @@ def main(argv=None):
     clips = args.batch_size if args.overfit else -(-CODEBOOK_FROM // (args.sequence_length - 1))
 
     # --- loop
-    stopped, passed = False, False
+    stopped, passed, line = False, False, {}
     for step in range(first, args.steps):
         began, waited, lr = time.perf_counter(), 0.0, learning_rate(step, args)
         for group in opt.param_groups:
@@ -276,12 +276,11 @@ def main(argv=None):
         at = 0 if args.overfit else done
         if not model.quantizer.quantizing and done % CHECK_EVERY == 0:
             with amp:
-                line["code_sensitivity"] = code_sensitivity(
-                    model, batches.head(at, min(args.batch_size, 32)).to(device)
-                )
-            if line["code_sensitivity"] > args.quantize_after:
+                line.update(code_use(model, batches.head(at, min(args.batch_size, 32)).to(device)))
+            if max(line.values()) > args.quantize_after:
                 model.init_codebook(batches.head(at, clips), args.seed)
-                log.say(f"step {done}: code sensitivity {line['code_sensitivity']:.2f}: quantization begins")
+                use = ", ".join(f"{name} {value:.2f}" for name, value in line.items())
+                log.say(f"step {done}: {use}: quantization begins")
         if done % args.log_every == 0 or ended:
             line.update(log.flush(lr=lr))
         if validation and (done % args.eval_every == 0 or ended):
@@ -316,6 +315,9 @@ def main(argv=None):
         log.say(f"figure:     {log.out / 'figures' / 'prediction.png'}")
         if not model.quantizer.quantizing:
             log.say(f"quantization never began: no code sensitivity above --quantize-after {args.quantize_after}")
+        elif "val/loss" in line and not args.overfit:
+            numbers = {name.removeprefix("val/"): value for name, value in line.items()}
+            log.say(f"advice: {advice(numbers, args.num_embeddings)}")
     if args.overfit:
         log.say(f"overfit test {'passed' if passed else 'FAILED'}")
     log.close()

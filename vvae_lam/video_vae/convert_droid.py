@@ -1,7 +1,7 @@
 """DROID latents as published with Ctrl-World (arXiv 2510.10125) -> H5 in this folder's layout, with states.
 
 Run:
-  python vvae_lam/convert_droid.py --data PATH/droid_subset --out runs/droid
+  python vvae_lam/video_vae/convert_droid.py --data PATH/droid_subset --out runs/droid
 
 In: annotation/SPLIT/N.json (`states`: one row per latent frame, 6 cartesian + gripper) and latent_videos/SPLIT/N/C.pt,
 (T, 4, 24, 40) per-frame latents of camera C. Out: OUT/N_camC.h5. All cameras of an episode share its `episode`.
@@ -13,7 +13,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+if __name__ == "__main__":  # as a script: the folder and common.py come first on the path
+    sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 import common
 
 FPS = 5.0  # every third frame of the 15 Hz recording
@@ -23,6 +24,7 @@ def parse(argv=None):
     parser = common.ArgumentParser(__doc__)
     parser.add_argument("--data", required=True, metavar="DIR", help="folder with annotation/ and latent_videos/")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the H5 files")
+    parser.add_argument("--cameras", nargs="+", metavar="C", help="only these; 2 is the one on the wrist")
     return parser.parse_args(argv)
 
 
@@ -45,8 +47,9 @@ def main(argv=None):
     args = parse(argv)
     root, out = Path(args.data), Path(args.out)
     files = sorted(root.glob("latent_videos/*/*/*.pt"))
+    files = [file for file in files if args.cameras is None or file.stem in args.cameras]
     if not files:
-        raise common.DataError(f"--data {root}: no latent_videos/SPLIT/N/C.pt")
+        raise common.DataError(f"--data {root}: no latent_videos/SPLIT/N/C.pt of such a camera")
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
         split, episode = file.parts[-3:-1]
