@@ -831,10 +831,14 @@ def test_a_dry_run_of_7b_fits_eight_gpus(this, home, tmp_path, capsys, monkeypat
 # --- verbs
 
 
-def test_evaluate_measures_what_it_says(this, home, robot, latent, tmp_path):
+def test_evaluate_measures_what_it_says(this, home, robot, latent, tmp_path, monkeypatch):
     """Errors equal those of a loop over the held-out clips, whose names come from the checkpoint."""
+    logged = {}
+    run = SimpleNamespace(log=logged.update, finish=lambda: None)
+    wandb = SimpleNamespace(Table=lambda columns, rows: rows, init=lambda **more: run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     words = ["--checkpoint", robot, "--data", f"other={home / 'robot'}", "--out", tmp_path / "r"]
-    words += ["--env", "tabletop", "--episodes", 2, "--limit", 5, "--videos", 2]
+    words += ["--env", "tabletop", "--episodes", 2, "--limit", 5, "--videos", 2, "--wandb", "test"]
     assert this.evaluate.main([str(w) for w in words]) == 0
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     numbers, model = report["offline"]["other"], this.model.VLA.from_pretrained(robot).eval()
@@ -850,7 +854,8 @@ def test_evaluate_measures_what_it_says(this, home, robot, latent, tmp_path):
                 last.append(np.abs(actions[max(t - 1, 0)] - actions[t + h]))
     assert numbers["mae_per_dim_model"] == pytest.approx(np.mean(errors, 0), rel=1e-4)
     assert numbers["mae_per_dim_last_action"] == pytest.approx(np.mean(last, 0), rel=1e-4)
-    assert report["closed_loop"]["episodes"] == 2
+    assert report["closed_loop"]["episodes"] == len(report["closed_loop"]["rows"]) == 2
+    assert [row[2:] for row in logged["episodes"]] == [[0, False, 5], [1, False, 5]]
     for name in ("report.md", "figures/rollouts.mp4", "figures/rollouts.png", "figures/commands.png"):
         assert (tmp_path / "r" / name).stat().st_size > 500
     words = ["--checkpoint", latent, "--data", f"demo={home}", "--labels", home / "labels", "--out", tmp_path / "l"]

@@ -2,14 +2,16 @@
 
 import json
 import re
+import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import load
+from conftest import ROOT, launch, load
 
 SIM = "environments experiment film idm metaworld rollout tabletop tiny".split()
 
@@ -263,9 +265,8 @@ def test_the_plan_has_every_number_and_its_stages_first(this, tmp_path):
         assert all(order.index(name) < number for name in job.needs)
         assert job.function or not [word for word in job.command if "{" in word and word != "{instruction}"]
     assert sum(name.startswith("laq-") for name in jobs) == 4  # two looks, two seeds
-    assert jobs["test-vpt-0-5"].needs == ["pretrain-vpt-0-5"] and jobs["test-latents-0-5"].needs == [
-        "stage3-latents-0-5"
-    ]
+    for arm, policy in dict(vpt="pretrain", latents="stage3").items():
+        assert jobs[f"test-{arm}-0-5"].needs == [f"{policy}-{arm}-0-5"]
 
 
 def test_the_runner_goes_on_where_it_was(this, tmp_path):
@@ -284,6 +285,24 @@ def test_the_runner_goes_on_where_it_was(this, tmp_path):
         run(3)
     assert type(caught.value).__name__ == "DataError"
     assert run(0) == 0 and log.read_text() == "abbc" and run(0) == 0 and log.read_text() == "abbc"
+
+
+@pytest.mark.slow
+def test_a_killed_experiment_goes_on_to_its_table(tmp_path):
+    """kill -9 takes the running stage along; the same command then goes on to the end and writes the table."""
+    words = f"--env tabletop --arms latents vpt scratch --seeds 0 --demos 2 --jobs 1 --out {tmp_path / 'x'}".split()
+    words += "--videos 3 --laq-steps 6 --steps 4 --tune-steps 3 --episodes 1".split()
+    command = [sys.executable, str(ROOT / "vla" / "sim" / "experiment.py"), *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 240
+    while not (tmp_path / "x" / "laq-videos-0" / "lock").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    done = launch(*command[1:], timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    table = (tmp_path / "x" / "table.md").read_text()
+    assert all(f"| {arm}:" in table for arm in ("latents", "vpt", "scratch")) and "minutes left" in done.stdout
 
 
 def test_labels_of_other_frames(this, home, tmp_path):

@@ -13,6 +13,7 @@ it and run it again: it goes on.
 Writes OUT/table.md, tasks.md, results.json, success.png and rollouts.png; OUT/logs has each stage's output.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -24,7 +25,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-from matplotlib.figure import Figure
 
 if __name__ == "__main__":  # vla/ and its parent take the place of vla/sim/
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
@@ -88,7 +88,7 @@ def parse(argv=None):
     arms = [arm for arm in ARMS if arm != "given"]
     add("--env", choices=["metaworld", "tabletop"], default="metaworld", help="where the policies act")
     add("--out", required=True, metavar="DIR", help="folder of the experiment; goes on where it was")
-    add("--quick", action="store_true", help="three tasks, three arms, one seed, few videos, steps and episodes")
+    add("--quick", action="store_true", help="three tasks, four arms, one seed, few videos, steps and episodes")
     add("--arms", nargs="+", choices=ARMS, default=arms, metavar="NAME", help="which: " + ", ".join(ARMS))
     add("--labels", metavar="DIR", help="label shards of OUT/videos for the arm `given`")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="seeds of everything but the videos")
@@ -111,8 +111,8 @@ def parse(argv=None):
     add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
     args = parser.parse_args(argv)
     if args.quick:
-        args.tasks, args.seeds, args.demos = ["door-open", "button-press-topdown", "window-close"], [0], [5]
-        args.arms = ["latents", "actions", "scratch"]
+        args.tasks, args.seeds, args.demos = ["door-open", "button-press-topdown", "window-close"], [0], [2]
+        args.arms = ["latents", "scratch", "scratch_long", "actions"]
         args.videos, args.laq_steps, args.steps, args.tune_steps, args.episodes = 25, 600, 600, 400, 10
     if max(args.demos) > MOST_DEMOS:
         parser.error(f"--demos must be at most {MOST_DEMOS}")
@@ -232,6 +232,11 @@ def relabel(labels, videos, out, arm, seed):
 # --- running it
 
 
+def die_with_parent():
+    """Linux: this process is killed when its parent dies, even by kill -9. Else its folder stays locked."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 class Runner:
     """Runs jobs, `width` at a time. A finished one leaves OUT/done/NAME.json with its seconds, and is not run again."""
 
@@ -274,8 +279,9 @@ class Runner:
             return self.finish(job, began)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
         with open(self.out / "logs" / f"{job.name}.log", "ab") as log:
-            files = dict(stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-            self.running[job.name] = subprocess.Popen(job.command, cwd=ROOT, env=env, **files), job, began
+            options = dict(stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT, env=env)
+            options |= dict(preexec_fn=die_with_parent) if sys.platform == "linux" else {}
+            self.running[job.name] = subprocess.Popen(job.command, **options), job, began
 
     def collect(self):
         for name, (process, job, began) in list(self.running.items()):
@@ -362,20 +368,15 @@ def task_tables(rows):
         yield ""
 
 
-def side_by_side(videos, moments=4):
-    """A figure of two arms' rollouts on the same goals, the first arm above the second; videos: {arm: mp4}."""
-    frames = {}
-    for arm, file in videos.items():
-        with av.open(str(file)) as video:
-            frames[arm] = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
-    figure, last = Figure(figsize=(9, 3 * moments + 0.4), layout="constrained"), max(map(len, frames.values())) - 1
-    for i, axis in enumerate(figure.subplots(2 * moments, 1)):
-        arm, moment = list(frames)[i % 2], round(i // 2 * last / (moments - 1))
-        axis.imshow(frames[arm][min(moment, len(frames[arm]) - 1)])
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(f"{arm}, {moment}", fontsize=7)
-    figure.suptitle("rollouts on the same goals after so many actions; an episode ends with its first success")
-    return figure
+def rollouts_of(test):
+    """(instruction, success, frames (T, H, W, 3)) of the episodes that a test's rollouts.mp4 shows side by side."""
+    rows = common.read_json(test / "report.json")["closed_loop"]["rows"]
+    with av.open(str(test / "figures" / "rollouts.mp4")) as video:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
+    parts = np.split(frames, frames.shape[2] // frames.shape[1], axis=2)
+    return [
+        (row["instruction"], row["success"], part[: row["steps"] + 1]) for row, part in zip(rows, parts, strict=False)
+    ]
 
 
 def report(out):
@@ -388,10 +389,14 @@ def report(out):
         with common.atomic(out / name) as path:
             path.write_text(text)
     pictures = {"success.png": figures.success(table, ARMS)}
-    for ours in sorted(out.glob("test-latents-*/figures/rollouts.mp4"))[:1]:
-        other = Path(str(ours).replace("test-latents", "test-scratch"))
-        if other.exists():
-            pictures["rollouts.png"] = side_by_side(dict(latents=ours, scratch=other))
+    for ours in sorted(out.glob("test-latents-*/report.json"))[:1]:
+        other = Path(str(ours.parent).replace("test-latents", "test-scratch"))
+        if (other / "report.json").exists():
+            tests = {
+                "latent actions of videos, then demonstrations": ours.parent,
+                "the same demonstrations alone": other,
+            }
+            pictures["rollouts.png"] = figures.compare({title: rollouts_of(test) for title, test in tests.items()})
     for name, picture in pictures.items():
         with common.atomic(out / name) as path:
             picture.savefig(path, format="png")
