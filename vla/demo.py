@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from shards import npy, npz, write_shard
 from sim import tabletop
-from sim.tiny import FAMILIES, build
+from sim.tiny import build
 
 DEFAULT = dict(videos=300, demonstrations=100, body="disc", robot="disc", pixels=32, fps=5, seed=0, family="film")
 VERSION, GAP, NOISE = 4, 4, 0.3  # frames between a pair; the labels' noise, of their spread: R2 about 0.92
@@ -116,11 +116,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, whole = parser.add_argument, dict(type=int, metavar="N")
     add("--out", required=True, metavar="DIR", help="folder to write; replaced if it holds another demo's data")
-    for name, what in dict(videos="videos", demonstrations="labelled demonstrations", pixels="side of a frame").items():
+    for name, what in dict(videos="videos", demonstrations="labelled demonstrations").items():
         add(f"--{name}", default=DEFAULT[name], help=f"{what} [{DEFAULT[name]}]", **whole)
     add("--body", choices=tabletop.BODIES, default="disc", help="how the videos' robot looks [disc]")
-    add("--robot", choices=tabletop.BODIES, default="disc", help="how the demonstrations' robot looks [disc]")
-    add("--family", choices=[*FAMILIES, "film"], default="qwen3_vl", help="of the tiny model (sim/tiny.py) [qwen3_vl]")
     add("--seed", default=0, help="of scenes, tasks and noise [0]", **whole)
     add("--with-actions", action="store_true", help="keep the videos' true actions, for the upper bound")
     args = vars(parser.parse_args())

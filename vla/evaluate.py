@@ -215,8 +215,6 @@ def main(argv=None):
     figure = {}
     if examples:
         figure |= dict(commands=figures.commands(examples))
-    if any("mae_per_dim_model" in numbers for numbers in offline.values()):
-        figure |= dict(per_dim=figures.per_dim(offline))
     if loop and videos:
         figure |= dict(rollouts=figures.strips(videos))
     for name, picture in figure.items():

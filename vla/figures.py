@@ -58,23 +58,6 @@ def commands(examples):
     return figure
 
 
-def per_dim(offline):
-    """Mean absolute error of each command dim in robot units; grey: repeating the last command; line: the mean one."""
-    offline = {name: numbers for name, numbers in offline.items() if "mae_per_dim_model" in numbers}
-    figure = Figure(figsize=(9, 0.4 + 2.2 * len(offline)), layout="constrained")
-    for axis, (name, numbers) in zip(
-        figure.subplots(len(offline), 1, squeeze=False)[:, 0], offline.items(), strict=True
-    ):
-        dims = range(len(numbers["mae_per_dim_model"]))
-        axis.bar([d - 0.2 for d in dims], numbers["mae_per_dim_model"], 0.4, color=PREDICTED, label="model")
-        axis.bar([d + 0.2 for d in dims], numbers["mae_per_dim_last_action"], 0.4, color=TRUE, label="last command")
-        axis.plot(dims, numbers["mae_per_dim_mean_action"], "k_", ms=12, label="mean command")
-        axis.set(title=name, xlabel="command dim", ylabel="MAE (robot units)", xticks=list(dims))
-        axis.legend(frameon=False, fontsize=7)
-    figure.suptitle("error of each command dim on held-out clips (lower is better)")
-    return figure
-
-
 def strips(films, shown=8):
     """Rollouts (caption, frames) as strips of `shown` frames, from the first to the last, one row each."""
     figure = Figure(figsize=(1.2 * shown, 0.3 + 1.35 * len(films)), layout="constrained")
