@@ -97,6 +97,7 @@ class Imitation:
         timing, names = config["env_config"]["env_args"], config["walker_config"]
         self.model, self.physics = build_model(walker, config) if model is None else model, physics
         if physics == "mujoco":  # NaN stays NaN and is counted
+            self.model = copy.copy(self.model)
             self.model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
         self.substeps = int(timing["physics_steps_per_control_step"])
         self.rate = 1 / (self.substeps * self.model.opt.timestep)  # control steps per second
@@ -347,8 +348,9 @@ class Imitation:
                 data.qpos, data.qvel, data.act, data.qacc_warmstart, data.ctrl = (x[i] for x in inputs)
                 mujoco.mj_step(m, data, steps) if steps else mujoco.mj_kinematics(m, data)
                 after = blank.with_physics(data)
-                for name, array in out.items():
-                    array[i] = getattr(after, name)
+                with np.errstate(over="ignore"):  # physics that diverged: infinity is counted as NaN is
+                    for name, array in out.items():
+                        array[i] = getattr(after, name)
             return out
 
         return state.replace(**jax.pure_callback(run, shapes, *inputs, vmap_method="broadcast_all"))

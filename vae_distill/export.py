@@ -4,7 +4,7 @@ Run:
   python vae_distill/export.py --checkpoint runs/x/checkpoints/best --out runs/x/policy
   python vae_distill/export.py --checkpoint runs/x/checkpoints/best --out runs/x/policy --track-mjx
 
-The folder holds config.json, weights.npz and policy.py, its loader. --track-mjx writes OUT/PPONetwork_<step> in
+The folder holds config.json, weights.npz and policy.py, its loader. --track-mjx writes OUT/PPONetwork_0 in
 track-mjx's flat layout instead: its decoder takes [latent, proprioception], as every track-mjx decoder does. The whole
 policy acts as the student with the mean of its latent; it is fed [reference, proprioception, proprioception], since
 track-mjx shows the encoder the first part and the decoder the rest.
@@ -29,7 +29,6 @@ def parse(argv=None):
     add("--checkpoint", required=True, metavar="DIR", help="folder with config.json, such as RUN/checkpoints/best")
     add("--out", required=True, metavar="DIR", help="folder to write into")
     add("--track-mjx", action="store_true", help="write a track-mjx checkpoint instead")
-    add("--step", type=int, default=0, metavar="N", help="the number in that checkpoint's name")
     return parser.parse_args(argv)
 
 
@@ -68,8 +67,8 @@ def main(argv=None):
     if student.config.fsq_levels:
         raise common.DataError("--track-mjx: its policies have Gaussian latents, this student has FSQ")
     policy, mean, std, sizes = intention_policy(student, params)
-    write_teacher(args.out, args.step, {**student.config.teacher, "network_config": sizes}, mean, std, policy)
-    print(f"{args.out}/PPONetwork_{args.step}")
+    write_teacher(args.out, 0, {**student.config.teacher, "network_config": sizes}, mean, std, policy)
+    print(f"{args.out}/PPONetwork_0")
     return 0
 
 

@@ -99,18 +99,6 @@ def latent(points):
     return figure
 
 
-def dims(kl_per_dim, active):
-    """KL of every latent dim, the most used first; above the line a dim counts as active."""
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axis = figure.subplots()
-    axis.bar(range(len(kl_per_dim)), sorted(kl_per_dim, reverse=True), color=STUDENT)
-    axis.axhline(active, color=TRUE, lw=1, ls="--", label=f"active: above {active} nats")
-    axis.set(xlabel="latent dim, most used first", ylabel="KL(q || p) (nats)", yscale="log")
-    axis.set_title("what each dim tells beyond the prior (below the line a dim is idle)")
-    axis.legend(frameon=False)
-    return figure
-
-
 def learning(curves, steps_per_update, goal, task):
     """Reward per control step while learning a new task: the seeds' mean and range. curves: {kind: (seeds updates)}."""
     figure = Figure(figsize=(6, 3.4), layout="constrained")

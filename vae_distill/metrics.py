@@ -167,4 +167,4 @@ def lasting(env, clips, qpos):
 def smoothness(env, qpos, rate):
     """Root mean square of speed and acceleration of the joints of `qpos` (T ... nq) at `rate` per second."""
     speed = np.diff(qpos[..., env.q0 :], axis=0) * rate
-    return [float(np.sqrt(np.square(x).mean())) for x in (speed, np.diff(speed, axis=0) * rate)]
+    return [float(np.sqrt(np.nanmean(np.square(x)))) for x in (speed, np.diff(speed, axis=0) * rate)]
