@@ -242,8 +242,9 @@ def test_the_plan_has_every_number_and_its_stages_first(this, tmp_path):
         assert all(order.index(name) < number for name in job.needs)
         assert job.function or not [word for word in job.command if "{" in word and word != "{instruction}"]
     assert sum(name.startswith("laq-") for name in jobs) == 4  # two looks, two seeds
-    for arm, policy in dict(vpt="pretrain", latents="stage3").items():
-        assert jobs[f"test-{arm}-0-5"].needs == [f"{policy}-{arm}-0-5"]
+    for arm, policy in dict(actions="pretrain", vpt="stage3").items():
+        (needed,) = jobs[f"test-{arm}-0-5"].needs
+        assert needed.startswith(f"{policy}-{arm}-0")
 
 
 def test_the_runner_goes_on_where_it_was(this, tmp_path):
@@ -267,7 +268,7 @@ def test_the_runner_goes_on_where_it_was(this, tmp_path):
 @pytest.mark.slow
 def test_a_killed_experiment_goes_on_to_its_table(tmp_path):
     """kill -9 takes the running stage along; the same command then goes on to the end and writes the table."""
-    words = f"--env tabletop --arms latents vpt scratch --seeds 0 --demos 2 --jobs 1 --out {tmp_path / 'x'}".split()
+    words = f"--env tabletop --arms latents --seeds 0 --demos 2 --jobs 1 --out {tmp_path / 'x'}".split()
     words += "--videos 3 --laq-steps 6 --steps 4 --tune-steps 3 --episodes 1".split()
     command = [sys.executable, str(ROOT / "vla" / "sim" / "experiment.py"), *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -278,8 +279,7 @@ def test_a_killed_experiment_goes_on_to_its_table(tmp_path):
     process.wait()
     done = launch(*command[1:], timeout=600)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
-    table = (tmp_path / "x" / "table.md").read_text()
-    assert all(f"| {arm}:" in table for arm in ("latents", "vpt", "scratch")) and "minutes left" in done.stdout
+    assert "| latents:" in (tmp_path / "x" / "table.md").read_text() and "minutes left" in done.stdout
 
 
 def test_labels_of_other_frames(this, home, tmp_path):

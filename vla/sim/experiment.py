@@ -7,8 +7,8 @@ Run:
 
 Writes videos of scripted experts, trains a tokenizer (laq) on their pixels alone, labels them, pretrains a policy on
 the labels (stage 2), finetunes it on N demonstrations per task (stage 3) and tests it in closed loop on fresh goals.
-ARMS are what it is compared with, with the same demonstrations and test goals; those whose pretraining already gives a
-policy (vpt, actions) have no stage 3. A seed is a seed of everything: tokenizer, network, batches, demonstrations. Kill
+ARMS are what it is compared with, with the same demonstrations, steps of stage 3 and test goals; `actions`, the upper
+bound, has no stage 3. A seed is a seed of everything: tokenizer, network, batches, demonstrations. Kill
 it and run it again: it goes on.
 Writes OUT/table.md, tasks.md, results.json, success.png and rollouts.png; OUT/logs has each stage's output.
 """
@@ -172,7 +172,8 @@ def plan(args):
         if not arm.startswith("scratch"):
             before = [pretraining(arm, seed, demos, demos_at, own)]
             start = ["--init", out / before[0] / "checkpoints" / "best", "--backbone-lr", args.backbone_lr]
-        if arm.endswith(("vpt", "actions")):  # a policy already; tuned on few demonstrations it would get worse
+            start += ["--keep-head"] if arm.endswith("vpt") else []
+        if arm == "actions":  # a policy already; tuned on few demonstrations it gets worse
             (policy,) = before
         else:
             steps = args.tune_steps + (args.steps if arm == "scratch_long" else 0)
