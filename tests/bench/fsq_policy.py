@@ -120,9 +120,10 @@ def read(folder, numbers):
 class Ours:
     """This folder's tokenizer, trained by its own command. Actions are velocities here, so no context helps."""
 
-    def __init__(self, folder, out, tokens):
+    def __init__(self, folder, out, tokens, codebook_size):
         held_out = ",".join(f"{task}_{TRAIN + i:02d}" for task in TASKS for i in range(HELD_OUT))
         words = ["--data", f"metaworld={folder}", "--chunk", T, "--condition", "none", "--tokens", tokens]
+        words += ["--codebook-size", codebook_size]
         words += ["--val-episodes", held_out, "--val-stride", 2, "--steps", 500, "--out", out, "--device", "cpu"]
         if not (out / "checkpoints" / "best").exists():
             command = [sys.executable, ROOT / "fsq_vqvae" / "train.py", *words, "--resume"]
@@ -364,6 +365,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/fsq_policy"), help="folder [runs/fsq_policy]")
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, help="what the policies predict [all]")
     parser.add_argument("--tokens", type=int, default=8, help="of ours, per chunk [8]")
+    parser.add_argument("--codebook-size", type=int, default=64, help="codes of one of our tokens [64]")
     parser.add_argument("--steps", type=int, default=800, help="training steps of each policy [800]")
     parser.add_argument("--seeds", type=int, default=3, help="policies of each arm [3]")
     parser.add_argument("--episodes", type=int, default=5, help="fresh episodes of each task and seed [5]")
@@ -375,13 +377,14 @@ def main():
     data, held_out = read(demos, range(TRAIN)), read(demos, range(TRAIN, TRAIN + HELD_OUT))
     print(f"{len(TASKS) * TRAIN} demonstrations, {len(data[1])} chunks of {T} x {A}", flush=True)
     envs = [open_world(task) for task in TASKS]
+    ours = f"ours, {args.tokens} of {args.codebook_size}"
     makers = {
-        "ours": lambda: Ours(demos, args.out / f"tokenizer_{args.tokens}", args.tokens),
+        "ours": lambda: Ours(demos, args.out / ours, args.tokens, args.codebook_size),
         "FAST": lambda: Fast(data[1]),
         "256 bins": Bins,
         "regression": lambda: None,
     }
-    names = {arm: f"{arm}, {args.tokens} tokens" if arm == "ours" else arm for arm in args.arms}
+    names = {arm: ours if arm == "ours" else arm for arm in args.arms}
     codecs, results = {arm: makers[arm]() for arm in args.arms}, Results(args.out / "results.json")
     runs = {arm: [] for arm in args.arms}
     for seed in range(args.seeds):
