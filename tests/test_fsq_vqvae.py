@@ -270,12 +270,6 @@ def test_wrong_arguments_are_named(this, call, message):
         call(tokenizer(this))
 
 
-@pytest.mark.parametrize("wrong", [dict(codebook_size=2**63), dict(condition="x")])
-def test_configs_that_cannot_be_are_refused(this, wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        this.model.Config([], **wrong)
-
-
 def test_checkpoint_round_trip_and_what_it_refuses(this, tmp_path):
     two = (("arm", 4, 12), ("hand", 2, 6))
     model, chunks = tokenizer(this, sources=two, network=True), smooth(4)
@@ -294,7 +288,7 @@ def test_checkpoint_round_trip_and_what_it_refuses(this, tmp_path):
         this.model.FSQVQVAE.from_pretrained(tmp_path / "a")
     assert not (tmp_path / "owned").exists()
     config = json.loads((tmp_path / "a" / "config.json").read_text())
-    for wrong in (dict(sources=3), dict(hidden_dim=10**12), dict(tokens=1)):
+    for wrong in (dict(sources=3), dict(hidden_dim=10**12), dict(tokens=1), dict(codebook_size=2**63)):
         (tmp_path / "a" / "config.json").write_text(json.dumps(config | wrong))
         with pytest.raises(DataError, match="config.json"):
             this.model.FSQVQVAE.from_pretrained(tmp_path / "a")
@@ -695,7 +689,7 @@ def test_mixed_chunks_keep_their_context(this, tmp_path):
 
 def flags(folder, out, *more):
     sizes = "--hidden-dim 16 --tokens 2"
-    times = "--chunk 8 --steps 6 --batch-size 8 --log-every 2 --eval-every 3 --save-every 3 --warmup 1 --device cpu"
+    times = "--chunk 8 --steps 6 --batch-size 8 --log-every 2 --eval-every 6 --save-every 3 --warmup 1 --device cpu"
     return ["--data", f"a={folder}", "--out", str(out), *sizes.split(), *times.split(), *map(str, more)]
 
 
