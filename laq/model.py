@@ -4,8 +4,9 @@
     first frame + codes -> decoder: the first frame's tokens attend to the codes -> second frame
 
 What differs from the publication: patches are embedded by a small convolution, and the second frame's also see what
-changed, so that motion of less than a patch is seen at once; position comes from depthwise convolutions alone (PEG);
-tokens are averaged before the codes, so that a motion means the same everywhere.
+changed and a coarse optical flow by block matching, so that motion is there to be used from the first step; position
+comes from depthwise convolutions alone (PEG); tokens are averaged before the codes, so that a motion means the same
+everywhere.
 
 Letters: B batch, G grid (image_size / patch), T = G^2 tokens, D width, N code positions, K codes, A action dims.
 """
@@ -22,6 +23,7 @@ from torch import nn
 
 from common import DataError, load
 
+FLOW_SIDE, FLOW_REACH = 64, 5  # optical flow: found in pictures of at most so many pixels, up to so many of them
 MOVED = 0.05  # a pixel that changes by more, of 1, has moved: `motion_weight`
 ACTION_WEIGHT = 0.01  # of the labelled pairs' loss: ten times as much drowns the pixels, and nothing is learned
 
@@ -37,6 +39,26 @@ class LAQConfig:
     code_dim: int = 32  # width of a position's vector before quantization
     motion_weight: float = 0.0  # w in the loss mean((1 + w [pixel moved]) error^2)
     action_dim: int = 0  # A of the supervised head on labelled pairs (LAOM, arXiv 2502.00379); 0: none
+
+
+@torch.no_grad()
+def block_flow(first, second, grid):
+    """Optical flow by block matching: two frames (B 3 S S) -> (B 2 grid grid), down and right, 1 is FLOW_REACH pixels.
+
+    Of all shifts up to FLOW_REACH each block takes the one under which the second frame differs least from the first.
+    Of equals the smallest, so that nothing moves where nothing can be seen.
+    """
+    cell = max(1, min(FLOW_SIDE, first.shape[-1]) // grid)
+    side, margin = cell * grid, max(1, round((cell * grid / 6 - cell) / 2))  # blocks of a cell and what is around it
+    first, second = (F.adaptive_avg_pool2d(x.float().mean(1, keepdim=True), side) for x in (first, second))
+    reach = torch.arange(-FLOW_REACH, FLOW_REACH + 1.0, device=first.device)
+    padded, costs = F.pad(second[:, 0], (FLOW_REACH,) * 4, mode="replicate"), []
+    for down in range(len(reach)):
+        shifted = padded[:, down : down + side].unfold(2, side, 1).transpose(1, 2)  # B, shifts right, side, side
+        off = F.avg_pool2d((shifted - first).abs(), cell + 2 * margin, cell, margin, count_include_pad=False)
+        costs.append(off + 1e-3 * torch.hypot(reach, reach[down])[:, None, None])
+    best = torch.cat(costs, 1).argmin(1)  # B grid grid
+    return torch.stack([reach[best // len(reach)], reach[best % len(reach)]], 1) / FLOW_REACH
 
 
 class Stem(nn.Module):
@@ -172,7 +194,7 @@ class LAQ(nn.Module):
         width = min(64, max(32, c.dim // 8))  # of the convolutions
         code_width = c.code_seq_len * c.code_dim
         self.stem = Stem(3, c.patch, width, c.dim)
-        self.change_stem = Stem(6, c.patch, width, c.dim)
+        self.change_stem = Stem(8, c.patch, width, c.dim)
         self.spatial = nn.ModuleList(SpatialBlock(c.dim) for _ in range(c.depth))
         self.temporal = nn.ModuleList(TemporalBlock(c.dim) for _ in range(c.depth))
         self.squeeze = nn.Sequential(nn.LayerNorm(c.dim), nn.Linear(c.dim, 128), nn.GELU())
@@ -198,7 +220,10 @@ class LAQ(nn.Module):
 
     def encode_pair(self, first, second, tokens1, tokens2):
         """Two frames (B 3 S S) and their tokens -> vectors d (B N code_dim), float32, as the quantizer takes them."""
-        x = tokens2 + self.change_stem(torch.cat([first, 2 * (second - first)], 1))[1]
+        flow = F.interpolate(
+            block_flow(first, second, 4 * self.config.image_size // self.config.patch), first.shape[2:]
+        )
+        x = tokens2 + self.change_stem(torch.cat([first, 2 * (second - first), flow], 1))[1]
         for block in self.temporal:
             x = block(x, tokens1)
         change = self.squeeze(x) - self.squeeze(tokens1)

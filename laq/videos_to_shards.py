@@ -56,10 +56,9 @@ def parse(argv=None):
     add("--crf", default=23, help="quality of h264: 0 is lossless, 18 looks so, 51 is worst", **whole)
     add("--recode", action="store_true", help="encode small h264 mp4s too: read faster, but a second loss of quality")
     add("--shard-clips", default=64, help="recordings per shard", **whole)
-    add("--min-frames", default=2, help="report clips with fewer frames, such as the gap + 1; they are kept", **whole)
     add("--workers", default=4, help="processes, each making whole shards; 0 works in this one", **whole)
     args = parser.parse_args(argv)
-    limits = dict(height=(16, 8192), crf=(0, 51), shard_clips=(1, 10**6), min_frames=(1, 10**6), workers=(0, 1024))
+    limits = dict(height=(16, 8192), crf=(0, 51), shard_clips=(1, 10**6), workers=(0, 1024))
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} must be between {low} and {high}")
@@ -92,35 +91,39 @@ def samples(entry, args, notes):
 
 def clips_of(entry, recording, key, args):
     """The samples of one camera: one, or one for each stretch of rows with the same instruction."""
-    texts, parts, start, made = recording.instruction, [(recording.instruction, recording.length)], 0, []
-    if isinstance(texts, list):
-        parts = [(text, len(list(rows))) for text, rows in itertools.groupby(texts)]
-    frames = checked(recording.frames)
-    for text, length in parts:
-        part = itertools.islice(frames, length)
-        first = next(part, None)
-        if first is None:
-            raise common.DataError("no frames" if start == 0 else f"{start} frames, but {len(texts)} rows")
-        part, size = itertools.chain([first], part), size_for(first, args.height)
-        if recording.copy and size == (first.width, first.height) and len(parts) == 1 and not args.recode:
-            video, count = Path(entry.path).read_bytes(), sum(1 for _ in part)
-        else:
-            video, count = encode(part, size, recording.fps, args.crf)
+    stretches, frames, start, made = [(recording.instruction, recording.length)], checked(recording.frames), 0, []
+    if isinstance(recording.instruction, list):  # a text per row
+        stretches = [(text, len(list(rows))) for text, rows in itertools.groupby(recording.instruction)]
+    whole = len(stretches) == 1
+    for text, length in stretches:
+        video, count = video_of(entry, recording, itertools.islice(frames, length), whole, args)
+        if count == 0 and length is None:
+            raise common.DataError("no frames")
         if length not in (None, count):
             raise common.DataError(f"{start + count} frames, but {start + length} rows: they disagree")
         meta = entry.more | recording.more | dict(instruction=text, fps=recording.fps, source=entry.source)
         meta |= dict(episode=entry.episode, camera=recording.camera, length=count)
         meta |= dict(actions=entry.actions) if "actions" in recording.rows else {}
-        name = key if len(parts) == 1 else f"{key}-{start}"
-        sample = {"__key__": name, "mp4": video, "json": json.dumps(meta).encode()}
-        rows = {f"{row}.npy": npy(table[start : start + count]) for row, table in recording.rows.items()}
+        sample = {"__key__": key if whole else f"{key}-{start}", "mp4": video, "json": json.dumps(meta).encode()}
+        rows = {f"{name}.npy": npy(table[start : start + count]) for name, table in recording.rows.items()}
         made.append((sample | rows, count))
         start += count
     for _ in frames:  # all of them black, or damaged after the last row?
         pass
-    if len(parts) > 1:
+    if not whole:
         recording.notes.append("the task changes within an episode: a clip of each task")
     yield from made
+
+
+def video_of(entry, recording, frames, whole, args):
+    """(an mp4 of these frames, how many they are): the file itself if it can stay as it is, else encoded."""
+    first = next(frames, None)
+    if first is None:
+        return b"", 0
+    frames, size = itertools.chain([first], frames), size_for(first, args.height)
+    if recording.copy and whole and size == (first.width, first.height) and not args.recode:
+        return Path(entry.path).read_bytes(), sum(1 for _ in frames)
+    return encode(frames, size, recording.fps, args.crf)
 
 
 def size_for(frame, height):
@@ -225,7 +228,7 @@ def make_plan(args):
 
 def fixed_flags(args):
     """What a rerun must not change, as it decides what is in the shards."""
-    flags = {name: value for name, value in vars(args).items() if name not in ("out", "workers", "min_frames")}
+    flags = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
     return flags | dict(data=[f"{name}={Path(path).resolve()}" for name, path in named_paths(args.data)])
 
 
@@ -337,8 +340,8 @@ def end_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def summarise(args, plan, out):
-    """What is in the shards, per source, from their indices."""
+def summarise(plan, out):
+    """What is in the shards, per source."""
     summary = {}
     for source, missing in plan["missing"].items():
         names = [name for name, entries in plan["shards"].items() if entries[0]["source"] == source]
@@ -356,7 +359,6 @@ def summarise(args, plan, out):
             cameras=dict(sorted(Counter(clip.meta["camera"] for clip in clips).items())),
             with_actions=sum("actions.npy" in clip.members for clip in clips),
             with_instruction=sum(bool(clip.meta["instruction"]) for clip in clips),
-            short=[clip.key for clip in clips if clip.meta["length"] < args.min_frames],
             broken=broken,
             notes=notes,
         )
@@ -364,7 +366,7 @@ def summarise(args, plan, out):
     return summary
 
 
-def tell(source, about, min_frames):
+def tell(source, about):
     """One source of the summary in a few lines."""
     cameras = ", ".join(f"{name} {count}" for name, count in about["cameras"].items())
     yield (
@@ -374,8 +376,6 @@ def tell(source, about, min_frames):
     )
     for note, count in about["notes"].items():
         yield f"{source}: {count} x {note}" if count > 1 else f"{source}: {note}"
-    if about["short"]:
-        yield f"{source}: {len(about['short'])} clips have fewer than {min_frames} frames, such as {about['short'][0]}"
 
 
 def progress(name, done, speed):
@@ -412,9 +412,9 @@ def main(argv=None):
     except OSError as error:
         told = f"--out {out}: {error}; finished shards stay, and the same command goes on"
         raise common.DataError(told) from None
-    summary = summarise(args, plan, out)
+    summary = summarise(plan, out)
     for source, about in summary.items():
-        print(*tell(source, about, args.min_frames), sep="\n", flush=True)
+        print(*tell(source, about), sep="\n", flush=True)
     if not any(about["clips"] for about in summary.values()):
         raise common.DataError(f"--data: none of the {total} recordings could be read; {out}/summary.json says why")
     return 0

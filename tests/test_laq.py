@@ -205,6 +205,20 @@ def test_pair_attention_is_a_softmax_over_two_keys(this):
     torch.testing.assert_close(layer(second, first), want)
 
 
+@pytest.mark.parametrize("size, grid", [(16, 16), (32, 16), (64, 16), (56, 56), (256, 32)])
+def test_block_flow_finds_a_shift(this, size, grid):
+    """A texture of which one half moves and the other rests; nothing moves in a flat picture."""
+    unit = max(1, size // 64)
+    first = F.interpolate(torch.rand(2, 3, size // unit, size // unit), (size, size))
+    second = first.roll((-2 * unit, 3 * unit), (2, 3))
+    second[..., : size // 2, :] = first[..., : size // 2, :]
+    flow = this.model.block_flow(first, second, grid)
+    assert flow.shape == (2, 2, grid, grid)
+    moving, resting = flow[:, :, -grid // 4 - 1 : -1, grid // 2 : -1], flow[:, :, : grid // 4]
+    torch.testing.assert_close(moving.flatten(2).median(2).values, torch.tensor([[-0.4, 0.6]] * 2))
+    assert not resting.any() and not this.model.block_flow(first * 0, second * 0, grid).any()
+
+
 def test_position_convolution_sees_neighbours(this):
     """Unlike in the released temporal PEG, where 6 % of the tokens sit where its convolution assumes."""
     x = torch.zeros(1, 16, 1, requires_grad=True)

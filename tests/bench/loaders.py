@@ -32,7 +32,7 @@ def rate(folder, flags, out):
     assert code == 0, f"{folder}: exit {code}"
     last = json.loads((Path(out) / "log.jsonl").read_text().splitlines()[-1])
     batch = json.loads((Path(out) / "args.json").read_text())["flags"]["batch_size"]
-    return batch * last["steps_per_s"] / last["data_share"]
+    return batch * last["steps_per_s"] / last["data_fraction"]
 
 
 def main():
