@@ -6,8 +6,10 @@ Run:
 Prints one line per finding; each problem with its cure. Exit code 1 if there is a problem.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
+import io
 import platform
 import shutil
 import sys
@@ -43,7 +45,7 @@ def packages(file):
             problems.append(f"{need.name} {version} is outside {need.specifier}: pip install '{text}'")
             continue
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # mujoco prints what it lacks
                 warnings.simplefilter("ignore")
                 importlib.import_module(IMPORTS.get(need.name, need.name))
         except Exception as error:  # a broken binary raises anything at all

@@ -68,18 +68,18 @@ def save(model, folder):
 # --- what a resumed run needs: resume.pt, and of a split model shards/, which any number of processes can read
 
 
-def save_run(folder, model, opt, state):
-    """Fill a checkpoint of train.py. Every rank calls it; folder is None but on rank 0."""
-    if not model.is_split:
-        if folder:
-            save(model, folder)
-            torch.save(state | dict(opt=opt.state_dict(), weights=training_state(model)), folder / "resume.pt")
-        return
-    save(model, folder)
-    parts = dict(opt=get_optimizer_state_dict(model, opt), weights=training_state(model))
-    dcp.save(parts, checkpoint_id=broadcast(folder) / "shards")
+def save_run(folder, model, opt, state, data):
+    """Fill a checkpoint of train.py. Every rank calls it; folder is None but on rank 0. data: of data.json."""
+    if folder or model.is_split:
+        save(model, folder)
+    if model.is_split:
+        parts = dict(opt=get_optimizer_state_dict(model, opt), weights=training_state(model))
+        dcp.save(parts, checkpoint_id=broadcast(folder) / "shards")
+    else:
+        state |= dict(opt=opt.state_dict(), weights=training_state(model))
     if folder:
         torch.save(state, folder / "resume.pt")
+        (folder / "data.json").write_text(json.dumps(data, indent=1))
 
 
 def load_run(folder, model, opt):

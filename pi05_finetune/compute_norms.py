@@ -73,11 +73,11 @@ class Norms:
                 )
 
     def save(self, folder):
-        folder = Path(folder)
         arrays = {f"action.{name}": value for name, value in self.action.items()}
         arrays |= {f"proprio.{key}.{name}": v for key, stats in self.proprio.items() for name, v in stats.items()}
-        np.savez(folder / "norms.npz", **arrays)
-        (folder / "metadata.json").write_text(json.dumps(self.metadata, indent=1))
+        with common.atomic(folder, folder=True) as made:
+            np.savez(made / "norms.npz", **arrays)
+            (made / "metadata.json").write_text(json.dumps(self.metadata, indent=1))
 
 
 def load_norms(folder):
@@ -253,8 +253,7 @@ def main(argv=None):
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"--out {out}: {error.strerror}") from None
-    with common.atomic(out, folder=True) as folder:
-        norms.save(folder)
+    norms.save(out)
     for warning in norms.metadata["warnings"]:
         print(f"warning: {warning}")
     size = f"{len(norms.metadata['episodes'])} of {len(train)} training episodes, {norms.metadata['steps']:,} steps"

@@ -276,6 +276,7 @@ def prepare_dataloaders(spec, train, held_out, processor, args, first=0, rank=0,
     for number in range(len(held_out)):
         numbers.setdefault(held_out.locate(number)[0].source, []).append(number)
     size = max(1, args.batch_size // (args.accum * world))
-    # a process of a split model must not be idle: the first window counts twice where there are too few
-    mine = {name: of_source[rank::world] or of_source[: int(args.fsdp)] for name, of_source in numbers.items()}
+    mine = {name: of_source[rank::world] for name, of_source in numbers.items()}
+    if args.fsdp:  # all processes of a split model work together, so each has equally many; the last ones are left out
+        mine = {name: (mine[name] or every)[: max(1, len(every) // world)] for name, every in numbers.items()}
     return loader, {name: DataLoader(held_out, size, sampler=part, **more) for name, part in mine.items()}

@@ -46,12 +46,7 @@ def parse(argv=None):
     add("--spec", metavar="FILE", help="as in train.py; without it the run's")
     add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
     add("--tokenizer", metavar="DIR", help="PaliGemma's, where the checkpoint has none: a folder written by LeRobot")
-    add(
-        "--env",
-        default="auto",
-        metavar="NAME",
-        help="demo, none, auto (the demo's, of its data), or libero_spatial ...",
-    )
+    add("--env", default="auto", metavar="NAME", help="demo, none, auto (demo, of its data), libero_spatial ...")
     add("--rollouts", default=100, help="episodes in closed loop; of a LIBERO task at most 50", **whole)
     add("--tasks", nargs="+", type=int, metavar="N", help="just these tasks of a LIBERO suite, from 0")
     add("--max-steps", help="end an episode of LIBERO after N steps; as openpi does", **whole)
@@ -68,8 +63,8 @@ def parse(argv=None):
     for name in ("val_stride", "max_episodes", "chunk", "batch_size", "rollouts", "n_action_steps", "max_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
-    if args.mock_model and args.env.startswith("libero"):
-        parser.error("--env needs a model, not --mock-model")
+    if args.env not in ("auto", "none", "demo") and (args.mock_model or not args.env.startswith("libero")):
+        parser.error("--env is demo, none, auto, or with a model a suite of LIBERO such as libero_spatial")
     if args.checkpoint and not args.out:
         args.out = str(Path(args.checkpoint).resolve().parents[1] / "report")
     if not args.out:
@@ -301,7 +296,7 @@ def report(args, loop, sources):
         ours, last = methods["model"], methods["last action"]["mse_normalised_per_dim"]
         rows = zip(source["dims"], ours["mse_normalised_per_dim"], last, ours["mse_per_dim"], strict=True)
         lines += [f"| {dim} | {a:.4g} | {b:.4g} | {c:.4g} |" for dim, a, b, c in rows]
-    lines += ["", *(f"![{figure}](figures/{figure}.png)" for figure in ("episode", "horizon", "per_dim"))]
+    lines += ["", *(f"![{figure}](figures/{figure}.png)" for figure in ("episode", "horizon"))]
     return "\n".join(lines) + "\n"
 
 
@@ -372,9 +367,7 @@ def main(argv=None):
         sources, examples = open_loop(model, spec, held_out, args, chunk, size, norms)
         methods = {name: source["methods"] for name, source in sources.items()}
         pictures |= dict(
-            episode=figures.episodes(examples, chunk),
-            horizon=figures.horizon(methods, spec.control_freq_hz),
-            per_dim=figures.per_dim(methods, spec.names),
+            episode=figures.episodes(examples, chunk), horizon=figures.horizon(methods, spec.control_freq_hz)
         )
         text = report(args, loop, sources)
     (out / "figures").mkdir(parents=True, exist_ok=True)

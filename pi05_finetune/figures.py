@@ -126,20 +126,3 @@ def horizon(methods, rate):
         axis.legend(frameon=False)
     figure.suptitle("error against horizon on held-out episodes (lower is better)")
     return figure
-
-
-def per_dim(methods, names):
-    """Error of each action dim beside the baselines'. methods: {source: {method: score}}."""
-    figure = Figure(figsize=(3.5 + 0.35 * len(names), 4.8 * len(methods)), layout="constrained")
-    for axis, (title, scores) in zip(
-        figure.subplots(len(methods), 1, squeeze=False)[:, 0], methods.items(), strict=True
-    ):
-        place = np.arange(len(names))
-        axis.bar(place, scores["model"]["mse_normalised_per_dim"], color=PREDICTED, width=0.6, label="model")
-        for name, marker in (("last action", "_"), ("mean action", "x")):
-            axis.plot(place, scores[name]["mse_normalised_per_dim"], marker, color="0.2", ms=9, mew=2, label=name)
-        axis.set(title=title, ylabel="mean squared error (normalised)", yscale="log")
-        axis.set_xticks(place, names, rotation=90 if len(names) > 8 else 0)
-        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle("error of each dim on held-out episodes (lower is better; one tall bar is a dim to look at)")
-    return figure

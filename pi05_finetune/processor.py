@@ -96,11 +96,11 @@ class ToRelative(ProcessorStep):
     state_index: for each action dim the dim of the state that it is relative to, or -1 where it stays absolute.
     """
 
-    latest = None  # the newest one without a ToAbsolute: make_pre_post_processors builds the two in this order
+    unpaired = None  # the one that the next ToAbsolute belongs to: LeRobot builds the two in this order, apart
 
     def __init__(self, state_index):
         self.state_index, self.offset = list(state_index), None
-        ToRelative.latest = self
+        ToRelative.unpaired = self
 
     def __call__(self, transition):
         state = transition[TransitionKey.OBSERVATION]["observation.state"]  # B S
@@ -123,7 +123,7 @@ class ToAbsolute(ProcessorStep):
     """Add the state that the chunk was predicted from. Without ToRelative, or for a part of a chunk, it refuses."""
 
     def __init__(self):
-        self.relative, ToRelative.latest = ToRelative.latest, None
+        self.relative, ToRelative.unpaired = ToRelative.unpaired, None
         if self.relative is None:
             raise DataError("the post-processor of relative actions needs its pre-processor, loaded just before it")
 

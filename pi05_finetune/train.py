@@ -12,7 +12,6 @@ Run:
 import argparse
 import contextlib
 import datetime
-import json
 import math
 import os
 import sys
@@ -154,35 +153,33 @@ def learning_rate(step, args):
     return args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def evenly(loader, is_split):
-    """(batch, its samples) of this rank. All ranks of a split model run it as often: the last batch again, for 0."""
-    longest = common.broadcast(len(loader)) if is_split else 0  # rank 0 has the most
-    for batch in loader:
-        yield batch, len(batch["mask"])
-    for _ in range(longest - len(loader)):
-        yield batch, 0
-
-
 @torch.no_grad()
 def validate(model, loaders, device, amp):
-    """Loss per data set over all ranks, with fixed noise and time; a chunk of each, recorded and predicted."""
+    """Loss per data set over all ranks, with fixed noise and time; a chunk of each. A broken file: no metrics."""
     model.eval()
-    totals, counts, examples = {}, {}, {}
+    totals, counts, examples = {}, dict(broken=1), {}
     with model.use_ema(), amp:
         for name, loader in loaders.items():
-            for batch, size in evenly(loader, model.is_split):
-                batch, key = {key: value.to(device) for key, value in batch.items()}, f"val/{name}/loss"
-                totals[key] = totals.get(key, 0.0) + model(batch)[0].item() * size
-                counts[key] = counts.get(key, 0) + size
-            if (common.is_main() or model.is_split) and len(loader.sampler):
-                windows, spec = loader.dataset, loader.dataset.spec
-                batch = PolicyBatch(spec, model.config.chunk)([windows[max(loader.sampler, key=windows.motion)]])
-                true, predicted = (x[0][batch["mask"][0]].numpy() for x in (batch["action"], model.predict(batch)))
-                examples[name] = true, predicted, spec.names, spec.control_freq_hz
+            try:
+                for batch in loader:
+                    key, size = f"val/{name}/loss", len(batch["mask"])
+                    loss, _ = model({key: value.to(device) for key, value in batch.items()})
+                    totals[key], counts[key] = totals.get(key, 0.0) + loss.item() * size, counts.get(key, 0) + size
+                if (common.is_main() or model.is_split) and len(loader.sampler):
+                    windows, spec = loader.dataset, loader.dataset.spec
+                    batch = PolicyBatch(spec, model.config.chunk)([windows[max(loader.sampler, key=windows.motion)]])
+                    true, predicted = (x[0][batch["mask"][0]].numpy() for x in (batch["action"], model.predict(batch)))
+                    examples[name] = true, predicted, spec.names, spec.control_freq_hz
+            except common.DataError as error:
+                if model.is_split:  # the other ranks wait for this one's part
+                    raise
+                common.warn(f"held-out data of {name} cannot be read, no validation: {str(error).splitlines()[-1]}")
+                totals["broken"] = 1
     model.train()
     metrics = common.mean(totals, counts)
-    if loaders:
-        metrics["val/loss"] = sum(metrics[f"val/{name}/loss"] for name in loaders) / len(loaders)
+    if metrics.pop("broken", 0):
+        return {}, {}
+    metrics["val/loss"] = sum(metrics[f"val/{name}/loss"] for name in loaders) / len(loaders)
     return metrics, examples
 
 
@@ -208,7 +205,7 @@ def main(argv=None):
     )  # fmt: skip
     if args.dry_run:
         scratch = tempfile.TemporaryDirectory()
-        args.out, args.steps_planned, args.steps = scratch.name, args.steps, DRY_STEPS
+        args.out, args.planned, args.steps = scratch.name, args.steps, DRY_STEPS
         print("\n".join(plan(config, args.amp, device, world if args.fsdp else 1)), flush=True)
     common.open_run(args)
     out, stop = Path(args.out), common.Interrupt(args.out)
@@ -222,11 +219,9 @@ def main(argv=None):
         config.stats, config.state_index, tokenizer = before["stats"], before["state_index"], checkpoint / "tokenizer"
     elif rank == 0:
         warnings += [f"warning: norms: {warning}" for warning in norms.metadata["warnings"]]
-        with common.atomic(out / "norms", folder=True) as folder:
-            norms.save(folder)
+        norms.save(out / "norms")
         if not args.tokenizer:
-            with common.atomic(tokenizer, folder=True) as folder:
-                write_toy_tokenizer(folder, [task for episode in train for task in episode.tasks])
+            write_toy_tokenizer(tokenizer, [task for episode in train for task in episode.tasks])
     common.broadcast()
     model = Pi05(config, str(tokenizer), args.gradient_checkpointing, "cpu" if args.fsdp else device)
     model.processor.check_prompts([task for episode in episodes for task in episode.tasks], config.stats)
@@ -238,9 +233,8 @@ def main(argv=None):
         model.hold_frozen_in_bf16()
     model.start_ema()
     learned = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in learned if p.ndim >= 2]
-    others = [p for p in learned if p.ndim < 2]
-    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
+    groups = [dict(params=[p for p in learned if p.ndim >= 2], weight_decay=args.weight_decay)]
+    groups += [dict(params=[p for p in learned if p.ndim < 2], weight_decay=0.0)]
     opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=device.type == "cuda")
     dtype = dict(off=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.amp]
     amp = torch.autocast(device.type, dtype, enabled=args.amp != "off")
@@ -297,24 +291,21 @@ def main(argv=None):
             continue
 
         done, line, is_best = step + 1, {}, False
-        ended = done == args.steps
-        stopped = stop() and not ended
+        ended, stopped = done == args.steps, stop() and done < args.steps
         if done % args.log_every == 0 or ended:
             line.update(log.flush(lr=lr))
         if validation and (done % args.eval_every == 0 or ended):
             metrics, examples = validate(model, validation, device, amp)
             line.update(metrics)
-            is_best = best is None or metrics["val/loss"] < best
+            is_best = metrics.get("val/loss", math.inf) < (math.inf if best is None else best)
             best = metrics["val/loss"] if is_best else best
         if line:
             log.write(done, line)
         if done % args.save_every == 0 or is_best or ended or stopped:
             saving = common.checkpoint(args.out, done, is_best, args.keep) if rank == 0 else contextlib.nullcontext()
             with saving as folder:
-                save_run(folder, model, opt, dict(step=done, best=best, scaler=scaler.state_dict()))
-                if rank == 0:
-                    (folder / "data.json").write_text(json.dumps(split_of(args.data, spec, train, held_out), indent=1))
-            common.broadcast()  # parts of a split model lie in a folder that has its name only now
+                state = dict(step=done, best=best, scaler=scaler.state_dict())
+                save_run(folder, model, opt, state, split_of(args.data, spec, train, held_out))
         if "val/loss" in line and rank == 0:
             log.figure(done, "traces", figures.traces(examples))
             log.figure(done, "curves", figures.curves(log.out / "log.jsonl"))
@@ -325,9 +316,7 @@ def main(argv=None):
     # --- end
     if args.dry_run:
         speed = 1 / log.flush()["steps_per_s"]
-        log.say(
-            f"{speed:.2f} s per step, {args.steps_planned * speed / 3600:.2f} hours for {args.steps_planned:,} steps"
-        )
+        log.say(f"{speed:.2f} s per step, {args.planned * speed / 3600:.2f} hours for {args.planned:,} steps")
     elif not stopped:
         log.say(f"checkpoint: {log.out / 'checkpoints' / ('best' if validation else 'last')}")
         log.say(f"figure:     {log.out / 'figures' / 'traces.png'}")

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -25,7 +24,7 @@ from conftest import ROOT, launch, load, log_of, shared, weights_of
 from safetensors.torch import load_file, save_file
 
 HOME = ROOT / "pi05_finetune"
-SCRIPTS = "checkpoint compute_norms convert demo evaluate lerobot_patch processor validate".split()
+SCRIPTS = "checkpoint compute_norms convert demo evaluate lerobot_patch policy processor validate".split()
 READERS = [f"readers.{name}" for name in "dataset episode hdf5 lerobot libero npz spec video".split()]
 CORE = "model."
 VLM = "model.paligemma_with_expert.paligemma.model."
@@ -246,14 +245,6 @@ def test_the_layer_touches_nothing_outside_pi05(this, toy):
     assert modeling_pi0.GemmaForCausalLM is transformers.GemmaForCausalLM
 
 
-def test_building_a_second_model_changes_nothing_in_the_first(this, toy):
-    """Sizes stand in a model's own config: nothing is kept from one to the next."""
-    model, batch = tiny(this, toy), observation()
-    expected = model.predict(batch)
-    tiny(this, toy, image_size=56, chunk=6, state_index=[0, 1, -1])
-    assert torch.equal(model.predict(batch), expected)
-
-
 def test_bf16_autocast_keeps_heads_in_float32_and_stays_close(this, toy):
     model, batch = tiny(this, toy), observation()
     ready = model.processor(batch)
@@ -405,11 +396,6 @@ def test_the_batch_that_is_predicted_for_stays_as_it_was(this, toy):
         model.predict(batch)
 
 
-def test_loader_processes_get_no_weights(this, toy):
-    """The processor that loaders keep is small: a process that is started gets a copy of it."""
-    assert len(pickle.dumps(vars(tiny(this, toy).processor))) < 200_000
-
-
 def test_tokenizers_are_checked(this, toy, tmp_path):
     check = this.processor.check_tokenizer
     for folder, size, message in (
@@ -422,26 +408,6 @@ def test_tokenizers_are_checked(this, toy, tmp_path):
             check(folder, size)
     check(toy, "tiny")
     check(None, "tiny")
-
-
-def test_the_toy_tokenizer_knows_the_words_of_the_tasks(this, tmp_path):
-    from transformers import AutoTokenizer
-
-    this.processor.write_toy_tokenizer(tmp_path, ["pick up the red block", "push"])
-    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path))
-    text = "Task: pick up the red block, State: 12 255;"
-    tokens = tokenizer(text).input_ids
-    assert tokenizer.decode(tokens, skip_special_tokens=True) == text
-    assert {"red", "block", "255"} <= set(tokenizer.convert_ids_to_tokens(tokens))
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [(([], 3, 3), "at least one camera"), ((["a"], 3, 33), "room for 32"), ((["a"], 40, 3), "room for 32")],
-)
-def test_dims_that_pi05_cannot_hold(this, words, message):
-    with refuses(message):
-        this.model.Pi05Config(*words, stats={})
 
 
 # --- files
@@ -619,11 +585,8 @@ def test_spec_reads_every_field_of_the_seed(this, tmp_path):
     "change, message",
     [
         (dict(action_dims=3), "unknown field 'action_dims'; did you mean action_dim"),
-        (dict(action_dim="three"), "action_dim is 'three', expected a whole number"),
-        (dict(action_names=["x"]), "expected 3 names"),
         (dict(action_min=[0, 0]), "expected 3 numbers"),
         (dict(action_type="velocity"), "absolute or delta"),
-        (dict(control_freq_hz=0), "a rate above 0"),
         (dict(clip_actions=True, action_min=None), "clip_actions"),
         (dict(required_obs_keys="camera"), "a list of names"),
         (dict(required_obs_keys=["images.top", "top"]), "two cameras of images.top, top have one name"),
@@ -893,16 +856,10 @@ def scaled_time(factor):
 
 BROKEN = {
     "no actions": (without("actions"), "readable", "no array `actions`"),
-    "no timestamps": (without("timestamps"), "readable", "no array `timestamps`"),
-    "no joints": (without("obs.joint_pos"), "readable", "no array `obs.joint_pos`"),
     "no camera": (without("obs.camera"), "readable", "no array `obs.camera`"),
-    "unequal lengths": (change(timestamps=np.arange(19) / 10), "readable", "19 rows of timestamps, but 20 actions"),
-    "too many dims": (change(actions=np.zeros((20, 4))), "readable", "4 action dims, but the spec has 3"),
-    "no steps": (lambda old: {k: v if v.ndim == 0 else v[:0] for k, v in old.items()}, "readable", "no steps"),
     "float images": (change(**{"obs.camera": np.zeros((20, 8, 8, 3))}), "readable", "expected uint8"),
     "pickled": (change(actions=np.array([{}], dtype=object)), "readable", "pickle|Object"),
     "NaN": (spoil("actions", 4, 2, value=np.nan), "readable", "NaN or infinity at step 4, dim 2"),
-    "infinite state": (spoil("obs.joint_pos", 3, 1, value=np.inf), "readable", "joint_pos hold NaN or infinity"),
     "clock set back": (spoil("timestamps", 9, value=0.1), "boundaries", "do not rise at step 9"),
     "lost frames": (
         spoil("timestamps", slice(15, None), value=np.arange(5) / 10 + 3),
@@ -910,12 +867,9 @@ BROKEN = {
         "frames were lost",
     ),
     "wrong rate": (scaled_time(0.7), "rate", "14.29 Hz, but the spec says 10 Hz"),
-    "too long": (lambda old: an_episode(60), "length", "60 steps, but the spec allows 50"),
-    "one step": (lambda old: an_episode(1), "length", "one step only"),
     "out of range": (spoil("actions", 5, 1, value=11), "range", "y is 11 at step 5, the limit is 9"),
     "no task": (change(task=np.array(" ")), "task", "no task text"),
     "frozen camera": (spoil("obs.camera", slice(None), value=an_episode()["obs.camera"][0]), "frozen", "same picture"),
-    "covered lens": (spoil("obs.camera", slice(None), value=3), "frozen", "same picture"),
     "duplicate": (lambda old: an_episode(15, 1), "duplicate", "the same actions as data, episode ep"),
     "jump": (spoil("actions", 8, 0, value=5), "jump", "x jumps by 5"),
     "other unit": (lambda old: {**old, "actions": old["actions"] * np.float32(57.3)}, "scale", "times as large"),
@@ -1050,18 +1004,6 @@ def test_norms_are_of_training_episodes_and_refuse_other_data(this, tmp_path):
         this.compute_norms.load_norms(tmp_path / "norms")
 
 
-def test_relative_statistics_are_of_action_minus_state(this, tmp_path):
-    spec, train, _ = opened(this, write_data(tmp_path / "data"))
-    norms = this.compute_norms.compute(spec, train, None, 3, [0, 1, -1])
-    rows = []
-    for episode in train:
-        for k in range(3):
-            for t in range(len(episode) - k):
-                rows.append(episode.actions[t + k] - episode.vectors["joint_pos"][t] * [1, 1, 0])
-    np.testing.assert_allclose(norms.action_mean, np.mean(rows, 0), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(norms.action["max"], np.max(rows, 0), rtol=1e-5)
-
-
 def shuffled_state(arrays):
     return {**arrays, "obs.joint_pos": arrays["obs.joint_pos"][:, [2, 0, 1]]}
 
@@ -1153,17 +1095,6 @@ def test_the_seeds_example_works_as_written(this, tmp_path):
         assert one["task"] == two["task"] and all(torch.equal(one[k], two[k]) for k in one if torch.is_tensor(one[k]))
 
 
-def test_every_step_begins_one_window(this, tmp_path):
-    """With stride 1 each recorded step is drawn alike; windows end with their episode."""
-    spec, train, _ = opened(this, write_data(tmp_path / "data", lengths=(6, 9)))
-    windows = windows_of(this, spec, train)
-    places = [windows.locate(i) for i in range(len(windows))]
-    assert [(e.id, t) for e, t in places] == [("ep0", t) for t in range(6)] + [("ep1", t) for t in range(9)]
-    assert [len(windows[i]["actions"]) for i in range(6)] == [4, 4, 4, 3, 2, 1]
-    with refuses("stride is 0"):
-        this.data.SequenceConfig(4, 0)
-
-
 def test_a_batch_for_the_policy_is_what_was_recorded(this, tmp_path):
     """Image, state, chunk, mask and task of one sample belong together; past the end the last action is repeated."""
     spec, train, _ = opened(this, write_data(tmp_path / "data", lengths=(6, 9)))
@@ -1220,16 +1151,6 @@ def test_noise_and_time_have_openpis_distributions(this, tmp_path):
     assert kstest(batch["noise"].numpy().ravel()[:20_000], norm.cdf).pvalue > 1e-3
 
 
-def test_validation_noise_belongs_to_the_step(this, tmp_path):
-    """It does not change with the other episodes of the split, nor from one reading to the next."""
-    spec, train, held = opened(this, write_data(tmp_path / "data"), ["ep2,ep3"])
-    whole, part = windows_of(this, spec, held, stride=3), windows_of(this, spec, held[1:], stride=3)
-    assert len(whole) == 10 + 4 and len(part) == 4
-    one, two = batch_of(this, whole, range(10, 14)), batch_of(this, part, range(4))
-    assert one.pop("task") == two.pop("task") and equal(one, two)
-    assert not torch.equal(one["noise"][0], one["noise"][1])
-
-
 def test_augmentation_is_what_it_says(this):
     build, config = this.data.build_augmentations, this.data.AugmentConfig
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 40, 3), dtype=np.uint8)
@@ -1269,15 +1190,6 @@ def test_rotation_keeps_shapes_in_a_wide_picture(this):
         weight = moved / moved.sum()
         y, x = (weight.sum(1 - axis) @ np.arange(weight.shape[axis]) for axis in (0, 1))
         assert np.hypot(y - 31.5, x - 63.5) == pytest.approx(20, abs=1) and abs(y - (row - 0.5)) > 2
-
-
-def test_images_are_shrunk_without_distortion(this):
-    frame = np.zeros((48, 64, 3), np.uint8)
-    frame[12:36, 16:48] = 255
-    small = this.data.shrink(frame, 28)
-    assert small.shape == (21, 28, 3) and small[10, 14, 0] == 1 and small[2, 2, 0] == 0
-    assert small.mean() == pytest.approx(0.25, abs=0.02)
-    assert this.data.shrink(frame[:1], 28).shape == (1, 28, 3)
 
 
 # --- convert
@@ -1431,14 +1343,6 @@ def test_scores_against_a_case_done_by_hand(this):
     assert score["out_of_limits"] == pytest.approx(1 / 16)  # 5.5 is above 5, once
 
 
-def test_baselines_see_the_past_only(this, tmp_path):
-    spec, train, _ = opened(this, write_data(tmp_path / "data"))
-    made = this.evaluate.baselines([(train[0], 0), (train[0], 7), (train[2], 3)], 4, np.array([1.0, 2, 3]))
-    np.testing.assert_array_equal(made["last action"][1], np.repeat(train[0].actions[6:7], 4, 0))
-    np.testing.assert_array_equal(made["last action"][0], np.repeat(train[0].actions[:1], 4, 0))
-    assert (made["mean action"] == [1, 2, 3]).all() and made["mean action"].shape == (3, 4, 3)
-
-
 def test_intervals_are_over_episodes(this):
     """Equal errors within an episode add no certainty: the interval is that of the episodes' means."""
     few = this.evaluate.interval(np.repeat([1.0, 2, 3, 4], 50), np.repeat(range(4), 50))
@@ -1456,7 +1360,7 @@ def test_mock_report_shows_the_error_it_was_given(this, tmp_path):
     assert source["methods"]["model"]["mse_normalised"] == pytest.approx(0.01, rel=0.1)
     text = (tmp_path / "r" / "report.md").read_text()
     assert "| MSE, normalised | 0.0" in text and "| gripper | " in text and source["episodes"] == 6
-    assert len(list((tmp_path / "r" / "figures").glob("*.png"))) == 3
+    assert len(list((tmp_path / "r" / "figures").glob("*.png"))) == 2
     with pytest.raises(SystemExit):
         this.evaluate.main(["--out", str(tmp_path / "r")])
 
@@ -1496,6 +1400,30 @@ def test_the_demos_demonstrations_succeed(this):
         for action in world.expert(rng):
             world.step(action)
         assert world.success and world.image().shape == (28, 28, 3)
+
+
+def test_policy_predicts_as_the_model_and_refuses(this, toy, tmp_path):
+    """As vla/server.py and a robot's loop call it: images by camera, a whole chunk, then one action per step."""
+    model = tiny(this, toy)
+    policy = this.policy.Policy(model, n_action_steps=2)
+    rng = np.random.default_rng(0)
+    images = {name: rng.integers(0, 255, (28, 28, 3), dtype=np.uint8) for name in ("top", "wrist")}
+    batch = {f"observation.images.{n}": torch.from_numpy(x).movedim(-1, 0)[None] / 255 for n, x in images.items()}
+    batch |= {"observation.state": torch.zeros(1, 3), "task": ["push"]}
+    batch["noise"] = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
+    expected = model.predict(batch).numpy()
+    policy.reset("push")
+    np.testing.assert_allclose([policy.act(images, np.zeros(3)) for _ in range(2)], expected[0, :2], atol=1e-5)
+    assert policy.act(images, np.zeros(3)).shape == (3,) and policy.time == 3
+    policy.reset(["push"])
+    assert policy.predict([images], [np.zeros(3)]).shape == (1, 4, 3)
+    del images["wrist"]
+    for pictures, state, message in (
+        (images, np.zeros(3), "camera wrist: missing"),
+        (images, np.zeros(2), "expected states"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            policy.predict([pictures], [state])
 
 
 # --- LIBERO, by the rules of openpi's evaluation
@@ -1672,20 +1600,22 @@ def test_a_resumed_run_keeps_its_data_and_says_what_changed(this, tmp_path, caps
     assert weights_of(two) == weights_of(one)
 
 
-def test_accumulation_trains_the_same_model(this, tmp_path):
-    folder = write_data(tmp_path / "data")
-    for name, more in (("one", []), ("four", ["--accum", 4])):
-        assert this.train.main(flags(folder, tmp_path / name, "--ema", 0, *more)) == 0
-    one, four = (log_of(tmp_path / name)[-1]["val/loss"] for name in ("one", "four"))
-    assert one == pytest.approx(four, rel=1e-3)
+def test_a_held_out_file_that_breaks_does_not_end_the_run(this, tmp_path, capsys, monkeypatch):
+    """One clear line at each validation; the run goes on to its end and saves."""
+    folder, read, count = write_data(tmp_path / "data"), this.npz.ArrayFrames.__getitem__, [0]
 
+    def breaks(frames, i):
+        count[0] += "ep3" in frames.path
+        if count[0] > 16 and "ep3" in frames.path:  # after the checks at the beginning and the first validation
+            raise sys.modules["common"].DataError(f"{frames.path}: cannot be read")
+        return read(frames, i)
 
-def test_loss_falls(this, tmp_path):
-    folder = write_data(tmp_path / "data")
-    times = ["--steps", 60, "--eval-every", 60, "--save-every", 60, "--log-every", 10, "--lr", 3e-3, "--batch-size", 8]
-    this.train.main(flags(folder, tmp_path / "out", *times))
-    losses = [line["train/loss"] for line in log_of(tmp_path / "out")]
-    assert np.mean(losses[-2:]) < 0.8 * losses[0]
+    monkeypatch.setattr(this.npz.ArrayFrames, "__getitem__", breaks)
+    assert this.train.main(flags(folder, tmp_path / "out")) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "held-out data of a cannot be read, no validation" in line and "ep3.npz: cannot be read" in line
+    assert [("val/loss" in line) for line in log_of(tmp_path / "out")] == [True, False]
+    assert (tmp_path / "out" / "checkpoints" / "step_0000006").exists()
 
 
 def widened(arrays):
@@ -1716,15 +1646,6 @@ def test_what_a_run_refuses(this, toy, tmp_path):
         shutil.rmtree(out, ignore_errors=True)
 
 
-@pytest.mark.parametrize(
-    "words", [["--chunk", 0], ["--image-size", 30], ["--ema", 1], ["--batch-size", 3, "--accum", 2]]
-)
-def test_flags_out_of_range(this, capsys, words):
-    with pytest.raises(SystemExit) as ended:
-        this.train.parse(["--data", "x", *map(str, words)])
-    assert ended.value.code == 2 and words[0] in capsys.readouterr().err
-
-
 def test_dry_run_tells_sizes_and_time_and_keeps_nothing(this, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = flags(write_data(tmp_path / "data"), tmp_path / "out", "--dry-run", "--steps", 3600)
@@ -1736,22 +1657,20 @@ def test_dry_run_tells_sizes_and_time_and_keeps_nothing(this, tmp_path, capsys, 
     assert {path.name for path in tmp_path.iterdir()} == {"data"}
 
 
-def test_the_full_size_is_planned_without_being_built(this):
+def test_the_full_size_is_planned_without_being_built(this, monkeypatch):
     """The arithmetic of README.md, on the meta device: --train expert writes less than 35 GB, lora fits 22 GB."""
-    stats = {"observation.state": statistics(7), "action": statistics(7)}
-    shown = {}
-    for train in ("all", "expert", "lora"):
+    stats, memory, disk = {"observation.state": statistics(7), "action": statistics(7)}, {}, {}
+    for train, parts, pages in (("all", 1, 2**20), ("all", 8, 2**20), ("lora", 1, 2**20), ("expert", 1, 2**10)):
+        monkeypatch.setattr(this.model.os, "sysconf", lambda name, pages=pages: pages)  # 2**20: a terabyte
         config = this.model.Pi05Config(["top"], 7, 7, stats, train=train, ema=0.99)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(this.model.os, "sysconf", lambda name: 2**20)
-            shown[train] = " ".join(this.model.plan(config, "bf16", torch.device("cpu")))
-    memory = {name: float(re.search(r"activations: ([0-9.]+) GB", text)[1]) for name, text in shown.items()}
-    disk = {name: float(re.search(r"takes ([0-9.]+) GB", text)[1]) for name, text in shown.items()}
-    assert memory["all"] == pytest.approx(65.6, abs=0.5) and memory["lora"] < 22 and disk["expert"] < 35
-    config = this.model.Pi05Config(["top"], 7, 7, stats, ema=0.99)
-    with pytest.MonkeyPatch.context() as patch, refuses("too little memory"):
-        patch.setattr(this.model.os, "sysconf", lambda name: 2**16)
-        this.model.plan(config, "bf16", torch.device("cpu"))
+        try:
+            text = " ".join(this.model.plan(config, "bf16", torch.device("cpu"), parts))
+        except sys.modules["common"].DataError as error:
+            text = str(error)
+        memory[train, parts] = float(re.search(r"activations: ([0-9.]+) GB", text)[1])
+        disk[train] = float(re.search(r"takes ([0-9.]+) GB", text)[1])
+    assert memory["all", 1] == pytest.approx(65.6, abs=0.5) and memory["lora", 1] < 22 and disk["expert"] < 35
+    assert memory["all", 8] < 20 and "too little memory: --amp bf16" in text
 
 
 def test_first_step_is_checked(this, toy):
@@ -1837,7 +1756,7 @@ print("reductions", sum(calls))
 
 @pytest.mark.slow
 def test_a_split_model_trains_as_a_whole_one(tmp_path):
-    """FSDP2 on two processes equals one process: log and weights, with micro-steps and an odd number of windows.
+    """FSDP2 on two processes equals one process: log and weights, with micro-steps and checkpointing.
 
     Lost after step 3 and resumed it also equals itself, bit for bit; without --fsdp it does not go on.
     """
@@ -2009,23 +1928,3 @@ def test_other_real_sets_are_read_or_named(this, tmp_path, name):
     assert sum(map(len, train)) > 300 and not spec.required_obs_keys
     with refuses("at least one camera"):
         this.train.main(["--data", f"x={folder}", "--out", str(tmp_path / "o"), "--size", "tiny", "--device", "cpu"])
-
-
-@pytest.mark.slow
-def test_real_g1_validates_trains_and_reports(this, tmp_path):
-    """The seed's whole path on real episodes with video, from validation to the report."""
-    g1 = shared("g1_lerobot_v21/converted/lerobot_v30")
-    assert this.validate.main(["--data", str(g1), "--report", str(tmp_path / "v.json")]) == 0
-    split = ["--data", f"g1={g1}", "--val-episodes", "1"]
-    assert this.compute_norms.main([*split, "--out", str(tmp_path / "n")]) == 0
-    words = "--size tiny --image-size 28 --chunk 8 --prompt-tokens 128 --device cpu"
-    times = "--steps 30 --batch-size 8 --lr 2e-3 --warmup 5 --log-every 5"
-    more = ["--norms", str(tmp_path / "n"), "--out", str(tmp_path / "run")]
-    assert this.train.main([*split, *words.split(), *times.split(), *more]) == 0
-    losses = log_of(tmp_path / "run")
-    assert losses[-1]["train/loss"] < 0.9 * losses[0]["train/loss"]
-    last = str(tmp_path / "run" / "checkpoints" / "last")
-    words = ["--checkpoint", last, "--out", str(tmp_path / "r"), "--device", "cpu", "--val-stride", "40"]
-    assert this.evaluate.main(words) == 0
-    source = json.loads((tmp_path / "r" / "report.json").read_text())["sources"]["g1"]
-    assert np.isfinite(source["methods"]["model"]["mse_normalised"]) and len(source["dims"]) == 26
