@@ -12,12 +12,14 @@ import tarfile
 import time
 from fractions import Fraction
 from functools import partial
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, launch, load, log_of, shared, weights_of
+from matplotlib.figure import Figure
 from torch import nn
 
 FOLDER = ROOT / "vvae_lam"
@@ -403,18 +405,15 @@ def test_frames_are_read_as_they_were_written(recordings, tmp_path, chunk_frames
     path = write_h5(tmp_path / "b.h5", x, chunk_frames, attributes=dict(causal=False), **storage)
     last, strict = expected[chunk_frames - 1 :: chunk_frames], recordings.inspect(path)
     assert len(strict) == len(last) and np.array_equal(strict.read(np.arange(len(last))), last)
-    assert len(recordings.inspect(path, all_latents=True)) == 24
 
 
 def test_only_latents_that_saw_nothing_later_are_used_by_default(sources, tmp_path):
-    """What is used, and what leaks, is said in a line."""
+    """What is used is said in a line."""
     write_h5(tmp_path / "a" / "a.h5", frames(8))
     write_h5(tmp_path / "b" / "b.h5", frames(8), attributes=dict(causal=False))
     causal, strict = (sources.read_sources([str(tmp_path / name)]) for name in "ab")
     assert not [line for line in sources.describe_recordings(causal) if "latents" in line.lower() and "seen" in line]
     assert "of each chunk only the last latent is used" in "\n".join(sources.describe_recordings(strict))
-    leaky = sources.read_sources([str(tmp_path / "b")], all_latents=True)
-    assert len(leaky[0]) == 8 and "a leak" in "\n".join(sources.describe_recordings(leaky))
 
 
 def test_per_frame_latents_without_a_time_axis(recordings, tmp_path):
@@ -480,15 +479,6 @@ def test_chunks_that_were_never_written_are_named(recordings, tmp_path):
         recordings.inspect(write_h5(tmp_path / "zeros.h5", x)).read(np.arange(8))
 
 
-def test_nan_inside_a_chunk_is_named(recordings, tmp_path):
-    x = frames(8)
-    x[5, 0, 1, 1] = np.nan
-    recording = recordings.inspect(write_h5(tmp_path / "a.h5", x))
-    recording.read([0, 1, 2])
-    with pytest.raises(DataError, match="a.h5: .*NaN or infinity in chunk 2"):
-        recording.read([3, 4, 5])
-
-
 def test_frame_rates_that_differ_are_told(sources, tmp_path):
     for n, fps in enumerate((2.0, 2.0, 7.5)):
         write_h5(tmp_path / f"{n}.h5", frames(4), attributes=dict(fps=fps))
@@ -516,7 +506,9 @@ def test_motion_of_a_transition(recordings, tmp_path):
         del file["states"], file["actions"]
         file["actions"] = np.arange(8)  # classes: of one step only
     assert recordings.inspect(path).motion(1) == (None, None)
-    assert recordings.inspect(path, all_latents=True).motion(1)[0].tolist() == list(range(7))
+    with H5(path, "a") as file:
+        file.attrs["causal"] = True
+    assert recordings.inspect(path).motion(1)[0].tolist() == list(range(7))
     with H5(path, "a") as file:
         del file["actions"]
         file["actions"] = np.arange(7)
@@ -618,7 +610,6 @@ def test_manifest_is_seeded_and_counts(tmp_path):
     assert len(set(sum(one["splits"].values(), []))) == 20
     lengths = [4 + 2 * (int(name[1:3]) % 5) for name in one["splits"]["train"]]
     assert one["counts"]["train"]["frames"] == sum(lengths)
-    assert one["counts"]["train"]["sequences"] == sum(max(0, n - 7) for n in lengths)
     assert len(manifest("--train-ratio", "1", "--val-ratio", "0", "--test-ratio", "0")["splits"]["train"]) == 20
     with pytest.raises(SystemExit):
         make.main([str(tmp_path), "--train-ratio", "0.5"])
@@ -800,8 +791,8 @@ def test_accumulation_and_amp_train_the_same_model(this, latents, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_learns_to_use_its_codes(this, tmp_path, monkeypatch):
-    """A bar goes left or right: the frame before cannot tell which, so codes come to be used, and others hurt."""
+def test_it_learns_to_use_its_codes(this, sources, metrics, tmp_path, monkeypatch):
+    """A bar goes left or right: the frame before cannot tell which; the codes do, and other codes hurt."""
     monkeypatch.setattr(this.train, "CHECK_EVERY", 20)
     folder = write_moving(tmp_path / "data", 40)
     more = ["--steps", 500, "--eval-every", 500, "--save-every", 500, "--log-every", 100, "--quantize-after", 0.1]
@@ -810,18 +801,24 @@ def test_it_learns_to_use_its_codes(this, tmp_path, monkeypatch):
     assert this.train.main([*words, "--val-episodes", *(f"r{n}" for n in range(8))]) == 0
     last = log_of(tmp_path / "out")[-1]
     assert last["val/relative_mse"] < 0.5 and last["val/code_sensitivity"] > 0.1
-    # one bit is enough for two directions: 7 of 12 codes are in use
-    assert last["val/action_sensitivity_l2"] > 0.05 and last["val/codebook_usage"] > 0.5
+    assert last["val/action_sensitivity_l2"] > 0.05
+    model = this.model.VVAELatentActionVQVAE.from_pretrained(tmp_path / "out" / "checkpoints" / "last")
+    found = [(model.encode(r.read(np.arange(12))), r.motion(1)[0]) for r in sources.read_sources([str(folder)])]
+    codes = nn.functional.one_hot(torch.from_numpy(np.concatenate([one for one, _ in found])), 4).flatten(1)
+    right = torch.from_numpy(np.concatenate([two for _, two in found]))
+    assert metrics.probe(codes, right, torch.arange(40).repeat_interleave(11))["accuracy"] > 0.95
 
 
 def test_overfit_says_whether_it_got_there(this, latents, tmp_path, capsys, monkeypatch):
-    """Exit code 0 and an early end once MSE < 0.01 and MAE < 0.05 with codes; 1 if the steps do not suffice."""
+    """Exit code 0 and an early end once MSE and MAE are low, with codes; 1 if the steps do not suffice."""
+    assert this.train.OVERFIT == dict(mse_loss=0.01, mae_loss=0.05)
+    monkeypatch.setattr(this.train, "OVERFIT", dict(mse_loss=0.1, mae_loss=0.2))  # sooner
     monkeypatch.setattr(this.train, "CHECK_EVERY", 20)
     more = ["--overfit", "--patch", 2, "--embed-dim", 32, "--eval-every", 25, "--save-every", 500]
     long = [*more, "--quantize-after", 0.15, "--steps", 600, "--lr", 3e-3, "--log-every", 100]
     assert this.train.main(flags(latents, tmp_path / "good", *long)) == 0
     last = log_of(tmp_path / "good")[-1]
-    assert last["val/mse_loss"] < 0.01 and last["val/mae_loss"] < 0.05 and last["step"] < 600
+    assert last["val/mse_loss"] < 0.1 and last["val/mae_loss"] < 0.2 and last["step"] < 600
     assert "overfit test passed" in capsys.readouterr().out
     assert this.train.main(flags(latents, tmp_path / "bad", *more, "--steps", 2)) == 1
     assert "overfit test FAILED" in capsys.readouterr().out
@@ -1197,6 +1194,35 @@ def vaes(tmp_path_factory):
     return folder
 
 
+STUB = """
+import torch
+class VAE(torch.nn.Module):
+    def __init__(self, ddconfig, ppconfig):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(()))
+    def encode(self, x, sample_posterior=True):
+        assert not sample_posterior
+        return self.gain * x[:, :1, ::4, ::8, ::8].repeat(1, 16, 1, 1, 1), None
+    def decode(self, z):
+        return z[:, :3].repeat_interleave(4, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
+"""
+
+
+@pytest.fixture(scope="module")
+def plus(tmp_path_factory):
+    """(weights, checkout) of a stand-in for VideoVAE+."""
+    folder = tmp_path_factory.mktemp("plus")
+    checkout = folder / "VideoVAEPlus"
+    (checkout / "configs" / "inference").mkdir(parents=True)
+    (checkout / "stub_models").mkdir()
+    (checkout / "stub_models" / "vae.py").write_text(STUB)
+    params = "    ckpt_path: absent.ckpt\n    ddconfig: {}\n    ppconfig: {}\n"
+    config = f"model:\n  target: stub_models.vae.VAE\n  params:\n{params}"
+    (checkout / "configs" / "inference" / "config_16z.yaml").write_text(config)
+    torch.save(dict(state_dict=dict(gain=torch.tensor(3.0))), folder / "w.ckpt")
+    return folder / "w.ckpt", checkout
+
+
 @pytest.mark.parametrize(
     "name, takes, latents, wrong", [("cogvideox", 8, 2, 9), ("wan", 9, 2, 8), ("image", 3, 3, 0), ("svd", 3, 3, 0)]
 )
@@ -1264,8 +1290,8 @@ def test_videos_become_latents_and_back(recordings, encode, vaes, tmp_path, caps
     one, (rate, images) = encode.open_vae(vaes / "cogvideox"), read(encode, source)
     assert (round(rate, 3), len(images)) == (10, 20)
     expected = torch.cat([one.encode(images[:8]), one.encode(images[8:16])]).numpy()
-    recording = recordings.inspect(tmp_path / "drop" / "sub" / "a b.h5", all_latents=True)
-    np.testing.assert_allclose(recording.read([0, 1, 2, 3]), expected, rtol=2e-3, atol=2e-3)
+    recording = recordings.inspect(tmp_path / "drop" / "sub" / "a b.h5")
+    np.testing.assert_allclose(recording.read([0, 1]), expected[1::2], rtol=2e-3, atol=2e-3)
     with pytest.raises(DataError, match="there already, with tail drop"):
         encode.main([*words[:5], str(tmp_path / "drop"), *words[6:], "--tail", "repeat"])
     video = tmp_path / "decoded.mp4"
@@ -1303,37 +1329,44 @@ def test_shards_become_latents_that_know_their_clips(encode, sources, vaes, tmp_
     assert len(recording) == 8 and recording.frame_index().tolist() == list(range(8)) and recording.every
 
 
-def test_stage_2_reads_the_labels_of_its_own_shards(this, encode, vaes, tmp_path):
-    """Shards of vla -> latents -> a short run -> labels: vla's reader finds each clip's codes under its key."""
-    rng, (shards, latents, labels) = np.random.default_rng(0), (tmp_path / name for name in ("shards", "l", "labels"))
-    vla = vars(load("vla", "shards", "sources"))
-    shards.mkdir()
-    samples = []
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Shards of vla: four clips of 25 frames."""
+    folder, rng = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
+    shards, samples = load("vla", "shards").shards, []
     for n in range(4):
-        about = dict(episode=f"e{n}", camera="top", fps=10, length=16, source="s", instruction="go")
-        images = rng.integers(0, 255, (16, 32, 32, 3), dtype=np.uint8)
-        samples.append(
-            {"__key__": f"c-{n}", "json": json.dumps(about).encode(), "frames.npy": vla["shards"].npy(images)}
-        )
-    vla["shards"].write_shard(shards / "shard-000000.tar", samples)
-    for name, gap, valid in (("svd", 1, 15), ("cogvideox", 8, 1)):
-        words = ["--data", shards, "--vae", vaes / name, "--out", latents / name, "--device", "cpu"]
-        assert encode.main([str(word) for word in words]) == 0
-        more = ["--val-episodes", "e1", "--sequence-length", 3, "--steps", 3, "--all-latents", "--patch", 2]
-        words = flags(latents / name, tmp_path / name, *(more if name == "cogvideox" else more[:6]))
-        assert this.train.main(words) == 0
-        checkpoint = tmp_path / name / "checkpoints" / "last"
-        label = load("vvae_lam", "label").label
-        if name == "cogvideox":  # labels of causal latents only: one pair of chunks in 16 frames
-            config = json.loads((checkpoint / "config.json").read_text()) | dict(all_latents=False)
-            (checkpoint / "config.json").write_text(json.dumps(config))
-        words = ["--checkpoint", checkpoint, "--data", latents / name, "--out", labels / name, "--device", "cpu"]
-        assert label.main([str(word) for word in words]) == 0
-        (source,) = vla["sources"].read_sources([f"s={shards}"], "latents", [str(labels / name)], 0.3)
-        assert len(source.train) + len(source.validation) == 4 and source.labels["gap"] == gap
-        for clip in source.train:
-            codes, vectors, rows = vla["sources"].read_latents(clip, source.labels)
-            assert codes.shape == (16 - gap, 3) and rows.sum() == valid and vectors.shape == (16 - gap, 3, 4)
+        about = dict(episode=f"e{n}", camera="top", fps=10, length=25, source="s", instruction="go")
+        images = shards.npy(rng.integers(0, 255, (25, 32, 32, 3), dtype=np.uint8))
+        samples.append({"__key__": f"c-{n}", "json": json.dumps(about).encode(), "frames.npy": images})
+    shards.write_shard(folder / "shard-000000.tar", samples)
+    return folder
+
+
+@pytest.mark.parametrize("name, gap, valid", [("svd", 1, 23), ("plus", 4, 5), ("wan", 4, 5), ("cogvideox", 8, 2)])
+def test_every_kind_of_latents_goes_from_videos_to_stage_2(
+    this, encode, evaluate, vaes, plus, clips, tmp_path, monkeypatch, name, gap, valid
+):
+    """Encode, train, evaluate, label; vla reads each clip's codes under its key, at the frames that end a latent."""
+    latents, labels, checkpoint = tmp_path / "latents", tmp_path / "labels", tmp_path / "run" / "checkpoints" / "last"
+    vae = ["--vae", plus[0], "--checkout", plus[1]] if name == "plus" else ["--vae", vaes / name]
+    words = ["--data", clips, *vae, "--out", latents, "--device", "cpu", "--tail", "drop"]
+    assert encode.main([str(word) for word in words]) == 0
+    more = ["--val-episodes", "e1", "--sequence-length", 3, "--steps", 3, "--patch", 2]
+    assert this.train.main(flags(latents, tmp_path / "run", *more)) == 0
+    blank = dict.fromkeys(("prediction", "code_scene_grid", "code_motion", "codes"), lambda *what: Figure())
+    monkeypatch.setattr(evaluate, "figures", SimpleNamespace(**blank))
+    words = ["--checkpoint", str(checkpoint), "--device", "cpu"]
+    assert evaluate.main([*words, "--out", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["recordings"] == 1 and np.isfinite(report["one_step"]["relative_mse"])
+    label = load("vvae_lam", "label").label
+    assert label.main([*words, "--data", str(latents), "--out", str(labels)]) == 0
+    reader = load("vla", "sources").sources
+    (source,) = reader.read_sources([f"s={clips}"], "latents", [str(labels)], 0.3)
+    assert len(source.train) + len(source.validation) == 4 and source.labels["gap"] == gap
+    for clip in source.train:
+        codes, vectors, rows = reader.read_latents(clip, source.labels)
+        assert codes.shape == (25 - gap, 3) and rows.sum() == valid and vectors.shape == (25 - gap, 3, 4)
 
 
 def test_frames_are_resampled_and_cropped(encode, tmp_path):
@@ -1407,31 +1440,10 @@ def test_jobs_share_a_folder_and_a_killed_one_leaves_nothing_half_written(encode
     assert all(path.stat().st_mtime_ns == before for path, before in complete.items())
 
 
-STUB = """
-import torch
-class VAE(torch.nn.Module):
-    def __init__(self, ddconfig, ppconfig):
-        super().__init__()
-        self.gain = torch.nn.Parameter(torch.ones(()))
-    def encode(self, x, sample_posterior=True):
-        assert not sample_posterior
-        return self.gain * x[:, :1, ::4, ::8, ::8].repeat(1, 16, 1, 1, 1), None
-    def decode(self, z):
-        return z[:, :3].repeat_interleave(4, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
-"""
-
-
-def test_videovae_plus_from_a_checkout(encode, tmp_path):
+def test_videovae_plus_from_a_checkout(encode, plus, tmp_path):
     """A stand-in with the repository's layout and interface: its config names the class, its .ckpt is loaded safely."""
-    checkout = tmp_path / "VideoVAEPlus"
-    (checkout / "configs" / "inference").mkdir(parents=True)
-    (checkout / "stub_models").mkdir()
-    (checkout / "stub_models" / "vae.py").write_text(STUB)
-    params = "    ckpt_path: absent.ckpt\n    ddconfig: {}\n    ppconfig: {}\n"
-    config = f"model:\n  target: stub_models.vae.VAE\n  params:\n{params}"
-    (checkout / "configs" / "inference" / "config_16z.yaml").write_text(config)
-    torch.save(dict(state_dict=dict(gain=torch.tensor(3.0))), tmp_path / "w.ckpt")
-    one = encode.open_vae(tmp_path / "w.ckpt", checkout=checkout)
+    weights, checkout = plus
+    one = encode.open_vae(weights, checkout=checkout)
     frames = np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), dtype=np.uint8)
     z = one.encode(frames)
     assert z.shape == (2, 16, 2, 2) and one.decode(z).shape == (8, 16, 16, 3)
@@ -1443,7 +1455,7 @@ def test_videovae_plus_from_a_checkout(encode, tmp_path):
     with pytest.raises(DataError, match="cannot be opened"):
         encode.open_vae(tmp_path / "w.ckpt", checkout=checkout)
     with pytest.raises(DataError, match="no readable config_16z.yaml"):
-        encode.open_vae(tmp_path / "w.ckpt", checkout=tmp_path)
+        encode.open_vae(weights, checkout=tmp_path)
 
 
 # --- real data

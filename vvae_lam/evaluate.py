@@ -58,7 +58,7 @@ def open_recordings(args, model):
     data = args.data or (common.read_json(record)["flags"]["data"] if record.exists() else None)
     if not data:
         raise common.DataError(f"{record} is not there to name the data: give --data DIR")
-    recordings = read_sources(data, val_share=0.0, all_latents=model.config.all_latents)
+    recordings = read_sources(data, val_share=0.0)
     if recordings[0].shape != model.shape:
         raise common.DataError(f"--data: C, H, W are {recordings[0].shape}, but the checkpoint has {model.shape}")
     known = Path(args.checkpoint) / "data.json"

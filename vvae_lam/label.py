@@ -149,7 +149,7 @@ def write_labels_json(model, args, gap, out):
 def main(argv=None):
     args = parse(argv)
     model = open_model(args.checkpoint, args.device)
-    recordings, out = read_sources(args.data, val_share=0.0, all_latents=model.config.all_latents), Path(args.out)
+    recordings, out = read_sources(args.data, val_share=0.0), Path(args.out)
     gaps = {}
     for recording in recordings:
         gaps.setdefault(frame_gap(recording, model.config.gap), recording)

@@ -32,15 +32,14 @@ def parse(argv=None):
     add("--val-ratio", default=0.1, help="share to validate on", **real)
     add("--test-ratio", default=0.1, help="share for evaluate.py", **real)
     add("--seed", default=42, type=int, metavar="N", help="of the split")
-    add("--sequence-length", default=8, type=int, metavar="N", help="latent frames per sequence, for the counts")
     add("--every-chunk", action="store_true", help="look for NaN and zeros in every chunk, not in 8 of each file")
     add("--out", metavar="FILE", help="the manifest; without it DIR/manifest.json")
     args = parser.parse_args(argv)
     ratios = args.train_ratio, args.val_ratio, args.test_ratio
     if min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6 or not args.train_ratio > 0:
         parser.error(f"--train-ratio, --val-ratio and --test-ratio are {ratios}: not negative, and 1 together")
-    if args.sequence_length < 2 or args.seed < 0:
-        parser.error("--sequence-length must be above 1, --seed not negative")
+    if args.seed < 0:
+        parser.error("--seed must not be negative")
     return args
 
 
@@ -89,18 +88,10 @@ def main(argv=None):
     if not good:
         raise common.DataError(f"{folder}: none of its {len(files)} files can be used")
     splits = split(good, (args.train_ratio, args.val_ratio, args.test_ratio), args.seed)
-    counts = {
-        name: dict(
-            recordings=len(chosen),
-            frames=sum(map(len, chosen)),
-            sequences=sum(max(0, len(recording) - args.sequence_length + 1) for recording in chosen),
-        )
-        for name, chosen in splits.items()
-    }
+    counts = {name: dict(recordings=len(some), frames=sum(map(len, some))) for name, some in splits.items()}
     manifest = dict(
         splits={name: [str(r.path.relative_to(folder)) for r in chosen] for name, chosen in splits.items()},
         counts=counts,
-        sequence_length=args.sequence_length,
         seed=args.seed,
         shape=good[0].shape,
         left_out=len(bad),

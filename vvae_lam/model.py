@@ -48,10 +48,9 @@ class Config:
     mean: tuple = (0.0,)  # per channel; the model works on (latent - mean) / std, and its errors are in those units
     std: tuple = (1.0,)
     gap: int = 1  # latent frames between two frames of a training sequence
-    all_latents: bool = False  # trained on every latent of a jointly encoded chunk, not on the last one alone
 
 
-MAY_DIFFER = {"commitment_weight", "gap", "all_latents"}  # the weights fit all the same
+MAY_DIFFER = {"commitment_weight", "gap"}  # the weights fit all the same
 
 
 class VVAEtoLAMAdapter(nn.Module):

@@ -6,7 +6,7 @@ a row per latent frame: `actions` (what happens from that frame on; floats (A), 
 `frame_index` (the last frame of the video that the latent holds). Attributes are listed in README.md.
 
 A VAE that is not causal (VideoVAE+, CogVideoX) encodes the frames of a chunk together: all latents but the chunk's last
-have seen later frames. Only the last one is used, unless the file's attribute `causal` is true or all_latents is asked.
+have seen later frames. Only the last one is used, unless the file's attribute `causal` is true.
 """
 
 import contextlib
@@ -41,11 +41,10 @@ class Recording:
     chunk_frames: int  # T_latent
     shape: tuple  # C H W
     attributes: dict
-    all_latents: bool = False
     split: str = "train"
 
     def __post_init__(self):
-        self.every = self.all_latents or self.chunk_frames == 1 or bool(self.attributes.get("causal", False))
+        self.every = self.chunk_frames == 1 or bool(self.attributes.get("causal", False))
 
     def __len__(self):
         return self.chunks * self.chunk_frames if self.every else self.chunks
@@ -136,7 +135,7 @@ def opened(path, process):
     return h5py.File(path, "r", locking=False)
 
 
-def inspect(path, source="data", name=None, all_latents=False):
+def inspect(path, source="data", name=None):
     """The recording of a file, from its header alone; DataError says what is wrong with it."""
     path = Path(path)
     try:
@@ -172,7 +171,7 @@ def inspect(path, source="data", name=None, all_latents=False):
         hint = "reorder the axes, or write the attribute axes='NCTHW' if they are right"
         raise DataError(f"{path}: `{KEY}` {shape} is read as {AXES}, but {other}: {hint}")
     chunk_frames = shape[2] if len(shape) == 5 else 1
-    return Recording(source, name or path.stem, path, shape[0], chunk_frames, (C, H, W), attributes, all_latents)
+    return Recording(source, name or path.stem, path, shape[0], chunk_frames, (C, H, W), attributes)
 
 
 def never_written(data, folder):

@@ -76,7 +76,7 @@ def read_manifest(path, folder):
     return split_of
 
 
-def read_sources(data, manifest=None, val_share=0.1, val_episodes=(), all_latents=False):
+def read_sources(data, manifest=None, val_share=0.1, val_episodes=()):
     """All recordings of the --data words (NAME=PATH or PATH, folders or single files), split.
 
     The split is that of val_episodes (an episode, a recording, or NAME=ID), else of the manifest (one for all, or
@@ -91,7 +91,7 @@ def read_sources(data, manifest=None, val_share=0.1, val_episodes=(), all_latent
         if not files:
             raise DataError(f"--data {path}: no .h5 files (video_vae/encode_videos.py writes them)")
         for file in files:
-            recording = inspect(file, name, str(file.relative_to(folder).with_suffix("")), all_latents)
+            recording = inspect(file, name, str(file.relative_to(folder).with_suffix("")))
             recording.split = split_of.get(file, "")
             recordings.append(recording)
     same = [name for name, count in Counter((r.source, r.id) for r in recordings).items() if count > 1]
@@ -190,12 +190,9 @@ def describe_recordings(recordings):
         said = ", ".join(f"{rate} ({count})" for rate, count in rates.most_common())
         yield f"warning: the frame rates of the recordings differ: {said} frames a second; a gap is not one time"
     last = [r for r in recordings if not r.every]
-    leaky = [r for r in recordings if r.chunk_frames > 1 and r.every and not r.attributes.get("causal")]
     if last:
         share = f"{len(last)} recordings" if len(last) < len(recordings) else "all recordings"
-        yield f"of each chunk only the last latent is used ({share}): the others have seen later frames (--all-latents)"
-    if leaky:
-        yield f"--all-latents: in {len(leaky)} recordings latents have seen frames that come after them: a leak"
+        yield f"of each chunk only the last latent is used ({share}): the others have seen later frames"
 
 
 def normalisation(recordings, frames=512):

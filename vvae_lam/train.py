@@ -47,7 +47,6 @@ def parse(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", metavar="PATH", help="PATH or NAME=PATH; without it the demo runs on data of its own")
     add("--manifest", metavar="FILE", help="split of the recordings; without it DIR/manifest.json, if there is one")
-    add("--all-latents", action="store_true", help="use every latent of a chunk, also those that saw later frames")
     add("--sequence-length", default=8, help="latent frames per sequence", **whole)
     add("--gap", default=1, help="latent frames between two frames of a sequence", **whole)
     add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
@@ -190,7 +189,7 @@ def main(argv=None):
         demo.write(args.data[0].partition("=")[2])
     common.broadcast()  # the other ranks wait for the demo's data
     common.seed_all(args.seed)
-    recordings = read_sources(args.data, args.manifest, args.val_share, args.val_episodes, args.all_latents)
+    recordings = read_sources(args.data, args.manifest, args.val_share, args.val_episodes)
     common.open_run(args)
     stop = common.Interrupt(args.out)
 
