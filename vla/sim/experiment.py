@@ -104,7 +104,7 @@ def parse(argv=None):
     add("--videos", default=50, help="videos per task", **whole)
     add("--laq-steps", default=1200, help="steps of the tokenizer", **whole)
     add("--steps", default=1500, help="steps of stage 2", **whole)
-    add("--tune-steps", default=600, help="steps of stage 3; 200 leave a policy without pretraining at 3 %%", **whole)
+    add("--tune-steps", default=600, help="steps of stage 3", **whole)
     add("--backbone-lr", type=float, default=1.0, metavar="X", help="of a pretrained backbone in stage 3, times --lr")
     add("--episodes", default=17, help="test episodes per task and seed", **whole)
     add("--jobs", default=max(1, os.cpu_count() or 1), help="stages at a time, each on one core", **whole)
