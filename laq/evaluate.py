@@ -21,14 +21,14 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one f
 import figures
 import metrics
 from data import between, read_pairs
-from model import LAQ
+from model import LAQ, block_flow
 from shards import key_of, read_clips
 from sources import Source, named, named_paths, parse_gap
 from train import setup
 
 import common
 
-BASELINES = ("first frame", "pixel difference", "shuffled codes")
+BASELINES = ("first frame", "pixel difference", "optical flow", "shuffled codes")
 MOST_SCENES = 64  # other clips whose first frame codes are transferred to
 
 
@@ -86,19 +86,22 @@ def to_input(frames, device):
     return torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 255
 
 
+@torch.no_grad()
 def encode(model, frames, size, device):
-    """Pairs (n 2 S S 3) uint8 -> codes (n N), vectors (n N D), in batches of `size`."""
-    parts = [frames[i : i + size] for i in range(0, len(frames), size)]
-    found = [model.encode(to_input(part[:, 0], device), to_input(part[:, 1], device)) for part in parts]
+    """Pairs (n 2 S S 3) uint8 -> codes (n N), vectors (n N D), optical flow (n 2 8 8), in batches of `size`."""
+    found = []
+    for i in range(0, len(frames), size):
+        first, second = (to_input(frames[i : i + size, t], device) for t in (0, 1))
+        found.append((*model.encode(first, second), block_flow(first, second, 8)))
     return (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
 
 
 def collect(model, source, args, device):
     """The pairs of a source as arrays with a row per pair, or None if no pair of an evaluated episode can be read.
 
-    evaluated (n,) bool; episode (n,) number; camera (n,) name; codes, vectors; thumbs (n 2 192) of 8 x 8 pictures;
-    frames of the evaluated pairs; scenes: a first frame of each of some clips, with scene_episode; motion (n A), nan if
-    unknown.
+    evaluated (n,) bool; episode (n,) number; camera (n,) name; codes, vectors; thumbs (n 2 192) of 8 x 8 pictures; flow
+    (n 128) of 8 x 8 blocks; frames of the evaluated pairs; scenes: a first frame of each of some clips, with
+    scene_episode; motion (n A), nan if unknown.
     """
     parts, motions, states, numbers = [], [], [], {}
     long = [clip for clip in source.clips if len(clip) > source.gap(clip)]
@@ -116,7 +119,7 @@ def collect(model, source, args, device):
                 continue
             if len(starts) == 0:
                 continue
-            codes, vectors = encode(model, frames, args.batch_size, device)
+            codes, vectors, flow = encode(model, frames, args.batch_size, device)
             episode = np.full(len(starts), numbers.setdefault(clip.episode, len(numbers)))
             small = np.float64(thumbs).reshape(len(starts), 2, 8, 2, 8, 2, 3).mean((3, 5)).reshape(len(starts), 2, -1)
             scenes = frames[: int(number < MOST_SCENES), 0]
@@ -128,6 +131,7 @@ def collect(model, source, args, device):
                     codes=codes,
                     vectors=vectors.reshape(len(starts), -1).astype(float),
                     thumbs=small / 255,
+                    flow=flow.reshape(len(starts), -1).astype(float),
                     frames=frames if side else frames[:0],
                     scenes=scenes,
                     scene_episode=episode[: len(scenes)],
@@ -207,6 +211,7 @@ def probe(model, pairs, seed):
         "vectors before quantization": pairs.vectors[known],
         "first frame": small[:, 0],
         "pixel difference": small[:, 1] - small[:, 0],
+        "optical flow": pairs.flow[known],
         "shuffled codes": np.random.default_rng(seed).permutation(one_hot),
     }
     tested = np.unique(episode[pairs.evaluated[known]])
@@ -258,8 +263,8 @@ def section(report):
 Ridge probes of the difference of the {probed["motion"]} over the gap: {probed["tested"]} pairs scored, each episode by
 a probe fitted on the others ({probed["fitted"]} pairs at least){ONE_EPISODE if probed["episodes"] == 1 else ""}; each
 camera has probes of its own. In brackets 95 % intervals over episodes. Weighted: each dim counts by how much it moves.
-Good: codes above the first frame (what the scene tells anyway) and above pixel differences (of 8 x 8 thumbnails,
-nothing learned).
+Good: codes above the first frame (what the scene tells anyway), above pixel differences (of 8 x 8 thumbnails) and above
+optical flow (of 8 x 8 blocks), in which nothing is learned.
 """
     yield from probe_rows(report["probe"])
     for camera, scores in report.get("cameras", {}).items():
