@@ -49,7 +49,7 @@ def ours(folder, args, images, texts):
     config = vla.model.VLAConfig("{instruction}", 4, 32, latent=latent)
     model = vla.model.VLA(config, *backbone_of(folder, args.vocabulary)).train()
     batch = model.preprocess(images, texts)
-    batch |= dict(codes=torch.randint(8, (len(images), 4)), has_latents=torch.ones(len(images), dtype=torch.bool))
+    batch |= dict(codes=torch.randint(8, (len(images), 4)))
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
 
     def step():
