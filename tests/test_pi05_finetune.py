@@ -1928,3 +1928,62 @@ def test_other_real_sets_are_read_or_named(this, tmp_path, name):
     assert sum(map(len, train)) > 300 and not spec.required_obs_keys
     with refuses("at least one camera"):
         this.train.main(["--data", f"x={folder}", "--out", str(tmp_path / "o"), "--size", "tiny", "--device", "cpu"])
+
+
+def test_building_a_second_model_changes_nothing_in_the_first(this, toy):
+    """Sizes stand in a model's own config: nothing is kept from one to the next."""
+    model, batch = tiny(this, toy), observation()
+    expected = model.predict(batch)
+    tiny(this, toy, image_size=56, chunk=6, state_index=[0, 1, -1])
+    assert torch.equal(model.predict(batch), expected)
+
+
+def test_relative_statistics_are_of_action_minus_state(this, tmp_path):
+    """Norms of relative actions are those of action - state at every pair of window and step, as written out."""
+    spec, train, _ = opened(this, write_data(tmp_path / "data"))
+    norms = this.compute_norms.compute(spec, train, None, 3, [0, 1, -1])
+    rows = []
+    for episode in train:
+        for k in range(3):
+            for t in range(len(episode) - k):
+                rows.append(episode.actions[t + k] - episode.vectors["joint_pos"][t] * [1, 1, 0])
+    np.testing.assert_allclose(norms.action_mean, np.mean(rows, 0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(norms.action["max"], np.max(rows, 0), rtol=1e-5)
+
+
+def test_baselines_see_the_past_only(this, tmp_path):
+    """The last action is the one before the prediction, at the first step its own; the mean is the training one."""
+    spec, train, _ = opened(this, write_data(tmp_path / "data"))
+    made = this.evaluate.baselines([(train[0], 0), (train[0], 7), (train[2], 3)], 4, np.array([1.0, 2, 3]))
+    np.testing.assert_array_equal(made["last action"][1], np.repeat(train[0].actions[6:7], 4, 0))
+    np.testing.assert_array_equal(made["last action"][0], np.repeat(train[0].actions[:1], 4, 0))
+    assert (made["mean action"] == [1, 2, 3]).all() and made["mean action"].shape == (3, 4, 3)
+
+
+def test_accumulation_trains_the_same_model(this, tmp_path):
+    """Four micro-steps end where one step does."""
+    folder = write_data(tmp_path / "data")
+    for name, more in (("one", []), ("four", ["--accum", 4])):
+        assert this.train.main(flags(folder, tmp_path / name, "--ema", 0, *more)) == 0
+    one, four = (log_of(tmp_path / name)[-1]["val/loss"] for name in ("one", "four"))
+    assert one == pytest.approx(four, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_real_g1_validates_trains_and_reports(this, tmp_path):
+    """The seed's whole path on real episodes with video, from validation to the report."""
+    g1 = shared("g1_lerobot_v21/converted/lerobot_v30")
+    assert this.validate.main(["--data", str(g1), "--report", str(tmp_path / "v.json")]) == 0
+    split = ["--data", f"g1={g1}", "--val-episodes", "1"]
+    assert this.compute_norms.main([*split, "--out", str(tmp_path / "n")]) == 0
+    words = "--size tiny --image-size 28 --chunk 8 --prompt-tokens 128 --device cpu"
+    times = "--steps 30 --batch-size 8 --lr 2e-3 --warmup 5 --log-every 5"
+    more = ["--norms", str(tmp_path / "n"), "--out", str(tmp_path / "run")]
+    assert this.train.main([*split, *words.split(), *times.split(), *more]) == 0
+    losses = log_of(tmp_path / "run")
+    assert losses[-1]["train/loss"] < 0.9 * losses[0]["train/loss"]
+    last = str(tmp_path / "run" / "checkpoints" / "last")
+    words = ["--checkpoint", last, "--out", str(tmp_path / "r"), "--device", "cpu", "--val-stride", "40"]
+    assert this.evaluate.main(words) == 0
+    source = json.loads((tmp_path / "r" / "report.json").read_text())["sources"]["g1"]
+    assert np.isfinite(source["methods"]["model"]["mse_normalised"]) and len(source["dims"]) == 26
