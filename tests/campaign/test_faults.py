@@ -60,7 +60,8 @@ def second_process(server, out):
     env, quiet = {**os.environ, **ENV}, dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first = subprocess.Popen(words, cwd=server.cwd, env=env, start_new_session=True, **quiet)
     try:
-        until((server.cwd / out / "log.jsonl").exists, 300, "the first process")
+        log = server.cwd / out / "log.jsonl"
+        until(lambda: log.exists() and log.stat().st_size, 300, "the first line of the first process")
         os.kill(first.pid, signal.SIGSTOP)
         before = {path: path.stat().st_mtime_ns for path in (server.cwd / out).rglob("*")}
         code, _, printed = server.run(out, "--resume")
