@@ -973,6 +973,7 @@ def assert_same(a, b):
     assert losses(a) == losses(b)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_uninterrupted(this, arm, tmp_path, monkeypatch):
     whole = words_of(arm, tmp_path / "whole", "--steps", "14", "--eval-every", "8", "--save-every", "6")
     assert this.train.main(whole) == 0
