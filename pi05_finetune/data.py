@@ -264,7 +264,7 @@ class GlobalBatches:
 def prepare_dataloaders(spec, train, held_out, processor, args, first=0, rank=0, world=1):
     """(training loader, {source: validation loader}) of two lists of episodes; args: the flags of train.py."""
     more = dict(for_policy=True, image_size=args.image_size)
-    chunks, held_out_chunks = (SequenceConfig(args.chunk, stride) for stride in (args.stride, max(1, args.chunk // 2)))
+    chunks, held_out_chunks = (SequenceConfig(args.chunk, stride) for stride in (1, args.val_stride))
     augment = build_augmentations(AUGMENT[args.augment])
     windows = EpisodeDataset(spec, sequence=chunks, augment_fn=augment, seed=args.seed, episodes=train, **more)
     held_out = EpisodeDataset(spec, sequence=held_out_chunks, episodes=held_out, **more)

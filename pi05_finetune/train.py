@@ -50,10 +50,10 @@ def parse(argv=None):
     add("--tokenizer", metavar="DIR", help="local folder of PaliGemma's tokenizer; tiny has a toy one")
     add("--norms", metavar="DIR", help="of compute_norms.py, refused if of other data; without it they are measured")
     add("--augment", choices=list(AUGMENT), default="none", help="jitter: light by 5 %%; openpi: crop, turn, colour")
-    add("--stride", default=1, help="steps between two training chunks; 1 draws from all steps alike", **whole)
     add("--max-episodes", help="use the first N episodes only", **whole)
     add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
     add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
+    add("--val-stride", default=10, help="steps between two validation chunks", **whole)
     add("--workers", default=0, help="loader processes per rank; 0 loads in the training process", **whole)
 
     model = parser.add_argument_group("model")
@@ -99,7 +99,7 @@ def parse(argv=None):
     if args.demo:  # its preset first, so that the flags given here win
         given = sys.argv[1:] if argv is None else argv
         args = parser.parse_args([f"@{HERE / 'demo.args'}", *given], argparse.Namespace(demo=True))
-    positive = "stride chunk image_size prompt_tokens batch_size lr clip steps accum"
+    positive = "val_stride chunk image_size prompt_tokens batch_size lr clip steps accum"
     positive += " max_episodes" * (args.max_episodes is not None)
     for name in f"{positive} log_every eval_every save_every keep".split():
         if not 0 < getattr(args, name) < math.inf:

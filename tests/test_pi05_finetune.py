@@ -1564,7 +1564,7 @@ def equal(a, b):
     "more",
     [
         ["--augment", "openpi", "--ema", 0.5],
-        ["--train", "lora", "--relative", "--amp", "bf16", "--stride", 4],
+        ["--train", "lora", "--relative", "--amp", "bf16", "--val-stride", 4],
         ["--train", "expert", "--ema", 0, "--gradient-checkpointing"],
     ],
 )
