@@ -791,7 +791,7 @@ def test_accumulation_and_amp_train_the_same_model(this, latents, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_learns_to_use_its_codes(this, sources, metrics, tmp_path, monkeypatch):
+def test_it_learns_to_use_its_codes(this, tmp_path, monkeypatch):
     """A bar goes left or right: the frame before cannot tell which; the codes do, and other codes hurt."""
     monkeypatch.setattr(this.train, "CHECK_EVERY", 20)
     folder = write_moving(tmp_path / "data", 40)
@@ -801,12 +801,9 @@ def test_it_learns_to_use_its_codes(this, sources, metrics, tmp_path, monkeypatc
     assert this.train.main([*words, "--val-episodes", *(f"r{n}" for n in range(8))]) == 0
     last = log_of(tmp_path / "out")[-1]
     assert last["val/relative_mse"] < 0.5 and last["val/code_sensitivity"] > 0.1
-    assert last["val/action_sensitivity_l2"] > 0.05
-    model = this.model.VVAELatentActionVQVAE.from_pretrained(tmp_path / "out" / "checkpoints" / "last")
-    found = [(model.encode(r.read(np.arange(12))), r.motion(1)[0]) for r in sources.read_sources([str(folder)])]
-    codes = nn.functional.one_hot(torch.from_numpy(np.concatenate([one for one, _ in found])), 4).flatten(1)
-    right = torch.from_numpy(np.concatenate([two for _, two in found]))
-    assert metrics.probe(codes, right, torch.arange(40).repeat_interleave(11))["accuracy"] > 0.95
+    assert last["val/relative_mse_shuffled"] > 2 * last["val/relative_mse"]
+    # one bit is enough for two directions: 7 of 12 codes are in use
+    assert last["val/action_sensitivity_l2"] > 0.05 and last["val/codebook_usage"] > 0.5
 
 
 def test_overfit_says_whether_it_got_there(this, latents, tmp_path, capsys, monkeypatch):
