@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # as a script: the folder and common.py come first on the path
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
+from label import open_device
 from video_vae.vae import open_vae
 
 import common
@@ -305,15 +306,6 @@ def encode_all(args):
         print(f"{target}: {chunks} chunks", flush=True)
     print(f"{done} videos encoded, {failed} left out, {len(videos) - done - failed} were there already")
     return 1 if failed else 0
-
-
-def open_device(name):
-    """The torch device of --device; leaves a core to others."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-    if name == "auto":
-        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    return torch.device(name)
 
 
 # --- decode
