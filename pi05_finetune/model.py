@@ -27,8 +27,6 @@ from torch.distributed.tensor import DTensor
 
 from common import DataError
 
-SIZES = ("full", "tiny")
-TRAIN = ("all", "frozen-vision", "expert", "lora")
 RANKS = dict(vlm=16, expert=32)  # openpi's gemma_2b_lora and gemma_300m_lora; alpha equals the rank
 MAX_DIM = 32  # numbers that pi0.5's action heads, and its prompt, have room for
 
@@ -41,13 +39,13 @@ class Pi05Config:
     state_dim: int
     action_dim: int
     stats: dict  # {"observation.state": {q01, q99, ...: S numbers}, "action": {...: A numbers}}
-    size: str = "full"
+    size: str = "full"  # or tiny
     chunk: int = 50  # actions per prediction
     image_size: int = 224
     prompt_tokens: int = 200
     denoise_steps: int = 10
     state_index: list | None = None  # relative actions: see ToRelative in processor.py; None: all are absolute
-    train: str = "all"
+    train: str = "all"  # or frozen-vision, expert, lora
     ema: float = 0.0  # decay of the running average of the weights; 0: none
 
     def __post_init__(self):
@@ -56,8 +54,6 @@ class Pi05Config:
         if max(self.action_dim, self.state_dim) > MAX_DIM:
             dims = f"{self.action_dim} action dims and {self.state_dim} state dims"
             raise DataError(f"{dims}: Pi05 has room for {MAX_DIM} of each; convert.py --dims selects some")
-        if self.size not in SIZES or self.train not in TRAIN:
-            raise DataError(f"size {self.size!r}, train {self.train!r}: expected one of {SIZES}, one of {TRAIN}")
 
     def lerobot(self, device):
         """The same as LeRobot's PI05Config."""

@@ -43,6 +43,20 @@ class Policy:
         self.time += 1
         return action[0] if self.single else action
 
+    def run(self, worlds, seed=0):
+        """Act in simulated worlds side by side, each by its own instruction, until all have ended.
+
+        A world has `task`, observe() -> ({camera: (H, W, 3) uint8}, state (S,)), step(action), `ended`, `success`.
+        """
+        self.random.manual_seed(seed)
+        while running := [world for world in worlds if not world.ended]:
+            self.reset([world.task for world in running])
+            chunks = self.predict(*zip(*(world.observe() for world in running), strict=True))
+            for world, chunk in zip(running, chunks, strict=True):
+                for action in chunk[: self.n_action_steps]:
+                    if not world.ended:
+                        world.step(action)
+
     def predict(self, images, states):
         """Chunks (B, T, A) float32 for B images (or dicts of images) and states."""
         states = np.asarray(states, np.float32)

@@ -1,6 +1,8 @@
 """One recorded episode in memory, and the checks that every reader shares."""
 
+import fnmatch
 import hashlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -166,9 +168,6 @@ def short(error):
 
 def known_paths(folder, pattern):
     """Visible files below `folder` whose name fits the pattern; links to folders are followed."""
-    import fnmatch
-    import os
-
     found = []
     for place, _, names in os.walk(folder, followlinks=True):
         found += [Path(place) / name for name in names if fnmatch.fnmatch(name.lower(), pattern)]

@@ -14,31 +14,25 @@ from common import DataError
 from .episode import Episode, EpisodeRef, as_images, as_rows, check_file, short, trim
 
 
-def list_hdf5(source, files, rate, say=print):
+def list_hdf5(source, files, rate):
     """The episodes of HDF5 files. rate: steps per second, or None to take the file's own."""
     episodes = []
     for file in files:
         with opened(file) as h5:
-            there = ", ".join(sorted(h5)) or "nothing"
             own = rate or control_freq(h5)
             if own is None:
                 raise DataError(f"{file}: does not tell its control rate: give --rate (robosuite 20, ALOHA 50)")
             if "data" in h5 and isinstance(h5["data"], h5py.Group):
                 names = sorted(h5["data"], key=lambda name: int("0" + "".join(filter(str.isdigit, name))))
                 stem = f"{file.stem}_" if len(files) > 1 else ""
-                episodes += [
-                    EpisodeRef(source, f"{stem}{name}", functools.partial(read_demo, source, file, f"data/{name}", own))
-                    for name in names
-                ]
+                places = {f"{stem}{name}": f"data/{name}" for name in names}
             elif "action" in h5 and "observations" in h5:
-                episodes.append(
-                    EpisodeRef(source, file.stem, functools.partial(read_demo, source, file, "/", own))
-                )  # fmt: skip
+                places = {file.stem: "/"}
             else:
-                raise DataError(
-                    f"{file}: holds {there}; expected `data` (robosuite, robomimic), or `action` and `observations`"
-                    " (ALOHA)"
-                )
+                expected = "`data` (robosuite, robomimic), or `action` and `observations` (ALOHA)"
+                raise DataError(f"{file}: holds {', '.join(sorted(h5)) or 'nothing'}; expected {expected}")
+        for identity, path in places.items():
+            episodes.append(EpisodeRef(source, identity, functools.partial(read_demo, source, file, path, own)))
     return episodes
 
 
@@ -102,8 +96,8 @@ def read_demo(source, file, path, rate, keys):
                 raise DataError(f"has no `actions`, only {', '.join(sorted(demo))}")
             actions = as_rows(numbers(demo[name], file), name)
             episode = Episode(source, "", actions, np.arange(len(actions)) / rate, {}, {}, [""])
-            for group, prefix in ((demo, ""), (demo.get("obs"), ""), (demo.get("observations"), "")):
-                arrays |= {f"{prefix}{key}": item for key, item in (group or {}).items()}
+            for group in (demo, demo.get("obs"), demo.get("observations")):
+                arrays |= dict(group or {})
             arrays |= {f"images.{key}": item for key, item in (arrays.pop("images", None) or {}).items()}
             for key, item in arrays.items():
                 if key == name or not isinstance(item, h5py.Dataset) or (keys is not None and key not in keys):

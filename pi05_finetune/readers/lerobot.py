@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from common import DataError
+from common import DataError, read_json
 
 from .episode import Episode, EpisodeRef, MissingFile, as_rows, check_file, known_paths, short, trim
 from .video import VideoFrames
@@ -45,13 +45,12 @@ def read_table(file):
 
 
 def read_lines(file):
-    """A list of one JSON value per line; for info.json the list of its one value."""
+    """A list of one JSON value per line; [] if the file is not there."""
     if not file.exists():
         return []
     check_file(file)
     try:
-        text = file.read_text()
-        return [json.loads(line) for line in ([text] if file.suffix == ".json" else text.splitlines()) if line.strip()]
+        return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
     except ValueError as error:
         raise DataError(f"{file}: not readable as JSON ({short(error)})") from None
 
@@ -61,7 +60,8 @@ class LeRobot:
 
     def __init__(self, root):
         self.root, path = root, root / "meta" / "info.json"
-        (self.info,) = read_lines(path)
+        check_file(path)
+        self.info = read_json(path)
         try:
             self.fps, self.features = float(self.info["fps"]), self.info["features"]
             self.is_v3 = self.info["codebase_version"].startswith("v3")

@@ -83,8 +83,6 @@ class LiberoWorld:
         return {name: turned[camera] for name, camera in self.cameras.items()}, state_of(seen)
 
     def step(self, action):
-        if not np.isfinite(action).all():
-            raise ValueError(f"{self.task}: the policy predicts NaN or infinity")
         self.steps += 1
         self.success = bool(self.env.step([float(x) for x in action])[2])
 
@@ -134,21 +132,21 @@ def write_video(path, frames, rate=20 / N_ACTION_STEPS):
         file.mux(stream.encode(None))
 
 
-def closed_loop(model, rollouts, suite, args, videos):
-    """{instruction: [success of each episode]} of a suite. rollouts and args: evaluate.py's; one video per outcome."""
-    config, found = model.config, {}
+def closed_loop(policy, suite, args, videos):
+    """{instruction: [success of each episode]} of a suite. args: evaluate.py's. Videos go to the folder `videos`."""
+    config, found = policy.model.config, {}
     if (config.state_dim, config.action_dim) != (STATE_DIM, ACTION_DIM):
         dims = f"{config.state_dim} state and {config.action_dim} action dims"
         raise DataError(f"--env: LIBERO has a state of {STATE_DIM} and actions of {ACTION_DIM} dims, the policy {dims}")
-    cameras, steps = map_cameras(config.cameras), args.n_action_steps or min(N_ACTION_STEPS, config.chunk)
+    cameras = map_cameras(policy.cameras)
     shown = ", ".join(f"{ours} <- {theirs}" for ours, theirs in cameras.items())
-    print(f"cameras: {shown}; {steps} actions per prediction")
+    print(f"cameras: {shown}; {policy.n_action_steps} actions per prediction")
     for number in args.tasks or range(len(suite)):
         env, task, states = suite.open(number)
         won = found.setdefault(task, [])
         for i, state in enumerate(states[: args.rollouts]):
             world = LiberoWorld(env, task, state, cameras, args.max_steps or suite.max_steps)
-            rollouts(model, [world], steps, args.seed + 1000 * number + i)
+            policy.run([world], args.seed + 1000 * number + i)
             won.append(world.success)
             write_video(videos / f"task{number}_{'success' if world.success else 'failure'}.mp4", world.frames)
         env.close()

@@ -169,9 +169,9 @@ def test(apply=None):
 def clean(path):
     """Warnings and errors on a real set, of the rules that tell mistakes; jumps and dead joints are in the data."""
     spec, episodes = dataset.open_data([str(path)], say=str)
-    problems = pi05.validate.examine(episodes, spec, 4, 24)
     rules = {"missing", "repaired", "constant", "jump"}
-    return [f"{rule}: {text}" for found in problems.values() for rule, text in found if rule not in rules]
+    rows = pi05.validate.examine(episodes, spec, 4, 24)
+    return [f"{rule}: {text}" for _, rule, text in rows if rule not in rules]
 
 
 def report():
