@@ -26,11 +26,8 @@ class Sequences(Dataset):
     def __len__(self):
         return len(self.first)
 
-    def frames(self, i):
-        return self.first[i] + self.gap * np.arange(self.length)
-
     def __getitem__(self, i):
-        return self.recordings[self.owner[i]].read(self.frames(i))
+        return self.recordings[self.owner[i]].read(self.first[i] + self.gap * np.arange(self.length))
 
 
 class TrainBatches(Dataset):
@@ -74,41 +71,19 @@ class TrainBatches(Dataset):
         return dict(latents=torch.from_numpy(latents), anchor=torch.from_numpy(anchor))
 
 
-class Steps:
-    """Item numbers of the steps first to last - 1; repeat: those of step 0 again and again."""
-
-    def __init__(self, first, last, accum, repeat):
-        self.items, self.accum, self.repeat = range(first * accum, last * accum), accum, repeat
-
-    def __len__(self):
-        return len(self.items)
-
-    def __iter__(self):
-        return (item % self.accum if self.repeat else item for item in self.items)
-
-
 def train_loader(batches, first, steps, workers=0, repeat=False, pin_memory=False):
-    """This rank's micro-batches of the steps first to steps - 1. repeat: the first step's again and again."""
-    return iter(
-        DataLoader(
-            batches,
-            batch_size=None,
-            sampler=Steps(first, steps, batches.accum, repeat),
-            num_workers=workers,
-            worker_init_fn=ignore_signals,
-            pin_memory=pin_memory,
-        )
-    )
-
-
-def collate(sequences):
-    return dict(latents=torch.from_numpy(np.stack(sequences)))
+    """This rank's micro-batches of the steps first to steps - 1. repeat: those of step 0 again and again."""
+    items = range(first * batches.accum, steps * batches.accum)
+    items = [item % batches.accum for item in items] if repeat else items
+    loading = dict(num_workers=workers, worker_init_fn=ignore_signals, pin_memory=pin_memory)
+    return iter(DataLoader(batches, batch_size=None, sampler=items, **loading))
 
 
 def validation_loaders(recordings, length, gap, batch_size, rank=0, world=1):
-    """{source: loader} over the validation split, no transition twice; a source without a whole sequence has none.
+    """{source: loader of latents (B, T, C, H, W)} of the validation split, no transition twice.
 
-    Whole batches are dealt to the ranks: a batch, among which codes are shuffled, is the same on any number of them.
+    A source without a whole sequence has no loader. Whole batches are dealt to the ranks: a batch, among which codes
+    are shuffled, is the same on any number of them.
     """
     loaders = {}
     for name in dict.fromkeys(r.source for r in recordings):
@@ -116,5 +91,5 @@ def validation_loaders(recordings, length, gap, batch_size, rank=0, world=1):
         sequences = Sequences(held_out, length, gap, stride=(length - 1) * gap)
         if len(sequences):
             batches = torch.arange(len(sequences)).split(batch_size)[rank::world]
-            loaders[name] = DataLoader(sequences, batch_sampler=batches, collate_fn=collate)
+            loaders[name] = DataLoader(sequences, batch_sampler=batches)
     return loaders

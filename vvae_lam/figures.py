@@ -64,22 +64,6 @@ def prediction(model, clip):
     return picture_grid(shown, columns, "a held-out clip and its codes (error paler than change is good)")
 
 
-def codes(counts):
-    """Use of the codes at every code position. counts: {source: (S, K)}."""
-    figure = Figure(figsize=(9, 0.5 + 1.9 * len(counts)), layout="constrained")
-    positions = len(next(iter(counts.values())))
-    grid = figure.subplots(len(counts), positions, squeeze=False, sharey="row")
-    for axes, (name, table) in zip(grid, counts.items(), strict=True):
-        share = 100 * table / table.sum(1, keepdims=True).clip(min=1)
-        for position, (axis, values) in enumerate(zip(axes, share, strict=True), 1):
-            axis.bar(range(len(values)), values, color=PREDICTED)
-            axis.axhline(100 / len(values), color=TRUE, lw=1, ls="--")
-            axis.set(title=f"{name}, position {position}", xlabel="code")
-        axes[0].set_ylabel("share (%)")
-    figure.suptitle("codes on held-out transitions (many in use is good; dashed: all alike)")
-    return figure
-
-
 @torch.no_grad()
 def code_scene_grid(model, clips, scenes=4, actions=8):
     """The most frequent latent actions of clips (B, T, C, H, W), each applied to the first frame of several scenes."""
@@ -151,10 +135,9 @@ def code_motion(model, clips, most=6):
     return figure
 
 
-def of_run(model, example, counts, log_file):
-    """(name, figure) of everything that train.py draws at a validation."""
+def of_run(model, example, log_file):
+    """(name, figure) of everything that train.py draws at a validation. example: clips (B, T, C, H, W)."""
     yield "curves", curves(log_file)
-    yield "codes", codes({name: table.numpy() for name, table in counts.items()})
     if model.quantizer.quantizing:
         yield "prediction", prediction(model, example[0])
         yield "code_scene_grid", code_scene_grid(model, example)

@@ -97,18 +97,17 @@ def frame_gap(recording, gap):
 
 def sample(recording, codes, vectors, gap):
     """KEY.latents.npz of a recording: rows of the video's frames, of which those that end a latent are valid."""
-    ends, length = recording.frame_index(), int(recording.attributes.get("frames", len(recording)))
-    if ends is not None:
-        rows = max(0, length - gap)
-        keep = ends[: len(codes)]
-        valid, all_codes = np.zeros(rows, bool), np.zeros((rows, *codes.shape[1:]), codes.dtype)
-        all_vectors = np.zeros((rows, *vectors.shape[1:]), vectors.dtype)
-        valid[keep], all_codes[keep], all_vectors[keep] = True, codes, vectors
-        codes, vectors = all_codes, all_vectors
+    ends = recording.frame_index()
+    if ends is None:  # the frames are latent frames
+        ends, frames = np.arange(len(recording)), len(recording)
     else:
-        valid = np.ones(len(codes), bool)
+        frames = int(recording.attributes.get("frames", ends[-1] + 1))
+    rows, at = frames - gap, ends[: len(codes)]
+    valid, all_codes = np.zeros(rows, bool), np.zeros((rows, *codes.shape[1:]), np.int64)
+    all_vectors = np.zeros((rows, *vectors.shape[1:]), np.float32)
+    valid[at], all_codes[at], all_vectors[at] = True, codes, vectors
     file = io.BytesIO()
-    np.savez(file, codes=codes.astype(np.int64), vectors=vectors.astype(np.float32), gap=gap, valid=valid)
+    np.savez(file, codes=all_codes, vectors=all_vectors, gap=gap, valid=valid)
     return file.getvalue()
 
 

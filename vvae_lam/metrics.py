@@ -6,14 +6,7 @@ import torch
 import torch.nn.functional as F
 from layers import optical_flow
 
-ENOUGH_USE = 0.05  # of the squared error, or of the flow: below, shuffled codes would do nearly as well
-
-
-def distances(x_hat, x):
-    """{l1, l2, cos}: mean absolute, mean squared and cosine distance of frames (B, T, C, H, W), normalised units."""
-    error = x_hat.float() - x
-    cos = 1 - F.cosine_similarity(x_hat.float().flatten(2), x.flatten(2), dim=2)
-    return dict(l1=error.abs().mean().item(), l2=error.square().mean().item(), cos=cos.mean().item())
+ENOUGH_SENSITIVITY = 0.05  # of the copy baseline's squared error: below, other codes would do nearly as well
 
 
 def shuffle(x):
@@ -23,40 +16,38 @@ def shuffle(x):
     return x.flatten(0, 1).roll(offset, 0).view_as(x)
 
 
-def random_codes(codes, K, generator=None):
-    """Codes of the same shape (B, T, S): every position another than the true one; and one position of each changed."""
-    offset = torch.randint(1, max(2, K), codes.shape, generator=generator).to(codes.device)
-    random = (codes + offset) % K
-    position = torch.randint(codes.shape[2], (*codes.shape[:2], 1), generator=generator).to(codes.device)
-    return random, codes.scatter(2, position, random.gather(2, position))
+def mean_square(error):
+    """An error (B, ...) -> its mean square in each clip, (B,)."""
+    return error.float().square().flatten(1).mean(1)
 
 
 @torch.no_grad()
 def assess(model, latents, generator=None):
-    """({name: distance}, codes) of a batch (B, T, C, H, W), teacher-forced, with the true codes and with others.
+    """({name: value of each clip (B,)}, codes) of a batch (B, T, C, H, W), teacher-forced, in normalised units.
 
-    Names: true_l2, shuffled_l2 (codes of another transition of the batch) and, once codes are quantized, random_l2
-    (every code another) and flipped_l2 (one code another); l1 and cos likewise; copy_l2: the frame before as
-    prediction. With --flow: true_flow, the error of the flow told by the codes, and copy_flow, that of no flow.
-    codes are None before quantization. generator: of the random codes.
+    Mean squared errors: true (with the clip's own codes), shuffled (with those of another transition of the batch),
+    random (every code another one; only once codes are quantized), copy (the frame before as prediction). mae: mean
+    absolute error with the true codes. With --flow: flow (what the vectors tell of the optical flow, minus the flow)
+    and no_flow (the flow itself). codes are None before quantization. generator: of the random codes.
     """
     x = model.normalize(latents)
     patches = model.patchify(x)
     vectors, codes, _ = model.quantizer(model.encode_transitions(x, patches=patches))
     position = torch.arange(vectors.shape[1], device=x.device).expand(len(x), -1)
-    variants = dict(true=vectors)
-    if vectors.shape[0] * vectors.shape[1] > 1:
-        variants["shuffled"] = shuffle(vectors)
+    variants = dict(true=vectors, shuffled=shuffle(vectors))
     if codes is not None:
-        random, flipped = random_codes(codes, model.config.num_embeddings, generator)
-        variants |= dict(random=model.quantizer.lookup(random), flipped=model.quantizer.lookup(flipped))
-    found = {f"copy_{name}": value for name, value in distances(x[:, :-1], x[:, 1:]).items()}
+        K = model.config.num_embeddings
+        offset = torch.randint(1, max(2, K), codes.shape, generator=generator).to(codes.device)
+        variants["random"] = model.quantizer.lookup((codes + offset) % K)
+    found = dict(copy=mean_square(x[:, :-1] - x[:, 1:]))
+    for name, z in variants.items():
+        error = model.decode(x[:, :-1], z, position, patches=patches[:, :-1])[0].float() - x[:, 1:]
+        found[name] = mean_square(error)
+        if name == "true":
+            found["mae"] = error.abs().flatten(1).mean(1)
     if model.config.flow:
-        found["true_flow"] = model.flow_error(x, vectors).item()
-        found["copy_flow"] = optical_flow(x[:, :-1], x[:, 1:]).square().mean().item()
-    for name, vectors in variants.items():
-        x_hat = model.decode(x[:, :-1], vectors, position, patches=patches[:, :-1])[0]
-        found |= {f"{name}_{kind}": value for kind, value in distances(x_hat, x[:, 1:]).items()}
+        flow = optical_flow(x[:, :-1], x[:, 1:])
+        found |= dict(flow=mean_square(model.to_flow(vectors.flatten(2)) - flow), no_flow=mean_square(flow))
     return found, codes
 
 
@@ -65,30 +56,24 @@ def reconstruction_metrics(means):
 
     relative_mse: squared error over that of the copy baseline (the frame before), below 1 is good;
     relative_mse_shuffled: the same with shuffled codes; code_sensitivity: their difference, 0 where codes are ignored.
-    psnr_gain_over_copy: dB. action_sensitivity_*: error with random codes minus error with the true ones.
+    psnr_gain_over_copy: dB. action_sensitivity_l2: error with random codes minus error with the true ones.
     flow_r2: share of the optical flow that the codes tell.
-    random_over_flipped: (d_random - d_true) / (d_flipped - d_true), large where one wrong code does little harm.
     """
-    true, copy = means["true_l2"], max(means["copy_l2"], 1e-12)
-    out = dict(relative_mse=true / copy, psnr_gain_over_copy=10 * math.log10(copy / max(true, 1e-12)))
-    if "shuffled_l2" in means:
-        out["relative_mse_shuffled"] = means["shuffled_l2"] / copy
-        out["code_sensitivity"] = out["relative_mse_shuffled"] - out["relative_mse"]
-    if "true_flow" in means:
-        out["flow_r2"] = 1 - means["true_flow"] / max(means["copy_flow"], 1e-12)
-    if "random_l2" in means:
-        for kind in ("l1", "l2", "cos"):
-            out[f"action_sensitivity_{kind}"] = means[f"random_{kind}"] - means[f"true_{kind}"]
-        flipped = means["flipped_l2"] - true
-        if abs(flipped) > 1e-9:
-            out["random_over_flipped"] = out["action_sensitivity_l2"] / flipped
+    true, copy = means["true"], max(means["copy"], 1e-12)
+    out = dict(relative_mse=true / copy, relative_mse_shuffled=means["shuffled"] / copy)
+    out["code_sensitivity"] = out["relative_mse_shuffled"] - out["relative_mse"]
+    out["psnr_gain_over_copy"] = 10 * math.log10(copy / max(true, 1e-12))
+    if "random" in means:
+        out["action_sensitivity_l2"] = means["random"] - true
+    if "flow" in means:
+        out["flow_r2"] = 1 - means["flow"] / max(means["no_flow"], 1e-12)
     return out
 
 
 def code_use(model, latents):
-    """What the codes of a batch (B, T, C, H, W) are good for: {code_sensitivity, and flow_r2 with --flow}."""
+    """How much the vectors of a batch (B, T, C, H, W) are used: {code_sensitivity, and flow_r2 with --flow}."""
     model.eval()
-    found = reconstruction_metrics(assess(model, latents)[0])
+    found = reconstruction_metrics({name: value.mean().item() for name, value in assess(model, latents)[0].items()})
     model.train()
     return {name: found[name] for name in ("code_sensitivity", "flow_r2") if name in found}
 
@@ -115,9 +100,10 @@ def advice(numbers, K, probes=None):
     score = "r2" if "r2" in codes else "accuracy"
     if numbers["relative_mse"] >= 1:
         return "not good enough: predictions are worse than the frame before: train longer, or with a smaller --lr"
-    use = max(numbers["code_sensitivity"], numbers.get("flow_r2", 0.0))
-    if use < ENOUGH_USE:
-        return f"not good enough: the codes hardly matter ({use:.3f} of {ENOUGH_USE}): train longer, or with --flow"
+    if numbers["code_sensitivity"] < ENOUGH_SENSITIVITY:
+        known = f"code_sensitivity {numbers['code_sensitivity']:.3f}, wanted {ENOUGH_SENSITIVITY}"
+        cure = "train longer" + (", or with --flow" if "flow_r2" not in numbers else "")
+        return f"not good enough: other codes would do nearly as well ({known}): {cure}"
     if numbers["codebook_perplexity"] < K / 2:
         share = f"a perplexity of {numbers['codebook_perplexity']:.1f} of {K} codes"
         return f"not good enough: {share}: more data, or a smaller --codebook-dim"
@@ -133,10 +119,8 @@ def ridge(x, y, new, strengths):
     """Predictions (n, A) for features `new` (n, F), one per strength: ridge regression on standardised features."""
     mean, scale, middle = x.mean(0), x.std(0).clamp(min=1e-6), y.mean(0)
     x, new = (x - mean) / scale, (new - mean) / scale
-    dual = len(x) < x.shape[1]
-    values, vectors = torch.linalg.eigh(x @ x.T if dual else x.T @ x)
-    left = new @ (x.T @ vectors) if dual else new @ vectors
-    right = vectors.T @ (y - middle if dual else x.T @ (y - middle))
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    left, right = new @ vectors, vectors.T @ (x.T @ (y - middle))
     return [left / (values.clamp(min=0) + strength) @ right + middle for strength in strengths]
 
 
@@ -183,36 +167,32 @@ def probe(features, actions, episodes, tested=None, strengths=(1.0, 10.0, 100.0,
     """
     classes = not actions.is_floating_point()
     y = F.one_hot(actions.long()).double() if classes else actions.double()
-    x, fold = features.double(), folds_of(episodes)
-    tested = torch.ones(len(x), dtype=torch.bool) if tested is None else tested
-    guess, baseline = nested_predict(x, y, fold, strengths)
+    tested = torch.ones(len(y), dtype=torch.bool) if tested is None else tested
+    guess, baseline = nested_predict(features.double(), y, folds_of(episodes), strengths)
     guess, baseline, y, actions, episodes = (part[tested] for part in (guess, baseline, y, actions, episodes))
-    names, index = torch.unique(episodes, return_inverse=True)
-    if classes:
-        right = (guess.argmax(1) == actions).double()
-        sums = torch.stack([right, torch.ones_like(right)], 1)[:, :, None]
-
-        def score(total):
-            return dict(accuracy=total[0, 0] / total[1, 0])
+    if classes:  # one "dim": wrong rows out of all rows
+        wrong = (guess.argmax(1) != actions).double()
+        sums = torch.stack([wrong, torch.ones_like(wrong)], 1)[:, :, None]
     else:
         moves = y.std(0) > 1e-9
         sums = torch.stack([(guess - y).square()[:, moves], (baseline - y).square()[:, moves]], 1)  # n 2 A
+    names, index = torch.unique(episodes, return_inverse=True)
+    each = torch.zeros(len(names), *sums.shape[1:], dtype=sums.dtype).index_add_(0, index, sums)  # episodes 2 A
 
-        def score(total):
-            per_dim = 1 - total[0] / total[1].clamp(min=1e-12)
-            return dict(r2=per_dim.mean(), r2_weighted=1 - total[0].sum() / total[1].sum().clamp(min=1e-12))
+    def scores(total):
+        """Sums (..., 2, A) of errors and of what they are compared with -> {score: (...)}."""
+        per_dim, (error, whole) = 1 - total[..., 0, :] / total[..., 1, :].clamp(min=1e-12), total.sum(-1).unbind(-1)
+        if classes:
+            return dict(accuracy=per_dim.mean(-1))
+        return dict(r2=per_dim.mean(-1), r2_weighted=1 - error / whole.clamp(min=1e-12), r2_per_dim=per_dim)
 
-    each = torch.zeros(len(names), *sums.shape[1:], dtype=sums.dtype).index_add_(0, index, sums)
-    out = {name: value.item() for name, value in score(each.sum(0)).items()}
+    out = {name: value.tolist() for name, value in scores(each.sum(0)).items()}
     if len(names) >= 3:
         draws = torch.randint(len(names), (1000, len(names)), generator=torch.Generator().manual_seed(0))
-        many = [score(each[draw].sum(0)) for draw in draws]
-        for name in list(out):
-            low, high = (
-                torch.stack([found[name] for found in many]).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-            )
-            out |= {f"{name}_low": low, f"{name}_high": high}
+        many = scores(torch.stack([each[draw].sum(0) for draw in draws]))
+        ends = torch.tensor([0.025, 0.975]).double()
+        for name in [name for name in many if name != "r2_per_dim"]:
+            out[f"{name}_low"], out[f"{name}_high"] = many[name].quantile(ends).tolist()
     if classes:
-        return out | dict(chance=(torch.bincount(actions.long()).max() / len(actions)).item())
-    total = each.sum(0)
-    return out | dict(r2_per_dim=(1 - total[0] / total[1].clamp(min=1e-12)).tolist())
+        out["chance"] = (torch.bincount(actions.long()).max() / len(actions)).item()
+    return out

@@ -90,8 +90,6 @@ class VVAELatentActionVQVAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        if c.embed_dim % c.num_heads or c.embed_dim // c.num_heads % 2:
-            raise DataError(f"--embed-dim {c.embed_dim} must be a multiple of twice the {c.num_heads} heads")
         self.shape = c.channels, c.height, c.width
         N, S, D = -(-c.height // c.patch) * -(-c.width // c.patch), c.num_codes, c.embed_dim
         self.register_buffer("mean", torch.tensor(c.mean).view(-1, 1, 1), persistent=False)
@@ -206,8 +204,7 @@ class VVAELatentActionVQVAE(nn.Module):
 
     def check_latents(self, latents, ndim):
         """Normalised, as float32 on the model's device with a batch axis; and whether it came without one."""
-        x = latents if torch.is_tensor(latents) else torch.as_tensor(np.asarray(latents))
-        x = x.to(self.mean.device).float()
+        x = torch.as_tensor(latents).to(self.mean.device).float()
         single = x.ndim == ndim - 1
         x = x[None] if single else x
         if x.ndim != ndim or tuple(x.shape[-3:]) != self.shape:
@@ -219,7 +216,7 @@ class VVAELatentActionVQVAE(nn.Module):
 
     def check_codes(self, codes, batch):
         """As a tensor (batch, T, S) on the model's device."""
-        codes = codes if torch.is_tensor(codes) else torch.as_tensor(np.asarray(codes))
+        codes = torch.as_tensor(codes)
         codes = (codes[None] if codes.ndim == 2 else codes).to(self.mean.device)
         S, K = self.config.num_codes, self.config.num_embeddings
         if codes.ndim != 3 or len(codes) != batch or codes.shape[2] != S:
@@ -287,9 +284,9 @@ class VVAELatentActionVQVAE(nn.Module):
 
     def load_pretrained(self, folder):
         """Weights of a checkpoint folder whose configuration is this model's; DataError if it is not."""
-        other, own = asdict(read_config(folder)), json.loads(json.dumps(asdict(self.config)))
-        for name, value in json.loads(json.dumps(other)).items():
-            if name not in MAY_DIFFER and own[name] != value:
+        own = asdict(self.config)
+        for name, value in asdict(read_config(folder)).items():
+            if name not in MAY_DIFFER and not np.array_equal(value, own[name]):
                 raise DataError(f"{folder}: {name} is {value}, but {own[name]} here")
         path = Path(folder) / "pytorch_model.bin"
         try:

@@ -150,16 +150,17 @@ def split_of(recordings):
 
 
 def restore_split(recordings, table):
-    """Set the splits of a checkpoint's data.json, "new" where it does not know a recording; lines on what changed."""
-    known = {mark: split for split, marks in table.items() for mark in marks}
+    """Set the splits of a checkpoint's data.json, "new" where it does not know a recording -> lines on what changed."""
+    lines, known = [], {mark: split for split, marks in table.items() for mark in marks}
     for recording in recordings:
         recording.split = known.pop(recording.fingerprint(), "new")
     new = [f"{r.source}/{r.id}" for r in recordings if r.split == "new"]
     if new:
-        yield f"{len(new)} recordings are new since the run began ({new[0]} ...) and are left out"
+        lines.append(f"{len(new)} recordings are new since the run began ({new[0]} ...) and are left out")
     if known:
         gone = [table[split][mark] for mark, split in known.items()]
-        yield f"{len(gone)} recordings of the run are gone or changed ({gone[0]} ...): the rest is trained on"
+        lines.append(f"{len(gone)} recordings of the run are gone or changed ({gone[0]} ...): the rest is trained on")
+    return lines
 
 
 def kind_of(recording):

@@ -74,7 +74,12 @@ def parse(argv=None):
     add("--warmup", default=1000, help="steps of linear warm-up", **whole)
     add("--weight-decay", default=0.1, help="AdamW weight decay of matrices", **real)
     add("--clip", default=1.0, help="largest norm of the gradient", **real)
-    add("--quantize-after", default=0.1, help="quantize once the code sensitivity is above this", **real)
+    add(
+        "--quantize-after",
+        default=0.1,
+        help="quantize once code_sensitivity (--flow: or flow_r2) is above this",
+        **real,
+    )
     add("--overfit", action="store_true", help="learn one batch by heart; exit code 1 if MSE < 0.01, MAE < 0.05 fail")
     add("--seed", default=0, help="of weights, batches, augmentation and noise", **whole)
 
@@ -153,32 +158,33 @@ def learning_rate(step, args):
 
 @torch.no_grad()
 def validate(model, loaders, device, amp):
-    """Per source and over all of them: losses, errors with other codes, use of the codebook; a clip for the figures."""
+    """Per source and over all of them: losses, errors with other codes, use of the codebook; clips for the figures."""
     model.eval()
-    metrics, histograms, example = {}, {}, None
+    metrics, example = {}, None
     for name, loader in loaders.items():
-        totals, counts, histogram = {}, {}, torch.zeros_like(model.quantizer.idle)
-        for batch in loader:
-            latents = batch["latents"].to(device)
+        totals, count, histogram = {}, 0, torch.zeros_like(model.quantizer.idle)
+        for latents in loader:
+            latents = latents.to(device)
             with amp:
                 losses = model(dict(latents=latents))[1]
-                found, codes = assess(model, latents, torch.Generator().manual_seed(0))  # the same on any rank
-            for key, value in {**losses, **found}.items():
-                totals[key] = totals.get(key, 0.0) + float(value) * len(latents)
-                counts[key] = counts.get(key, 0) + len(latents)
-            histogram += count_codes(codes, histogram.shape[1]).to(device) if codes is not None else 0
+                errors, codes = assess(model, latents, torch.Generator().manual_seed(0))  # the same on any rank
+            for key, value in {**losses, **errors}.items():
+                totals[key] = totals.get(key, 0.0) + value.mean().item() * len(latents)
+            count += len(latents)
+            if codes is not None:
+                histogram += count_codes(codes, histogram.shape[1]).to(device)
             example = latents if example is None else example
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(histogram)
-        means, histograms[name] = common.mean(totals, counts), histogram.cpu()
+        means = common.mean(totals, dict.fromkeys(totals, count))
         kept = {key: value for key, value in means.items() if key.endswith("loss")}
-        kept |= {**codebook_metrics(histograms[name]), **reconstruction_metrics(means)}
+        kept |= {**codebook_metrics(histogram), **reconstruction_metrics(means)}
         metrics |= {f"val/{name}/{key}": value for key, value in kept.items()}
     for key in dict.fromkeys(name.rpartition("/")[2] for name in metrics):
         values = [metrics[f"val/{name}/{key}"] for name in loaders if f"val/{name}/{key}" in metrics]
         metrics[f"val/{key}"] = sum(values) / len(values)
     model.train()
-    return metrics, histograms, example
+    return metrics, example
 
 
 def main(argv=None):
@@ -196,7 +202,7 @@ def main(argv=None):
     # --- model
     checkpoint = common.newest(args.out) if args.resume else None
     split = common.read_json(checkpoint / "data.json") if checkpoint else split_of(recordings)
-    changes = list(restore_split(recordings, split)) if checkpoint else []
+    changes = restore_split(recordings, split) if checkpoint else []
     training = [recording for recording in recordings if recording.split == "train"]
     if checkpoint:  # with its normalisation, whatever the data have become
         model = VVAELatentActionVQVAE.from_pretrained(checkpoint).train()
@@ -235,7 +241,7 @@ def main(argv=None):
     batches = TrainBatches(sequences, args.batch_size, args.seed, args.accum, rank, world)
     train = train_loader(batches, first, args.steps, args.workers, args.overfit, device.type == "cuda")
     if args.overfit:
-        validation = {"overfit": [batches[micro] for micro in range(args.accum)]}
+        validation = {"overfit": [batches[micro]["latents"] for micro in range(args.accum)]}
     else:
         validation = validation_loaders(recordings, args.sequence_length, args.gap, args.batch_size, rank, world)
     for line in [*describe_recordings(recordings), *changes]:
@@ -275,15 +281,16 @@ def main(argv=None):
         at = 0 if args.overfit else done
         if not model.quantizer.quantizing and done % CHECK_EVERY == 0:
             with amp:
-                line.update(code_use(model, batches.head(at, min(args.batch_size, 32)).to(device)))
-            if max(line.values()) > args.quantize_after:
+                use = code_use(model, batches.head(at, min(args.batch_size, 32)).to(device))
+            line.update(use)
+            if max(use.values()) > args.quantize_after:  # with --flow either will do: both say that vectors are in use
                 model.init_codebook(batches.head(at, clips), args.seed)
-                use = ", ".join(f"{name} {value:.2f}" for name, value in line.items())
-                log.say(f"step {done}: {use}: quantization begins")
+                reached = ", ".join(f"{name} {value:.2f}" for name, value in use.items())
+                log.say(f"step {done}: {reached}: quantization begins")
         if done % args.log_every == 0 or ended:
             line.update(log.flush(lr=lr))
         if validation and (done % args.eval_every == 0 or ended):
-            metrics, histograms, example = validate(model, validation, device, amp)
+            metrics, example = validate(model, validation, device, amp)
             line.update(metrics)
             # errors from before quantization are not comparable: nothing was rounded
             is_best = model.quantizer.quantizing and (best is None or metrics["val/mse_loss"] < best)
@@ -301,7 +308,7 @@ def main(argv=None):
                 state = dict(step=done, best=best, opt=opt.state_dict(), scaler=scaler.state_dict())
                 torch.save(state, folder / "resume.pt")
         if "val/mse_loss" in line and rank == 0 and (ended or not args.overfit):
-            for name, figure in figures.of_run(model, example, histograms, log.out / "log.jsonl"):
+            for name, figure in figures.of_run(model, example, log.out / "log.jsonl"):
                 log.figure(done, name, figure)
         if stopped or ended:
             break
@@ -313,7 +320,7 @@ def main(argv=None):
         log.say(f"checkpoint: {log.out / 'checkpoints' / ('best' if best is not None else 'last')}")
         log.say(f"figure:     {log.out / 'figures' / 'prediction.png'}")
         if not model.quantizer.quantizing:
-            log.say(f"quantization never began: no code sensitivity above --quantize-after {args.quantize_after}")
+            log.say(f"quantization never began: code_sensitivity stayed below --quantize-after {args.quantize_after}")
         elif "val/loss" in line and not args.overfit:
             numbers = {name.removeprefix("val/"): value for name, value in line.items()}
             log.say(f"advice: {advice(numbers, args.num_embeddings)}")
