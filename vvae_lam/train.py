@@ -74,12 +74,7 @@ def parse(argv=None):
     add("--warmup", default=1000, help="steps of linear warm-up", **whole)
     add("--weight-decay", default=0.1, help="AdamW weight decay of matrices", **real)
     add("--clip", default=1.0, help="largest norm of the gradient", **real)
-    add(
-        "--quantize-after",
-        default=0.1,
-        help="quantize once code_sensitivity (--flow: or flow_r2) is above this",
-        **real,
-    )
+    add("--quantize-after", default=0.1, help="quantize above this code_sensitivity, or (--flow) flow_r2", **real)
     add("--overfit", action="store_true", help="learn one batch by heart; exit code 1 if MSE < 0.01, MAE < 0.05 fail")
     add("--seed", default=0, help="of weights, batches, augmentation and noise", **whole)
 
@@ -285,8 +280,7 @@ def main(argv=None):
             line.update(use)
             if max(use.values()) > args.quantize_after:  # with --flow either will do: both say that vectors are in use
                 model.init_codebook(batches.head(at, clips), args.seed)
-                reached = ", ".join(f"{name} {value:.2f}" for name, value in use.items())
-                log.say(f"step {done}: {reached}: quantization begins")
+                log.say(f"step {done}: quantization begins")
         if done % args.log_every == 0 or ended:
             line.update(log.flush(lr=lr))
         if validation and (done % args.eval_every == 0 or ended):
