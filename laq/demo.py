@@ -7,8 +7,6 @@ Run:
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +14,8 @@ import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from shards import key_of, npy, write_shard
+
+from common import atomic
 
 ABOUT = dict(version=1, episodes=240, length=24, pixels=32, fps=5, seed=0)
 STEP, RADIUS, REACH = 0.1, 0.1, 0.08  # of the image's side: one move, a block's radius, the effector's
@@ -91,21 +91,14 @@ def samples(numbers, distractors):
 
 def write(folder, distractors=False):
     """Write the data unless it is there already. A half-written folder is never left behind."""
-    folder = Path(folder)
-    about, what = folder / "demo.json", ABOUT | dict(distractors=distractors)
+    folder, what = Path(folder), ABOUT | dict(distractors=distractors)
+    about = folder / "demo.json"
     if about.exists() and json.loads(about.read_text()) == what:
         return
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # two first starts at once
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for shard, numbers in enumerate(np.array_split(range(ABOUT["episodes"]), 4)):
-        write_shard(temporary / f"shard-{shard:06d}.tar", samples(numbers, distractors))
-    (temporary / about.name).write_text(json.dumps(what))
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        temporary.rename(folder)
-    except OSError:  # the other start was faster, its data is the same
-        shutil.rmtree(temporary)
+    with atomic(folder, folder=True) as temporary:
+        for shard, numbers in enumerate(np.array_split(range(ABOUT["episodes"]), 4)):
+            write_shard(temporary / f"shard-{shard:06d}.tar", samples(numbers, distractors))
+        (temporary / about.name).write_text(json.dumps(what))
 
 
 if __name__ == "__main__":

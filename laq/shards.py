@@ -13,7 +13,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import re
 import tarfile
 import zlib
@@ -25,7 +24,7 @@ import numpy as np
 import webdataset
 from av.video.reformatter import VideoReformatter
 
-from common import DataError
+from common import DataError, atomic
 
 REORDER = 16  # h264, h265 and AV1 change the order of frames by at most so many
 TEXTS, NUMBERS = ("instruction", "source", "episode", "camera"), ("fps", "length")
@@ -231,11 +230,6 @@ def upright(image, frame):
     return np.ascontiguousarray(image)
 
 
-def resize(frames, size):
-    """Frames (n, H, W, 3) uint8 -> (n, size, size, 3) uint8, as a clip's frames are."""
-    return np.stack([*map(to_rgb(size), frames)])
-
-
 # --- episodes held out
 
 
@@ -391,22 +385,8 @@ def key_of(*names):
 
 
 def write_shard(path, samples):
-    """Write samples (dicts of __key__ and extension: bytes) to the tar `path`; returns how many.
-
-    It is written to a neighbour and renamed: a tar that is there is complete. Nothing is written without samples.
-    """
-    path, number = Path(path), 0
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            with webdataset.TarWriter(file, mtime=0, user="0", group="0") as tar:
-                for sample in samples:
-                    tar.write(sample)
-                    number += 1
-            file.flush()
-            os.fsync(file.fileno())
-        if number:
-            os.replace(temporary, path)
-        return number
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write samples (dicts of __key__ and extension: bytes) to the tar `path`; a tar that is there is complete."""
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        with webdataset.TarWriter(file, mtime=0, user="0", group="0") as tar:
+            for sample in samples:
+                tar.write(sample)

@@ -72,25 +72,40 @@ def parse(argv=None):
 # --- a recording becomes samples
 
 
-def samples(entry, args, notes):
-    """Yields (sample {__key__, mp4, json, actions.npy, state.npy}, length) of an entry: one per camera and task.
+def make_shard(out, name, entries, args):
+    """Write a shard, then done/NAME.json: its clips and frames, what was left out and why, and what to know."""
+    done = dict(clips=0, frames=0, broken={}, notes=Counter())
+    write_shard(out / f"{name}.tar", samples([Entry(**entry) for entry in entries], args, done))
+    write_json(out / "done" / f"{name}.json", done)
+    return done
 
-    Instead of a sample also (key, reason) of a camera that is broken. notes: a Counter of what the user should know.
-    """
-    cameras = list(map(short, args.cameras))
-    for recording in readers.opened(entry):
-        if cameras and recording.camera not in cameras:
-            continue
-        key = key_of(entry.source, entry.episode, recording.camera)
+
+def samples(entries, args, done):
+    """{__key__, mp4, json, actions.npy, state.npy} for each entry, camera and task; `done` counts them."""
+    cameras = set(map(short, args.cameras))
+    for entry in entries:
         try:
-            yield from clips_of(entry, recording, key, args)
-            notes.update(recording.notes)
+            recordings = list(readers.opened(entry))
         except DAMAGED as error:
-            yield key, explain(error, entry.path)
+            done["broken"][entry.key] = explain(error, entry.path)
+            continue
+        for recording in recordings:
+            if cameras and recording.camera not in cameras:
+                continue
+            key = key_of(entry.source, entry.episode, recording.camera)
+            try:
+                made = clips_of(entry, recording, key, args)
+            except DAMAGED as error:
+                done["broken"][key] = explain(error, entry.path)
+                continue
+            done["notes"].update(recording.notes)
+            for sample, length in made:
+                done["clips"], done["frames"] = done["clips"] + 1, done["frames"] + length
+                yield sample
 
 
 def clips_of(entry, recording, key, args):
-    """The samples of one camera: one, or one for each stretch of rows with the same instruction."""
+    """[(sample, frames)] of one camera: one, or one for each stretch of rows with the same instruction."""
     stretches, frames, start, made = [(recording.instruction, recording.length)], checked(recording.frames), 0, []
     if isinstance(recording.instruction, list):  # a text per row
         stretches = [(text, len(list(rows))) for text, rows in itertools.groupby(recording.instruction)]
@@ -112,7 +127,7 @@ def clips_of(entry, recording, key, args):
         pass
     if not whole:
         recording.notes.append("the task changes within an episode: a clip of each task")
-    yield from made
+    return made
 
 
 def video_of(entry, recording, frames, whole, args):
@@ -264,31 +279,6 @@ def write_json(file, what):
 # --- the work
 
 
-def make_shard(out, name, entries, args):
-    """Write a shard and then done/NAME.json: its clips and frames, what was left out and why, and what to know."""
-    broken, notes, frames = {}, Counter(), 0
-
-    def made():
-        nonlocal frames
-        for entry in (Entry(**entry) for entry in entries):
-            found = 0
-            try:
-                for sample, length in samples(entry, args, notes):
-                    found += 1
-                    if isinstance(sample, str):
-                        broken[sample] = length
-                        continue
-                    frames += length
-                    yield sample
-            except DAMAGED as error:
-                broken[entry.key] = explain(error, entry.path)
-
-    number = write_shard(out / f"{name}.tar", made())
-    done = dict(clips=number, frames=frames, broken=broken, notes=notes)
-    write_json(out / "done" / f"{name}.json", done)
-    return done
-
-
 def explain(error, path):
     """Why a clip was left out, in one line that names the file."""
     text = " ".join(str(error).split())
@@ -300,10 +290,9 @@ def explain(error, path):
 
 
 def finished(name, out):
-    """done/NAME.json of a shard that is there (or has no clips, as all of them are broken), else None."""
+    """done/NAME.json of a shard that is there, else None."""
     file = out / "done" / f"{name}.json"
-    done = common.read_json(file) if file.exists() else None
-    return done if done and (done["clips"] == 0 or (out / f"{name}.tar").exists()) else None
+    return common.read_json(file) if file.exists() and (out / f"{name}.tar").exists() else None
 
 
 def work(names, plan, args, out):
@@ -345,7 +334,7 @@ def summarise(plan, out):
     summary = {}
     for source, missing in plan["missing"].items():
         names = [name for name, entries in plan["shards"].items() if entries[0]["source"] == source]
-        tars = [out / f"{name}.tar" for name in names if finished(name, out)["clips"]]
+        tars = [out / f"{name}.tar" for name in names]
         clips = [clip for tar in tars for clip in open_shard(tar)]
         broken, notes = dict(missing), Counter(plan["notes"].get(source, []))
         for name in names:
@@ -402,16 +391,12 @@ def main(argv=None):
     total, before = sum(clips.values()), sum(clips.values()) - sum(clips[name] for name in left)
     print(f"{len(clips)} shards of {total} recordings, {len(clips) - len(left)} of them there already", flush=True)
     shown = dict(unit="recording", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    try:
-        with tqdm(total=total, initial=before, **shown) as bar:
-            for name, done in work(left, plan, args, out):
-                bar.update(clips[name])
-                frames += done["frames"]
-                tqdm.write("\n".join(progress(name, done, frames / (time.monotonic() - began))), file=sys.stdout)
-                sys.stdout.flush()
-    except OSError as error:
-        told = f"--out {out}: {error}; finished shards stay, and the same command goes on"
-        raise common.DataError(told) from None
+    with tqdm(total=total, initial=before, **shown) as bar:
+        for name, done in work(left, plan, args, out):
+            bar.update(clips[name])
+            frames += done["frames"]
+            tqdm.write("\n".join(progress(name, done, frames / (time.monotonic() - began))), file=sys.stdout)
+            sys.stdout.flush()
     summary = summarise(plan, out)
     for source, about in summary.items():
         print(*tell(source, about), sep="\n", flush=True)

@@ -776,7 +776,7 @@ def test_a_full_disk(laq, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return write(tar, sample)
 
-    with monkeypatch.context() as patch, pytest.raises(DataError, match="No space left.*finished shards stay"):
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="No space left"):
         patch.setattr(webdataset.TarWriter, "write", full)
         run(laq, tmp_path / "out", *words)
     assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["d-000000.tar"]

@@ -12,8 +12,6 @@ prove nothing about pixels.
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -24,7 +22,9 @@ from shards import npy, npz, write_shard
 from sim import tabletop
 from sim.tiny import build
 
-DEFAULT = dict(videos=300, demonstrations=100, body="disc", robot="disc", pixels=32, fps=5, seed=0, family="film")
+from common import atomic
+
+DEFAULT = dict(videos=300, demonstrations=100, body="disc", pixels=32, fps=5, seed=0)
 VERSION, GAP, NOISE = 4, 4, 0.3  # frames between a pair; the labels' noise, of their spread: R2 about 0.92
 
 
@@ -75,12 +75,12 @@ def samples(episodes, source, fps, actions):
         yield sample | robot if actions else sample
 
 
-def write_shards(folder, items, name="shard"):
+def write_shards(folder, items):
     """Four shards of `items`, in order."""
     folder.mkdir(parents=True, exist_ok=True)
     items = list(items)
     for number, part in enumerate(np.array_split(np.arange(len(items)), min(4, len(items)))):
-        write_shard(folder / f"{name}-{number:06d}.tar", [items[i] for i in part])
+        write_shard(folder / f"shard-{number:06d}.tar", [items[i] for i in part])
 
 
 def write(folder, with_actions=False, **changes):
@@ -88,28 +88,20 @@ def write(folder, with_actions=False, **changes):
     about, folder = dict(DEFAULT, version=VERSION, with_actions=with_actions, **changes), Path(folder)
     if (folder / "demo.json").exists() and json.loads((folder / "demo.json").read_text()) == about:
         return
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # two first starts at once
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     videos = successes(about["videos"], 2 * about["seed"], about["body"], about["pixels"])
-    robot = successes(about["demonstrations"], 2 * about["seed"] + 1, about["robot"], about["pixels"])
-    write_shards(temporary, samples(videos, "videos", about["fps"], with_actions))
-    write_shards(temporary / "robot", samples(robot, "robot", about["fps"], True))
+    robot = successes(about["demonstrations"], 2 * about["seed"] + 1, "disc", about["pixels"])
     labels, codebook = label(videos, np.random.default_rng([about["seed"], 2]))
     packed = [npz(codes=codes, vectors=vectors, gap=np.int64(GAP)) for codes, vectors in labels]
     keys = [f"videos-{number:04d}" for number in range(len(videos))]
-    write_shards(temporary / "labels", [{"__key__": k, "latents.npz": p} for k, p in zip(keys, packed, strict=True)])
     head = dict(codebook_size=len(codebook), code_seq_len=2, code_dim=2, gap=GAP, codebook=codebook.tolist())
-    (temporary / "labels" / "labels.json").write_text(json.dumps(head))
     texts = [tabletop.instruction(task, verb) for task in range(len(tabletop.TASKS)) for verb in tabletop.VERBS]
-    texts = [f"robot, {text}" for text in texts]
-    build(temporary / "backbone", texts, about["family"], pixels=about["pixels"])
-    (temporary / "demo.json").write_text(json.dumps(about))
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        temporary.rename(folder)
-    except OSError:  # the other start was faster, its data is the same
-        shutil.rmtree(temporary)
+    with atomic(folder, folder=True) as new:
+        write_shards(new, samples(videos, "videos", about["fps"], with_actions))
+        write_shards(new / "robot", samples(robot, "robot", about["fps"], True))
+        write_shards(new / "labels", [{"__key__": k, "latents.npz": p} for k, p in zip(keys, packed, strict=True)])
+        (new / "labels" / "labels.json").write_text(json.dumps(head))
+        build(new / "backbone", [f"robot, {text}" for text in texts], "film", pixels=about["pixels"])
+        (new / "demo.json").write_text(json.dumps(about))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Run:
   python vla/evaluate.py --checkpoint CKPT --env libero_spatial --episodes 50 --out report
   python vla/evaluate.py --checkpoint CKPT --env gym_pusht/PushT-v0 --instruction "push it" --out report
 
---data: action error in robot units per dim, smoothness of the predicted chunks, latent accuracy (with --labels), beside
+--data: action error in robot units per dim, or latent accuracy (with --labels), beside
 baselines that need no model. --env: success rate with its 95 % interval, per task too; an episode ends with its first
 success, or fails after --limit steps. Writes report.json, report.md, figures/ (with videos of the first episodes), and
 with --wandb a table of the episodes.
@@ -94,15 +94,15 @@ def batches(model, source, args, device):
 def measure_actions(model, source, args, device):
     """Errors on held-out clips in robot units, beside repeating the last command and the training clips' mean command.
 
-    Errors are over a whole chunk, padding left out. smoothness: mean size of second differences within a chunk,
-    predicted by true. Returns (numbers, an example: (true, predicted) chunks laid end to end, (T, A) each).
+    Errors are over a whole chunk, padding left out. Returns (numbers, an example: (true, predicted) chunks laid end to
+    end, (T, A) each).
     """
     H, A, scale = model.config.action.chunk_size, model.config.action.action_dim, np.array(model.config.action.scale)
     known = source.train or source.validation
     average = np.concatenate(collect(lambda clip: clip.array("actions.npy"), known)).mean(0)
     if len(average) != A:
         raise common.DataError(f"{source.name}: {len(average)} action dims, the checkpoint predicts {A}")
-    errors, bends, example = dict(model=[], last_action=[], mean_action=[]), [], None
+    errors, example = dict(model=[], last_action=[], mean_action=[]), None
     for clip, rows, batch in batches(model, source, args, device):
         actions = clip.array("actions.npy")
         steps = rows[:, None] + np.arange(H)
@@ -111,9 +111,6 @@ def measure_actions(model, source, args, device):
         last = actions[np.maximum(rows - 1, 0)][:, None]
         for name, value in dict(model=predicted, last_action=last, mean_action=average).items():
             errors[name].append(np.abs(value - true)[present])
-        if H > 2:
-            full = present.all(1)
-            bends.append([np.abs(np.diff(x[full], 2, axis=1) / scale).sum() for x in (predicted, true)])
         if example is None:
             every = np.arange(0, len(rows), max(1, H // args.stride))
             example = true[every].reshape(-1, A), predicted[every].reshape(-1, A)
@@ -122,9 +119,6 @@ def measure_actions(model, source, args, device):
     errors = {name: np.concatenate(value) for name, value in errors.items()}  # n A
     numbers = {f"mae_{name}": float((value / scale).mean()) for name, value in errors.items()}
     numbers |= {f"mae_per_dim_{name}": value.mean(0).tolist() for name, value in errors.items()}
-    if bends:
-        predicted, true = np.sum(bends, 0)
-        numbers["smoothness"] = float(predicted / max(true, 1e-12))
     return numbers | dict(clips=len(source.validation)), example
 
 

@@ -72,26 +72,6 @@ def strips(films, shown=8):
     return figure
 
 
-def compare(columns, shown=4):
-    """Rollouts of several policies on the same goals; columns: {title: [(caption, success, frames (T, H, W, 3))]}."""
-    rows = len(next(iter(columns.values())))
-    figure = Figure(figsize=(0.95 * (shown + 0.3) * len(columns), 1.12 * rows + 0.5), layout="constrained")
-    for half, (title, episodes) in zip(
-        figure.subfigures(1, len(columns), squeeze=False)[0], columns.items(), strict=True
-    ):
-        half.suptitle(title, fontsize=9, weight="bold")
-        for (caption, success, frames), axes in zip(episodes, half.subplots(rows, shown, squeeze=False), strict=True):
-            for i, axis in enumerate(axes):
-                axis.imshow(frames[round(i * (len(frames) - 1) / (shown - 1))])
-                axis.set(xticks=[], yticks=[])
-            axes[0].set_title(caption, fontsize=7, loc="left", pad=2)
-            colour, word = ("tab:green", "success") if success else ("tab:red", "failure")
-            axes[-1].set_title(word, fontsize=7, color=colour, weight="bold", loc="right", pad=2)
-            for spine in axes[-1].spines.values():
-                spine.set(visible=True, color=colour, linewidth=3)
-    return figure
-
-
 def success(table, arms):
     """Success against demonstrations, a line per arm. table: {(arm, demos): (success, low, high, seeds)}."""
     figure = Figure(figsize=(7, 4), layout="constrained")

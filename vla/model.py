@@ -92,13 +92,6 @@ class VLAConfig:
     def save_pretrained(self, folder):
         (Path(folder) / "vla.json").write_text(json.dumps(dataclasses.asdict(self), indent=1))
 
-    def check(self, other, folder):
-        """A DataError if weights of the config `other`, those of `folder`, mean something else in this one."""
-        for name in ("prompt", "num_queries", "image_size", "latent", "action"):
-            if getattr(self, name) != getattr(other, name):
-                shown = getattr(other, name) if isinstance(getattr(other, name), str | int) else "another"
-                raise DataError(f"{folder}: its {name} is {shown}, not that of this run")
-
 
 class LoRALinear(nn.Linear):
     """A linear layer plus a low-rank update, W x + B A x (Hu et al. 2021, arXiv 2106.09685). B starts at zero."""
@@ -317,16 +310,6 @@ class VLA(nn.Module):
         if config is None or (Path(folder) / "vla.json").exists():
             model.load_heads(folder)
         return model
-
-    def load_pretrained(self, folder):
-        """The weights of a checkpoint of the same configuration."""
-        self.config.check(VLAConfig.from_pretrained(folder), folder)
-        weights = open_backbone(folder)[0].state_dict()
-        own = {name: value.shape for name, value in self.backbone.state_dict().items() if "lora_" not in name}
-        if own != {name: value.shape for name, value in weights.items()}:
-            raise DataError(f"{folder}: another backbone than this model's")
-        self.backbone.load_state_dict(weights, strict=False)
-        self.load_heads(folder)
 
     def load_heads(self, folder):
         """Queries, LoRA layers, and those heads whose configuration is the checkpoint's; the others stay new."""

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from model import VLA
-from shards import resize
+from shards import to_rgb
 
 
 class Policy:
@@ -62,8 +62,8 @@ class Policy:
         for image in images:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 raise ValueError(f"image {image.dtype} {image.shape}, expected uint8 (H, W, 3)")
-        size, device = self.model.config.image_size, self.model.queries.device
-        batch = self.model.preprocess([resize(image[None], size)[0] for image in images], self.instructions)
+        square, device = to_rgb(self.model.config.image_size), self.model.queries.device
+        batch = self.model.preprocess([*map(square, images)], self.instructions)
         if self.state_dim:
             if states is None or np.shape(states) != (len(images), self.state_dim):
                 raise ValueError(f"state has shape {np.shape(states)[1:]}, the policy reads {self.state_dim} numbers")

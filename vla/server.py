@@ -29,6 +29,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one f
 import common
 
 LIMIT = 64 * 2**20  # bytes of a request: a few camera images
+REPORT_EVERY = 100  # requests between two lines about latency
 KINDS = "biuf"  # dtypes that an array may have: no objects, no records
 HERE = Path(__file__).resolve().parent
 
@@ -48,7 +49,6 @@ def parse(argv=None):
         help="of the request: uint8 (H, W, 3); CAMERA=KEY for a policy of several cameras",
     )
     add("--state-key", default="observation/state", metavar="KEY", help="of the request: (S,), if the policy reads it")
-    add("--report-every", type=int, default=100, metavar="N", help="requests between two lines about latency")
     add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
     return parser.parse_args(argv)
 
@@ -127,14 +127,14 @@ class Server:
     infer: request (dict) -> actions (H, A). metadata (dict) is the first message of every connection.
     """
 
-    def __init__(self, infer, metadata, host="127.0.0.1", port=8000, report_every=100, say=print):
+    def __init__(self, infer, metadata, host="127.0.0.1", port=8000, say=print):
         try:
             import msgpack  # noqa: F401  used by pack and unpack
             from websockets.sync.server import serve
         except ImportError as error:
             raise common.DataError(f"{error}: pip install websockets msgpack") from None
         self.infer, self.metadata, self.lock = infer, metadata, threading.Lock()
-        self.times, self.report_every, self.say = [], report_every, say
+        self.times, self.say = [], say
         try:
             more = dict(process_request=self.health, compression=None, max_size=LIMIT)
             self.server = serve(self.handle, host, port, **more)
@@ -171,7 +171,7 @@ class Server:
             actions = np.asarray(self.infer(request), np.float32)
             end = time.perf_counter()
             self.times.append(end - start)
-            if len(self.times) % self.report_every == 0:
+            if len(self.times) % REPORT_EVERY == 0:
                 self.say(self.latency())
         timing = dict(infer_ms=1e3 * (end - begun), wait_ms=1e3 * (begun - start))
         return dict(actions=actions, server_timing=timing)
@@ -191,7 +191,7 @@ class Server:
 def main(argv=None):
     args = parse(argv)
     infer = answer_with(load_policy(args.policy, args.checkpoint, args.device), args.image_key, args.state_key)
-    server = Server(infer, dict(checkpoint=args.checkpoint), args.host, args.port, max(1, args.report_every))
+    server = Server(infer, dict(checkpoint=args.checkpoint), args.host, args.port)
     print(f"serving {args.checkpoint} on ws://{args.host}:{server.port}", flush=True)
     try:
         server.run()

@@ -177,7 +177,9 @@ def configure(args, sources, say):
         other = VLAConfig.from_pretrained(args.init)
         if other.latent and other.latent.codebook == latent.codebook:
             config.latent = replace(other.latent, target=args.target)
-        config.check(other, args.init)
+        for name in ("prompt", "num_queries", "image_size", "latent", "action"):
+            if getattr(config, name) != getattr(other, name):
+                raise common.DataError(f"--init {args.init}: its {name} is not that of this run")
     return config
 
 

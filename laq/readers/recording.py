@@ -33,9 +33,7 @@ class Entry:
     fps: float | None = None  # None: the video's own
     instruction: str = ""
     table: str | None = None  # LeRobot: the parquet with actions and state
-    column: str | None = (
-        None  # LeRobot: the feature of the pictures in that parquet; pictures: their group in the folder
-    )
+    column: str | None = None  # LeRobot: the pictures' column in that parquet; pictures: their series in the folder
     start: float | None = None  # LeRobot v3: where the episode begins in the video, in seconds
     length: int | None = None  # how many rows it should have, if the meta data tells
     tasks: dict | None = None  # LeRobot: task_index -> text, where the table must tell the task
@@ -119,15 +117,15 @@ def read_text(path):
         return data.decode("latin-1")
 
 
-def read_json(path, kind=dict):
-    """A JSON file; DataError names it if it is broken or holds something else."""
+def read_json(path):
+    """The table in a JSON file; DataError names the file if it is broken or holds something else."""
     check_file(path)
     try:
         found = json.loads(read_text(path))
     except ValueError as error:
         raise DataError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(found, kind):
-        raise DataError(f"{path}: holds a {type(found).__name__}, expected a JSON {kind.__name__}")
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: holds a {type(found).__name__}, expected a JSON table")
     return found
 
 

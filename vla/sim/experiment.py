@@ -10,21 +10,22 @@ the labels (stage 2), finetunes it on N demonstrations per task (stage 3) and te
 ARMS are what it is compared with, with the same demonstrations, steps of stage 3 and test goals; `actions`, the upper
 bound, has no stage 3. A seed is a seed of everything: tokenizer, network, batches, demonstrations. Kill
 it and run it again: it goes on.
-Writes OUT/table.md, tasks.md, results.json, success.png and rollouts.png; OUT/logs has each stage's output.
+Writes OUT/table.md, tasks.md, results.json and success.png; OUT/logs has each stage's output.
 """
 
 import ctypes
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import av
 import numpy as np
+from tqdm import tqdm
 
 if __name__ == "__main__":  # vla/ and its parent take the place of vla/sim/
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
@@ -33,9 +34,8 @@ from shards import npz, read_clips, write_shard
 from sources import read_labels, read_latents
 
 import common
-from sim import metaworld, tabletop
+from sim import metaworld, tabletop, tiny
 from sim.rollout import wilson
-from sim.tiny import build
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = dict(
@@ -51,35 +51,7 @@ ARMS = dict(
     other_vpt="inverse dynamics from the same demonstrations label another robot's videos",
 )
 MOST_DEMOS, HELD_OUT = 10, 2  # demonstrations per task; those after the first N are held out, and two at least
-# The command of each stage; a plan fills in the {words}. TRAIN stands in the three training stages.
-TRAIN = """--image-size {pixels} --batch-size 32 --lr 1e-3 --warmup 50 --weight-decay 0.05 --steps {steps}
-    --log-every 100 --eval-every 250 --save-every 250 --val-samples 256 --seed {seed} --device {device} --resume
-    --out {run}"""
-COMMANDS = {
-    "metaworld-videos": """vla/sim/metaworld.py --tasks {tasks} --episodes {count} --look {look} --seed {seed}
-        --out {run}""",
-    "metaworld-demos": "vla/sim/metaworld.py --tasks {tasks} --episodes {count} --seed 1{seed} --out {run}/robot",
-    "tabletop-videos": """vla/demo.py --videos {count} --demonstrations 1 --body {look} --seed {seed} --with-actions
-        --out {run}""",
-    "tabletop-demos": "vla/demo.py --videos 1 --demonstrations {count} --seed 1{seed} --out {run}",
-    "laq": """laq/train.py --data web={videos} --gap 4 --image-size {pixels} --patch {patch} --dim 96 --depth 2
-        --code-seq-len 4 --codebook-size 8 --motion-weight 10 --steps {laq_steps} --batch-size 32 --lr 1e-3 --warmup 50
-        --log-every 100 --eval-every 200 --save-every 200 --seed {seed} --device {device} --resume --out {run}""",
-    "label": "laq/label.py --checkpoint {laq}/checkpoints/best --data {videos} --device {device} --out {run}",
-    "stage2": "vla/train.py --data web={videos} --labels {labels} --backbone {backbone} --prompt {prompt} " + TRAIN,
-    "idm": """vla/sim/idm.py --data robot={demos}/robot --val-episodes {held_out} --videos web={videos}
-        --image-size {pixels} --seed {seed} --device {device} --out {run}""",
-    "pretrain": """vla/finetune.py --data web={videos} {pseudo} --backbone {backbone} --backbone-lr 1 --prompt {prompt}
-        --chunk {chunk} """
-    + TRAIN,
-    "stage3": """vla/finetune.py --data robot={demos}/robot --val-episodes {held_out} {start} --chunk {chunk} """
-    + TRAIN,
-    "test": """vla/evaluate.py --checkpoint {policy}/checkpoints/last --env {env} {env_tasks} --episodes {episodes}
-        --n-action-steps {n_action_steps} --seed 9{seed} --device {device} --out {run}""",
-}
-# seconds on a quiet core, for the estimate of the time left until a stage has been measured
-SECONDS = {"metaworld-videos": 500, "metaworld-demos": 110, "tabletop-videos": 30, "tabletop-demos": 10, "laq": 260}
-SECONDS |= dict(label=60, stage2=130, idm=60, pretrain=130, stage3=60, test=80)
+LIBC = ctypes.CDLL(None)
 
 
 def parse(argv=None):
@@ -93,14 +65,7 @@ def parse(argv=None):
     add("--labels", metavar="DIR", help="label shards of OUT/videos for the arm `given`")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="seeds of everything but the videos")
     add("--demos", nargs="+", type=int, default=[2, 5, 10], metavar="N", help="demonstrations per task")
-    add(
-        "--tasks",
-        nargs="+",
-        choices=metaworld.TASKS,
-        default=list(metaworld.TASKS),
-        metavar="NAME",
-        help="of metaworld",
-    )
+    add("--tasks", nargs="+", choices=metaworld.TASKS, default=[*metaworld.TASKS], metavar="NAME", help="of metaworld")
     add("--videos", default=50, help="videos per task", **whole)
     add("--laq-steps", default=1200, help="steps of the tokenizer", **whole)
     add("--steps", default=1500, help="steps of stage 2", **whole)
@@ -124,90 +89,191 @@ def parse(argv=None):
     return args
 
 
-# --- the plan
+# --- the stages
 
 
-@dataclass
-class Job:
-    """A stage, run once after the jobs that it needs: a process (`command`), or a function in this one."""
-
-    name: str  # also the folder of what it writes
-    stage: str  # its name in COMMANDS
-    needs: list
-    command: list | None
-    function: object
+class Stopped(Exception):
+    """A signal, or a stage that failed, ends the experiment."""
 
 
-def plan(args):
-    """{name: Job} of the whole table, in the order in which they are begun: an arm after another, seed by seed."""
-    out, jobs, meta = Path(args.out).resolve(), {}, args.env == "metaworld"
-    tasks = [list(metaworld.TASKS).index(task) for task in args.tasks] if meta else [0]
-    per_task = 1 if meta else len(tabletop.TASKS)  # of the tabletop's tasks only the sum is chosen
-    pixels, most = (64 if meta else 32), MOST_DEMOS + HELD_OUT
-    texts = list(metaworld.TASKS.values())
-    if not meta:
-        texts = [tabletop.instruction(i, verb) for i in range(len(tabletop.TASKS)) for verb in tabletop.VERBS]
-    shared = dict(env=args.env, tasks=args.tasks, env_tasks=["--tasks", *args.tasks] if meta else [], pixels=pixels)
-    shared |= dict(patch=pixels // 4, chunk=8 if meta else 4, n_action_steps=4 if meta else 1, episodes=args.episodes)
-    shared |= dict(device=args.device, laq_steps=args.laq_steps, steps=args.steps, prompt="{instruction}")
+def die_with_parent():
+    """Linux: this process is killed when its parent dies, even by kill -9. Else its folder stays locked."""
+    LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
-    def add(stage, name, needs=(), function=None, **words):
-        """Adds a job, unless it is there, and returns its name."""
-        words, parts = shared | dict(run=out / name) | words, []
-        for word in COMMANDS.get(stage, "").split():  # a list becomes several words
-            value = words.get(word.strip("{}"))
-            parts += map(str, value) if isinstance(value, list) else [word.format(**words)]
-        jobs.setdefault(name, Job(name, stage, list(needs), [sys.executable, *parts] if parts else None, function))
-        return name
 
-    def cell(arm, seed, demos):
-        """The jobs of one number of the table."""
-        count = most * per_task
-        demos_at = add(f"{args.env}-demos", f"demos-{seed}", seed=seed, count=count)
-        backbone = f"backbone-{seed}"
-        add("backbone", backbone, function=lambda run: build(run, texts, "film", pixels=pixels, seed=seed))
-        held_out = ",".join(f"{1000 * task + demos * per_task}-{1000 * task + count - 1}" for task in tasks)
-        own = dict(seed=seed, demos=out / demos_at, backbone=out / backbone, held_out=held_out)
-        start, before = ["--backbone", out / backbone, "--prompt", "{instruction}", "--backbone-lr", 1], []
-        if not arm.startswith("scratch"):
-            before = [pretraining(arm, seed, demos, demos_at, own)]
-            start = ["--init", out / before[0] / "checkpoints" / "best", "--backbone-lr", args.backbone_lr]
-            start += ["--keep-head"] if arm.endswith("vpt") else []
-        if arm == "actions":  # a policy already; tuned on few demonstrations it gets worse
-            (policy,) = before
-        else:
-            steps = args.tune_steps + (args.steps if arm == "scratch_long" else 0)
-            needs = [demos_at, backbone, *before]
-            policy = add("stage3", f"stage3-{arm}-{seed}-{demos}", needs, **own | dict(start=start, steps=steps))
-        add("test", f"test-{arm}-{seed}-{demos}", [policy], policy=out / policy, seed=seed)
+class Experiment:
+    """Makes the numbers of the table: `number`, from several threads at once.
 
-    def pretraining(arm, seed, demos, demos_at, own):
-        """The job that pretrains an arm."""
-        other, backbone = arm.startswith("other"), f"backbone-{seed}"
-        look = ("other" if meta else "light") if other else ("robot" if meta else "disc")
-        count = args.videos * per_task
-        videos = add(f"{args.env}-videos", "other" if other else "videos", look=look, seed=2 * other, count=count)
-        own = own | dict(videos=out / videos)
-        if arm == "actions":
-            return add("pretrain", f"pretrain-{arm}-{seed}", [videos, backbone], **own, pseudo=[])
-        if arm.endswith("vpt"):
-            idm = add("idm", f"idm-{videos}-{seed}-{demos}", [videos, demos_at], **own)
-            pseudo = ["--action-labels", out / idm / "web"]
-            return add("pretrain", f"pretrain-{arm}-{seed}-{demos}", [idm, backbone], **own, pseudo=pseudo)
+    The other methods are a stage each. A stage first makes what it needs, then runs, unless OUT/done/NAME says that
+    it has run before, and returns the folder that it has written.
+    """
+
+    def __init__(self, args):
+        self.args, self.out = args, Path(args.out).resolve()
+        self.metaworld = args.env == "metaworld"
+        self.pixels, self.chunk = (64, 8) if self.metaworld else (32, 4)
+        self.per_task = 1 if self.metaworld else len(tabletop.TASKS)  # the tabletop draws its tasks
+        self.slots, self.locks, self.running = threading.Semaphore(args.jobs), {}, set()
+        self.stopped, self.failed = 0, None
+        for folder in ("done", "logs"):
+            (self.out / folder).mkdir(parents=True, exist_ok=True)
+        for number in common.SIGNALS:
+            signal.signal(number, self.stop)
+
+    def stop(self, number, frame=None):
+        self.stopped = number
+        for process in list(self.running):
+            process.terminate()  # a training stage saves and ends
+
+    def once(self, name, make):
+        """make(OUT/name), unless that was done before."""
+        with self.locks.setdefault(name, threading.Lock()):  # two numbers may need the same stage
+            done = self.out / "done" / name
+            if not done.exists():
+                make(self.out / name)
+                done.touch()
+                tqdm.write(f"done: {name}")
+        return self.out / name
+
+    def run(self, name, script, **flags):
+        """Run a script once. Of its flags True is a switch, and a list several words."""
+        return self.once(name, functools.partial(self.launch, script, flags))
+
+    def launch(self, script, flags, folder):
+        words = [sys.executable, ROOT / script]
+        for flag, value in (dict(out=folder) | flags).items():
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{flag.replace('_', '-')}", *values]
+        file = self.out / "logs" / f"{folder.name}.log"
+        options = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
+        options |= dict(preexec_fn=die_with_parent) if sys.platform == "linux" else {}
+        with self.slots, open(file, "ab") as log:
+            if self.stopped:
+                raise Stopped
+            pipes = dict(stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen([str(word) for word in words], **pipes, **options)
+            self.running.add(process)
+            if self.stopped:  # since a line above
+                process.terminate()
+            code = process.wait()
+            self.running.discard(process)
+        if code and not self.stopped:
+            end = file.read_text(errors="replace").strip().splitlines()[-1:]
+            self.failed = f"stage {folder.name} failed: {' '.join(end)} (all of it: {file})"
+            self.stop(signal.SIGTERM)
+        if code:
+            raise Stopped
+
+    def videos(self, other):
+        """Videos of the robot, or of another one."""
+        name, flags = "other" if other else "videos", dict(seed=2 * other)
+        if self.metaworld:
+            flags |= dict(tasks=self.args.tasks, episodes=self.args.videos, look="other" if other else "robot")
+            return self.run(name, "vla/sim/metaworld.py", **flags)
+        flags |= dict(videos=self.args.videos * self.per_task, demonstrations=1, body="light" if other else "disc")
+        return self.run(name, "vla/demo.py", with_actions=True, **flags)
+
+    def demonstrations(self, seed):
+        """Demonstrations, more than any arm trains on."""
+        name, count, flags = f"demos-{seed}", (MOST_DEMOS + HELD_OUT) * self.per_task, dict(seed=f"1{seed}")
+        if self.metaworld:
+            flags |= dict(tasks=self.args.tasks, episodes=count, out=self.out / name / "robot")
+            return self.run(name, "vla/sim/metaworld.py", **flags) / "robot"
+        return self.run(name, "vla/demo.py", videos=1, demonstrations=count, **flags) / "robot"
+
+    def held_out(self, demos):
+        """The demonstrations after the first `demos` of each task, as --val-episodes takes them."""
+        tasks = [list(metaworld.TASKS).index(task) for task in self.args.tasks] if self.metaworld else [0]
+        first, last = demos * self.per_task, (MOST_DEMOS + HELD_OUT) * self.per_task - 1
+        return ",".join(f"{1000 * task + first}-{1000 * task + last}" for task in tasks)
+
+    def backbone(self, seed):
+        """A network with random weights, and a tokenizer of the tasks' words."""
+        texts = list(metaworld.TASKS.values())
+        if not self.metaworld:
+            texts = [tabletop.instruction(i, verb) for i in range(len(tabletop.TASKS)) for verb in tabletop.VERBS]
+        build = functools.partial(tiny.build, texts=texts, family="film", pixels=self.pixels, seed=seed)
+        return self.once(f"backbone-{seed}", build)
+
+    def labels(self, arm, videos, seed):
+        """Latent actions of the videos, of a tokenizer that is trained on them; for two arms mixed up."""
         if arm == "given":
-            return add("stage2", f"stage2-{arm}-{seed}", [videos, backbone], **own, labels=Path(args.labels).resolve())
-        laq = add("laq", f"laq-{videos}-{seed}", [videos], **own)
-        labels = plain = add("label", f"label-{videos}-{seed}", [laq], **own, laq=out / laq)
+            return Path(self.args.labels).resolve()
+        flags = dict(data=f"web={videos}", gap=4, image_size=self.pixels, patch=self.pixels // 4, dim=96, depth=2)
+        flags |= dict(code_seq_len=4, codebook_size=8, motion_weight=10, steps=self.args.laq_steps, batch_size=32)
+        flags |= dict(lr=1e-3, warmup=50, log_every=100, eval_every=200, save_every=200, resume=True)
+        where = dict(device=self.args.device)
+        laq = self.run(f"laq-{videos.name}-{seed}", "laq/train.py", seed=seed, **flags, **where)
+        flags = dict(checkpoint=laq / "checkpoints" / "best", data=videos)
+        labels = self.run(f"label-{videos.name}-{seed}", "laq/label.py", **flags, **where)
         if arm in ("shuffled", "constant"):
-            labels = f"label-{arm}-{seed}"
-            add("relabel", labels, [plain], lambda run: relabel(out / plain, out / videos, run, arm, seed))
-        return add("stage2", f"stage2-{arm}-{seed}", [labels, backbone], **own, labels=out / labels)
+            mix = functools.partial(relabel, labels, videos, arm=arm, seed=seed)
+            return self.once(f"label-{arm}-{seed}", mix)
+        return labels
 
-    for demos in args.demos:
-        for seed in args.seeds:
-            for arm in args.arms:
-                cell(arm, seed, demos)
-    return jobs
+    def pseudo_labels(self, videos, seed, demos):
+        """Commands of the videos, as inverse dynamics guess them that are trained on the demonstrations."""
+        flags = dict(data=f"robot={self.demonstrations(seed)}", val_episodes=self.held_out(demos))
+        flags |= dict(videos=f"web={videos}", image_size=self.pixels, seed=seed, device=self.args.device)
+        return self.run(f"idm-{videos.name}-{seed}-{demos}", "vla/sim/idm.py", **flags) / "web"
+
+    def train(self, name, script, seed, steps, **flags):
+        """A training stage of vla."""
+        flags |= dict(image_size=self.pixels, batch_size=32, lr=1e-3, warmup=50, weight_decay=0.05, steps=steps)
+        flags |= dict(log_every=100, eval_every=250, save_every=250, val_samples=256, resume=True)
+        return self.run(name, script, seed=seed, device=self.args.device, **flags)
+
+    def pretrained(self, arm, seed, demos):
+        """The run on videos that stage 3 of an arm starts from."""
+        videos, steps = self.videos(arm.startswith("other")), self.args.steps
+        flags = dict(data=f"web={videos}", backbone=self.backbone(seed), prompt="{instruction}")
+        if arm != "actions" and not arm.endswith("vpt"):
+            flags |= dict(labels=self.labels(arm, videos, seed))
+            return self.train(f"stage2-{arm}-{seed}", "vla/train.py", seed, steps, **flags)
+        name, flags = f"pretrain-{arm}-{seed}", flags | dict(backbone_lr=1, chunk=self.chunk)
+        if arm.endswith("vpt"):
+            name, flags = f"{name}-{demos}", flags | dict(action_labels=self.pseudo_labels(videos, seed, demos))
+        return self.train(name, "vla/finetune.py", seed, steps, **flags)
+
+    def policy(self, arm, seed, demos):
+        """Stage 3."""
+        if arm == "actions":  # a policy already; tuned on few demonstrations it gets worse
+            return self.pretrained(arm, seed, demos)
+        flags = dict(data=f"robot={self.demonstrations(seed)}", val_episodes=self.held_out(demos), chunk=self.chunk)
+        steps = self.args.tune_steps + (self.args.steps if arm == "scratch_long" else 0)
+        if arm.startswith("scratch"):
+            flags |= dict(backbone=self.backbone(seed), backbone_lr=1, prompt="{instruction}")
+        else:
+            best = self.pretrained(arm, seed, demos) / "checkpoints" / "best"
+            flags |= dict(init=best, backbone_lr=self.args.backbone_lr)
+            flags |= dict(keep_head=True) if arm.endswith("vpt") else {}
+        return self.train(f"stage3-{arm}-{seed}-{demos}", "vla/finetune.py", seed, steps, **flags)
+
+    def number(self, arm, seed, demos):
+        """A number of the table: the policy of an arm on fresh goals."""
+        flags = dict(checkpoint=self.policy(arm, seed, demos) / "checkpoints" / "last", env=self.args.env)
+        flags |= dict(tasks=self.args.tasks, n_action_steps=4) if self.metaworld else dict(n_action_steps=1)
+        flags |= dict(episodes=self.args.episodes, seed=f"9{seed}", device=self.args.device)
+        return self.run(f"test-{arm}-{seed}-{demos}", "vla/evaluate.py", **flags)
+
+    def table(self):
+        """Make all numbers, seed by seed, an arm after another. Returns an exit code."""
+        args = self.args
+        with ThreadPoolExecutor(4 * args.jobs) as pool:  # some wait for stages that others have begun
+            cells = [(arm, seed, demos) for demos in args.demos for seed in args.seeds for arm in args.arms]
+            numbers = [pool.submit(self.number, *cell) for cell in cells]
+            try:
+                for number in tqdm(as_completed(numbers), total=len(numbers), unit="number"):
+                    number.result()
+                    report(self.out)
+            except BaseException as error:
+                self.stop(self.stopped or signal.SIGTERM)
+                pool.shutdown(cancel_futures=True)
+                if not isinstance(error, Stopped):
+                    raise
+        if self.failed:
+            raise common.DataError(self.failed)
+        return {0: 0, signal.SIGINT: 130}.get(self.stopped, 75)
 
 
 def relabel(labels, videos, out, arm, seed):
@@ -228,86 +294,6 @@ def relabel(labels, videos, out, arm, seed):
         write_shard(out / name, samples)
     with common.atomic(out / "labels.json") as path:
         path.write_text((labels / "labels.json").read_text())
-
-
-# --- running it
-
-
-def die_with_parent():
-    """Linux: this process is killed when its parent dies, even by kill -9. Else its folder stays locked."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-class Runner:
-    """Runs jobs, `width` at a time. A finished one leaves OUT/done/NAME.json with its seconds, and is not run again."""
-
-    def __init__(self, out, jobs, width, after):
-        self.out, self.jobs, self.width, self.after = out, jobs, width, after
-        self.done, self.running, self.stopped = {}, {}, 0
-        for folder in ("done", "logs"):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-        for file in (out / "done").glob("*.json"):
-            self.done[file.stem] = common.read_json(file)
-        for name in common.SIGNALS:
-            signal.signal(name, self.stop)
-
-    def stop(self, number, frame=None):
-        self.stopped = number
-        for process, *_ in self.running.values():
-            process.send_signal(signal.SIGTERM)  # a training stage saves and ends
-
-    def left(self):
-        """How much is done, and the estimate of the time left."""
-        total, finished = 0.0, sum(name in self.done for name in self.jobs)
-        for job in self.jobs.values():
-            if job.name not in self.done:
-                seen = [one["seconds"] for one in self.done.values() if one["stage"] == job.stage]
-                total += np.mean(seen) if seen else SECONDS.get(job.stage, 5)
-        return f"{finished} of {len(self.jobs)} stages done, about {total / self.width / 60:.0f} minutes left"
-
-    def finish(self, job, began):
-        took = dict(stage=job.stage, seconds=round(time.monotonic() - began, 1))
-        with common.atomic(self.out / "done" / f"{job.name}.json") as path:
-            path.write_text(json.dumps(took))
-        self.done[job.name] = took
-        self.after(job)
-        print(f"{job.name}: {took['seconds']:.0f} s; {self.left()}", flush=True)
-
-    def start(self, job):
-        began = time.monotonic()
-        if job.function:
-            job.function(self.out / job.name)
-            return self.finish(job, began)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-        with open(self.out / "logs" / f"{job.name}.log", "ab") as log:
-            options = dict(stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT, env=env)
-            options |= dict(preexec_fn=die_with_parent) if sys.platform == "linux" else {}
-            self.running[job.name] = subprocess.Popen(job.command, **options), job, began
-
-    def collect(self):
-        for name, (process, job, began) in list(self.running.items()):
-            if process.poll() is not None:
-                del self.running[name]
-                if process.returncode == 0:
-                    self.finish(job, began)
-                elif not self.stopped:
-                    self.stop(signal.SIGTERM)
-                    log = self.out / "logs" / f"{name}.log"
-                    end = log.read_text(errors="replace").strip().splitlines()[-1:]
-                    raise common.DataError(f"stage {name} failed: {' '.join(end)} (all of it: {log})")
-
-    def run(self):
-        """Run all jobs; returns an exit code."""
-        print(f"{self.out}: {self.left()}", flush=True)
-        while self.running or not self.stopped and any(name not in self.done for name in self.jobs):
-            for job in self.jobs.values():
-                free = len(self.running) < self.width and not self.stopped
-                waits = [name for name in job.needs if name not in self.done]
-                if free and not waits and job.name not in self.done and job.name not in self.running:
-                    self.start(job)
-            time.sleep(0.2)
-            self.collect()
-        return {0: 0, signal.SIGINT: 130}.get(self.stopped, 75)
 
 
 # --- the tables
@@ -369,19 +355,8 @@ def task_tables(rows):
         yield ""
 
 
-def rollouts_of(test):
-    """(instruction, success, frames (T, H, W, 3)) of the episodes that a test's rollouts.mp4 shows side by side."""
-    rows = common.read_json(test / "report.json")["closed_loop"]["rows"]
-    with av.open(str(test / "figures" / "rollouts.mp4")) as video:
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
-    parts = np.split(frames, frames.shape[2] // frames.shape[1], axis=2)
-    return [
-        (row["instruction"], row["success"], part[: row["steps"] + 1]) for row, part in zip(rows, parts, strict=False)
-    ]
-
-
 def report(out):
-    """Write tables and figures from the tests that are there."""
+    """Write the tables and the figure from the tests that are there."""
     rows = read_results(out)
     table = summarise(rows)
     texts = {"results.json": json.dumps(rows, indent=1), "table.md": "\n".join(markdown(table)) + "\n"}
@@ -389,32 +364,20 @@ def report(out):
     for name, text in texts.items():
         with common.atomic(out / name) as path:
             path.write_text(text)
-    pictures = {"success.png": figures.success(table, ARMS)}
-    for ours in sorted(out.glob("test-latents-*/report.json"))[:1]:
-        other = Path(str(ours.parent).replace("test-latents", "test-scratch"))
-        if (other / "report.json").exists():
-            tests = {
-                "latent actions of videos, then demonstrations": ours.parent,
-                "the same demonstrations alone": other,
-            }
-            pictures["rollouts.png"] = figures.compare({title: rollouts_of(test) for title, test in tests.items()})
-    for name, picture in pictures.items():
-        with common.atomic(out / name) as path:
-            picture.savefig(path, format="png")
+    with common.atomic(out / "success.png") as path:
+        figures.success(table, ARMS).savefig(path, format="png")
 
 
 def main(argv=None):
     args = parse(argv)
     if args.env == "metaworld":
         metaworld.open_package()  # what is missing is said before anything is written
-    out = Path(args.out).resolve()
-    runner = Runner(out, plan(args), args.jobs, lambda job: report(out) if job.stage == "test" else None)
-    code = runner.run()
+    code = Experiment(args).table()
     if code:
-        print(f"stopped; the same command goes on: {runner.left()}", flush=True)
+        print("stopped; the same command goes on", flush=True)
         return code
-    print((out / "table.md").read_text())
-    print(f"tables: {out}/table.md, tasks.md; figures: {out}/success.png, rollouts.png")
+    print((Path(args.out) / "table.md").read_text())
+    print(f"tables: {args.out}/table.md, tasks.md; figure: {args.out}/success.png")
     return 0
 
 

@@ -56,14 +56,13 @@ class InverseDynamics(nn.Module):
 
     def __init__(self, action_dim, size, width=32):
         super().__init__()
-        parts, channels, side = [nn.PixelUnshuffle(2)], 24, size // 2
-        while True:
-            parts += [nn.Conv2d(channels, width, 3, padding=1, stride=1 if channels == 24 else 2), nn.ReLU()]
-            side, channels, width = side if channels == 24 else side // 2, width, min(2 * width, 128)
-            if side <= 8:
-                break
+        parts, side = [nn.PixelUnshuffle(2), nn.Conv2d(24, width, 3, padding=1), nn.ReLU()], size // 2
+        while side > 8:
+            wider = min(2 * width, 128)
+            parts += [nn.Conv2d(width, wider, 3, padding=1, stride=2), nn.ReLU()]
+            side, width = side // 2, wider
         self.encoder = nn.Sequential(*parts, nn.Flatten(), nn.Dropout(0.2))
-        self.head = nn.Linear(channels * side**2, action_dim)
+        self.head = nn.Linear(width * side**2, action_dim)
 
     def forward(self, pairs):
         return self.head(self.encoder(pairs))

@@ -11,7 +11,6 @@ Needs: pip install --no-deps metaworld; pip install gymnasium mujoco imageio; a 
 (Debian: apt install libegl1 libgl1-mesa-dri).
 """
 
-import argparse
 import json
 import os
 import sys
@@ -201,15 +200,15 @@ def write(folder, tasks, episodes, seed=0, pixels=64, look="robot", noise=NOISE)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.ArgumentParser(__doc__)
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="folder to write; shards that are there are kept")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME", help=", ".join(TASKS))
-    add("--episodes", type=int, default=50, metavar="N", help="episodes of each task [50]")
-    add("--look", choices=LOOKS, default="robot", help="colours and camera [robot]")
-    add("--pixels", type=int, default=64, metavar="N", help="side of a picture [64]")
-    add("--noise", type=float, default=NOISE, metavar="X", help=f"standard deviation of the expert's noise [{NOISE}]")
-    add("--seed", type=int, default=0, metavar="N", help="of goals and noise [0]")
+    add("--episodes", type=int, default=50, metavar="N", help="episodes of each task")
+    add("--look", choices=LOOKS, default="robot", help="colours and camera")
+    add("--pixels", type=int, default=64, metavar="N", help="side of a picture")
+    add("--noise", type=float, default=NOISE, metavar="X", help="standard deviation of the expert's noise")
+    add("--seed", type=int, default=0, metavar="N", help="of goals and noise")
     args = parser.parse_args(argv)
     write(args.out, args.tasks, args.episodes, args.seed, args.pixels, args.look, args.noise)
     return 0
