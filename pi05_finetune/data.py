@@ -154,12 +154,6 @@ class EpisodeDataset(Dataset):
         at = int(np.searchsorted(self.ends, number, side="right"))
         return self.episodes[at], int(number - (self.ends[at - 1] if at else 0)) * self.sequence.stride
 
-    def motion(self, number):
-        """How much the recorded chunk of a window moves, by the spread of each dim over its episode: for figures."""
-        episode, start = self.locate(number)
-        spread = episode.actions.std(0) + 1e-9
-        return float((episode.actions[start : start + self.sequence.seq_len].std(0) / spread).mean())
-
     def __getitem__(self, index):
         number, *draw = index if isinstance(index, tuple) else (index,)
         episode, start = self.locate(number)

@@ -30,6 +30,7 @@ from policy import Policy
 from readers import libero
 from readers.dataset import open_data
 from readers.spec import DatasetSpec, load_spec
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from train import setup
 
@@ -94,14 +95,12 @@ def score(predicted, true, mask, scale, low, high):
     """
     error = predicted - true
     square, normal = np.square(error)[mask], np.square(error / scale)[mask]  # n A
-    steps = np.arange(mask.shape[1])[mask.any(0)]
     pairs = mask[:, 1:] & mask[:, :-1]
     return dict(
         mse_normalised=float(normal.mean()),
         mse=float(square.mean()),
         mse_per_dim=square.mean(0).tolist(),
         mse_normalised_per_dim=normal.mean(0).tolist(),
-        mse_normalised_by_step=[float(np.square(error[:, t] / scale)[mask[:, t]].mean()) for t in steps],
         delta=step_size(predicted / scale, pairs),
         delta_recorded=step_size(true / scale, pairs),
         out_of_limits=float(((predicted < low) | (predicted > high))[mask].mean()),
@@ -144,9 +143,8 @@ def open_episodes(args):
         saved = common.read_json(file) if file.exists() or not args.data else {}
     if not args.data and not saved:
         raise DataError("--mock-model: give --data, or a --checkpoint that tells it")
-    spec, episodes = open_data(
-        args.data or saved["data"], args.spec or (None if args.data else DatasetSpec(**saved["spec"]))
-    )
+    spec = args.spec or (None if args.data else DatasetSpec(**saved["spec"]))
+    spec, episodes = open_data(args.data or saved["data"], spec)
     trained = set(saved.get("train", {}).values())
     train = [episode for episode in episodes if episode.digest() in trained]
     held_out = [episode for episode in episodes if episode.digest() not in trained]
@@ -170,11 +168,9 @@ def check_fit(config, spec, episode):
 
 def predictions(model, windows, batch_size):
     """(predicted, recorded (N, T, A), mask (N, T)) of all windows, in robot units."""
-    parts = []
-    collate = PolicyBatch(windows.spec, windows.sequence.seq_len)
-    shown = dict(unit="batch", disable=not sys.stderr.isatty())
-    for first in tqdm(range(0, len(windows), batch_size), **shown):
-        batch = collate([windows[i] for i in range(first, min(first + batch_size, len(windows)))])
+    parts, collate = [], PolicyBatch(windows.spec, windows.sequence.seq_len)
+    batches = DataLoader(windows, batch_size, collate_fn=collate)
+    for batch in tqdm(batches, unit="batch", disable=not sys.stderr.isatty()):
         parts.append((model.predict(batch), batch["action"], batch["mask"]))
     return tuple(torch.cat(part).numpy() for part in zip(*parts, strict=True))
 
@@ -217,7 +213,7 @@ def report(args, loop, sources):
         ours, last = methods["model"], methods["last action"]["mse_normalised_per_dim"]
         rows = zip(source["dims"], ours["mse_normalised_per_dim"], last, ours["mse_per_dim"], strict=True)
         lines += [f"| {dim} | {a:.4g} | {b:.4g} | {c:.4g} |" for dim, a, b, c in rows]
-    lines += ["", *(f"![{figure}](figures/{figure}.png)" for figure in ("episode", "horizon"))]
+    lines += ["", "![episode](figures/episode.png)"]
     return "\n".join(lines) + "\n"
 
 
@@ -283,9 +279,7 @@ def main(argv=None):
                 pictures["closed_loop"] = figures.closed_loop(loop, examples)
                 print(demo.summary(loop), flush=True)
         sources, examples = open_loop(model, spec, held_out, args, chunk, size, norms)
-        methods = {name: source["methods"] for name, source in sources.items()}
         pictures["episode"] = figures.episodes(examples, chunk)
-        pictures["horizon"] = figures.horizon(methods, spec.control_freq_hz)
         text = report(args, loop, sources)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():

@@ -106,23 +106,3 @@ def episodes(examples, chunk):
         plot_dims(list(plots.subplots(rows, 3, squeeze=False).flat), true, predicted, names, rate, chunk)
         part.suptitle(f"{title}: recorded and predicted chunk by chunk (closer is better)")
     return figure
-
-
-STYLES = {
-    "model": dict(color=PREDICTED, lw=2),
-    "last action": dict(color=TRUE, lw=2),
-    "mean action": dict(color=TRUE, lw=1.5, ls="--"),
-}
-
-
-def horizon(methods, rate):
-    """Error against how far ahead the action is. methods: {source: {method: score}}."""
-    figure = Figure(figsize=(5.5 * len(methods), 3.4), layout="constrained")
-    for axis, (title, scores) in zip(figure.subplots(1, len(methods), squeeze=False)[0], methods.items(), strict=True):
-        for name, score in scores.items():
-            errors = score["mse_normalised_by_step"]
-            axis.plot(np.arange(len(errors)) / rate, errors, label=name, **STYLES[name])
-        axis.set(title=title, xlabel="seconds ahead", ylabel="mean squared error (normalised)", yscale="log")
-        axis.legend(frameon=False)
-    figure.suptitle("error against horizon on held-out episodes (lower is better)")
-    return figure

@@ -139,26 +139,11 @@ def control_rate(timestamps, where):
 
 
 def trim(episode, arrays):
-    """Cut observations that have one row more than there are actions (the one after the last action) to T rows."""
-    T = len(episode)
-    for key, array in list(arrays.items()):
-        if len(array) == T + 1:
-            arrays[key] = array[:T] if isinstance(array, np.ndarray) else Head(array, T)
+    """Cut observations that have one row more than there are actions (the one after the last action)."""
+    for key, array in arrays.items():
+        if len(array) == len(episode) + 1:
+            arrays[key] = array[:-1]
             episode.notes.append(f"{key} has one row more than there are actions; the last one is left out")
-
-
-@dataclass
-class Head:
-    """The first `count` frames of a sequence."""
-
-    frames: object
-    count: int
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        return self.frames[i]
 
 
 def short(error):

@@ -24,6 +24,9 @@ class ArrayFrames:
         return self.count
 
     def __getitem__(self, i):
+        """Frame i; of a slice such as [:-1] the first frames, unread."""
+        if isinstance(i, slice):
+            return ArrayFrames(self.path, self.name, len(range(self.count)[i]))
         return np.asarray(npz_array(self.path, self.name)[i])
 
 
