@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch, load, log_of, shared, weights_of
+from conftest import ROOT, free_port, launch, load, log_of, shared, weights_of
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -67,17 +67,13 @@ def test_codes_and_predictions_see_nothing_later(this):
         assert not torch.allclose(after[:, t + 1], predicted[:, t + 1])
 
 
-def test_gradient_of_a_code_beyond_its_two_frames_is_exactly_zero(this):
-    model = tiny(this)
-    x = noise(1, 5, 3, 8, 8).requires_grad_()
-    model.encode_transitions(x)[0, 1].sum().backward()
-    size = x.grad[0].flatten(1).norm(dim=1)
-    assert size[[0, 3, 4]].max() == 0 and size[[1, 2]].min() > 1e-3
-
-
-def test_a_gap_pairs_frames_that_far_apart(this):
-    """encode(x, gap=2) gives the code of t -> t + 2, as a clip of these two frames alone does."""
+def test_a_code_sees_its_two_frames_alone(this):
+    """Its gradient beyond them is exactly zero; with gap=2 it is the code of a clip of frames t and t + 2."""
     model, x = tiny(this), noise(6, 3, 8, 8)
+    clip = x[None, :5].clone().requires_grad_()
+    model.encode_transitions(clip)[0, 1].sum().backward()
+    size = clip.grad[0].flatten(1).norm(dim=1)
+    assert size[[0, 3, 4]].max() == 0 and size[[1, 2]].min() > 1e-3
     codes = model.encode(x, gap=2)
     assert codes.shape == (4, 3)
     for t in range(4):
@@ -179,11 +175,11 @@ def test_optical_flow_of_a_shift(this):
 def test_codes_tell_the_flow(this):
     """flow_loss is the error of a linear map from the codes' vectors; a code still sees its two frames alone."""
     model, x = tiny(this, flow=True), noise(2, 5, 3, 8, 8)
-    metrics = model(dict(latents=x))[1]
-    normal = model.normalize(x)
     z = model.quantizer.lookup(model.encode(x)).flatten(2)
+    normal = model.normalize(x)
     error = model.to_flow(z) - this.model.optical_flow(normal[:, :-1], normal[:, 1:])
-    assert metrics["flow_loss"].item() == pytest.approx(error.square().mean().item(), rel=1e-4)
+    loss = model(dict(latents=x))[1]["flow_loss"]
+    assert loss.item() == pytest.approx(error.square().mean().item(), rel=1e-4)
     changed = torch.cat([x[:, :2], x[:, 2:] + noise(2, 3, 3, 8, 8, seed=5)], 1)
     assert torch.equal(model.encode(changed)[:, 0], model.encode(x)[:, 0])
 
@@ -273,19 +269,6 @@ def test_kmeans_finds_separate_clusters(quantizer):
     for seed in range(5):
         found = quantizer.kmeans(x, 5, torch.Generator().manual_seed(seed))
         assert torch.cdist(centres, found).amin(1).max() < 0.1
-
-
-def test_codes_follow_the_mean_of_their_vectors(quantizer):
-    """After many steps on the same vectors each code is the mean of those that chose it."""
-    vq = quantizer.VectorQuantizer(2, 1, 2).train()
-    z = torch.cat([noise(30, 1, 2) * 0.1 + 1, noise(30, 1, 2, seed=2) * 0.1 - 1])
-    vq.init_codebook(z[::7], seed=0)
-    for _ in range(400):
-        vq(z)
-        vq.ema_update()
-    _, codes, _ = vq(z)
-    for code in range(2):
-        torch.testing.assert_close(vq.codebook[0, code], vq.align(z)[codes == code].mean(0), rtol=0, atol=1e-2)
 
 
 def test_vectors_that_shrink_do_not_take_the_codes_with_them(quantizer):
@@ -475,26 +458,22 @@ def test_motion_of_a_transition(recordings, tmp_path):
         motion(1, actions=np.arange(7))
 
 
-def test_links_capitals_and_hidden_files(sources, tmp_path):
-    """Linked folders are searched, once; .H5 counts; ._ files of a Mac do not."""
-    for name in ("d/a.h5", "d/B.H5", "elsewhere/c.hdf5"):
+def test_links_capitals_hidden_files_and_paths_with_an_equals_sign(sources, tmp_path, monkeypatch):
+    """Linked folders are searched, once; .H5 counts; ._ files of a Mac do not; a path that is there is a path."""
+    for name in ("lr=0.1/a.h5", "lr=0.1/B.H5", "elsewhere/c.hdf5"):
         write_h5(tmp_path / name, frames(4, seed=len(name)))
-    (tmp_path / "d" / "._a.h5").write_bytes(b"mac")
-    (tmp_path / "d" / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "d")
-    assert {r.id for r in sources.read_sources([str(tmp_path / "d")])} == {"a", "B", "link/c"}
-    write_h5(tmp_path / "d" / "a.hdf5", frames(4))
-    with pytest.raises(DataError, match="two files are called a"):
-        sources.read_sources([str(tmp_path / "d")])
-
-
-def test_a_path_may_hold_an_equals_sign(sources, tmp_path, monkeypatch):
-    write_h5(tmp_path / "lr=0.1" / "a.h5", frames(4))
+    (tmp_path / "lr=0.1" / "._a.h5").write_bytes(b"mac")
+    (tmp_path / "lr=0.1" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "lr=0.1")
     monkeypatch.chdir(tmp_path)
     for word, name in ((str(tmp_path / "lr=0.1"), "lr=0.1"), ("lr=0.1", "lr=0.1"), ("x=lr=0.1", "x")):
-        assert [r.source for r in sources.read_sources([word])] == [name]
+        found = sources.read_sources([word])
+        assert {r.id for r in found} == {"a", "B", "link/c"} and {r.source for r in found} == {name}
     with pytest.raises(DataError, match="NAME=PATH"):
         sources.read_sources(["lr=0.2"])
+    write_h5(tmp_path / "lr=0.1" / "a.hdf5", frames(4))
+    with pytest.raises(DataError, match="two files are called a"):
+        sources.read_sources(["lr=0.1"])
 
 
 def test_split_by_manifest_by_name_and_by_hash(sources, tmp_path):
@@ -503,7 +482,9 @@ def test_split_by_manifest_by_name_and_by_hash(sources, tmp_path):
         for camera in "xy":
             about = dict(episode=f"r{n:02d}")
             write_h5(tmp_path / "d" / f"r{n:02d}_{camera}.h5", frames(4, seed=n), attributes=about)
-    data = [f"d={tmp_path / 'd'}"]
+        write_h5(tmp_path / "numbers" / f"{n:03d}.h5", frames(4, seed=n))
+    (tmp_path / "empty").mkdir()
+    data, other = ([f"{name}={tmp_path / 'd'}"] for name in ("d", "other"))
 
     def held_out(data=data, **how):
         return {r.id for r in sources.read_sources(data, **how) if r.split == "validation"}
@@ -512,22 +493,19 @@ def test_split_by_manifest_by_name_and_by_hash(sources, tmp_path):
         return {f"r{n:02d}_{camera}" for n in numbers for camera in "xy"}
 
     by_hash = [n for n in range(12) if sources.episode_hash(f"r{n:02d}") < 0.3]
-    assert 0 < len(by_hash) < 12 and held_out(val_share=0.3) == both(*by_hash)
-    assert held_out([f"other={tmp_path / 'd'}"], val_share=0.3) == both(*by_hash)
+    assert 0 < len(by_hash) < 12
+    assert held_out(val_share=0.3) == held_out(other, val_share=0.3) == both(*by_hash)
     assert held_out(val_episodes=["r03", "d=r05", "r07_x"]) == both(3, 5) | {"r07_x"}
     assert held_out(val_share=0.0) == set()
-    for n in range(6):
-        write_h5(tmp_path / "numbers" / f"{n:03d}.h5", frames(4, seed=n))
     assert held_out([str(tmp_path / "numbers")], val_episodes=["2-3,5"]) == {"002", "003", "005"}
-    manifest = dict(splits=dict(train=["r00_x.h5"], val=[f"/elsewhere/{'r01_x.h5'}"], test=["r02_x"]))  # moved
-    (tmp_path / "m.json").write_text(json.dumps(manifest))
-    splits = {r.id: r.split for r in sources.read_sources(data, manifest=tmp_path / "m.json")}
-    assert splits == dict(r00_x="train", r01_x="validation", r02_x="test")
-    manifest["splits"]["train"] += ["gone.h5", "gone2.h5"]
-    (tmp_path / "m.json").write_text(json.dumps(manifest))
-    (tmp_path / "empty").mkdir()
+    manifest = tmp_path / "m.json"
+    splits = dict(train=["r00_x.h5"], val=["/elsewhere/r01_x.h5"], test=["r02_x"])  # written on another machine
+    manifest.write_text(json.dumps(dict(splits=splits)))
+    found = {r.id: r.split for r in sources.read_sources(data, manifest=manifest)}
+    assert found == dict(r00_x="train", r01_x="validation", r02_x="test")
+    manifest.write_text(json.dumps(dict(splits=splits | dict(train=["r00_x.h5", "gone.h5", "gone2.h5"]))))
     for words, how, message in (
-        (data, dict(manifest=tmp_path / "m.json"), "2 files are not there, the first is gone.h5"),
+        (data, dict(manifest=manifest), "2 files are not there, the first is gone.h5"),
         (data, dict(manifest=tmp_path / "d"), "not a manifest"),
         (data, dict(val_episodes=["r99"]), "no episode 'r99'"),
         ([str(tmp_path / "absent")], {}, "no such file or folder"),
@@ -554,7 +532,7 @@ def test_a_checkpoint_knows_its_recordings_by_content(sources, tmp_path):
 
 
 def test_manifest_is_seeded_and_counts(tmp_path):
-    """8:1:1 by recording, the same for the same seed; counts of frames and sequences are right."""
+    """8:1:1 by recording, the same for the same seed; counts of frames are right."""
     make = load("vvae_lam", "make_manifest").make_manifest
     for n in range(20):
         write_h5(tmp_path / f"r{n:02d}.h5", frames(4 + 2 * (n % 5)))
@@ -567,8 +545,7 @@ def test_manifest_is_seeded_and_counts(tmp_path):
     assert one == again and one["splits"] != other["splits"]
     assert [len(one["splits"][name]) for name in ("train", "validation", "test")] == [16, 2, 2]
     assert len(set(sum(one["splits"].values(), []))) == 20
-    lengths = [4 + 2 * (int(name[1:3]) % 5) for name in one["splits"]["train"]]
-    assert one["counts"]["train"]["frames"] == sum(lengths)
+    assert one["counts"]["train"]["frames"] == sum(4 + 2 * (int(name[1:3]) % 5) for name in one["splits"]["train"])
     assert len(manifest("--train-ratio", "1", "--val-ratio", "0", "--test-ratio", "0")["splits"]["train"]) == 20
     with pytest.raises(SystemExit):
         make.main([str(tmp_path), "--train-ratio", "0.5"])
@@ -620,7 +597,6 @@ def test_validation_is_shared_without_repeats(this, recordings, tmp_path):
 
 
 def test_demo_is_in_the_layout_of_the_data_and_is_not_written_twice(tmp_path, recordings):
-    """Unit variance; each action moves the blob alike wherever it is, around the edges too."""
     demo = load("vvae_lam", "demo").demo
     demo.ABOUT = dict(demo.ABOUT, recordings=3)
     demo.write(tmp_path / "d")
@@ -630,18 +606,13 @@ def test_demo_is_in_the_layout_of_the_data_and_is_not_written_twice(tmp_path, re
     assert [file.stat().st_mtime_ns for file in files] == before and len(files) == 3
     recording = recordings.inspect(files[0])
     assert recording.shape == (16, 16, 16) and recording.chunk_frames == 2 and len(recording) == 12
-    x, (actions, _) = recording.read(np.arange(12)), recording.motion(1)
-    assert x.std() == pytest.approx(1, abs=0.05) and len(actions) == 11
-    blob = np.abs(x - x.mean(0)).sum(1)
-    for t, angle in enumerate(actions * np.pi / 4):
-        move = np.rint(np.array([np.sin(angle), np.cos(angle)]) * demo.ABOUT["shift"]).astype(int)
-        assert np.corrcoef(np.roll(blob[t], move, (0, 1)).ravel(), blob[t + 1].ravel())[0, 1] > 0.5
+    assert recording.read(np.arange(12)).std() == pytest.approx(1, abs=0.05) and len(recording.motion(1)[0]) == 11
 
 
 # --- the loop
 
 
-def write_moving(folder, count):
+def write_moving(folder, count, scale=1):
     """Recordings of 12 latent frames (2, 8, 8) in which a bright bar moves right or left, around the edges too."""
     rng = np.random.default_rng(0)
     for n in range(count):
@@ -650,8 +621,7 @@ def write_moving(folder, count):
         x = rng.normal(0, 0.1, (1, 2, 8, 8)).repeat(12, 0)
         for t in range(12):
             x[t, :, 2:6, (place[t] + np.arange(2)) % 8] += 3
-        path = write_h5(folder / f"r{n}.h5", x.astype(np.float32))
-        with H5(path, "a") as file:
+        with H5(write_h5(folder / f"r{n}.h5", scale * x.astype(np.float32)), "a") as file:
             file["actions"] = (moves > 0).astype(np.int64)
     return folder
 
@@ -675,6 +645,18 @@ def flags(folder, out, *more):
     codes = "--sequence-length 4 --quantize-after -1 --num-embeddings 4 --val-episodes r1 r4"
     words = [*sizes.split(), *times.split(), *codes.split()]
     return ["--data", f"a={folder}", "--out", str(out), *words, *map(str, more)]
+
+
+def start(*command):
+    """A process of its own group, to be killed."""
+    env, quiet = {**os.environ, "OMP_NUM_THREADS": "1"}, dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([str(word) for word in command], env=env, start_new_session=True, **quiet)
+
+
+def wait_until(happened, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 TRAINING = "loss mse_loss mae_loss vq_loss codebook_loss commitment_loss codebook_usage lr grad_norm rollout_loss"
@@ -769,13 +751,9 @@ def test_overfit_says_whether_it_got_there(this, latents, tmp_path, capsys, monk
 def test_init_takes_weights_codes_and_normalisation(this, latents, tmp_path):
     """On latents of another scale, too; a model of other sizes is refused."""
     this.train.main(flags(latents, tmp_path / "one"))
-    init = tmp_path / "one" / "checkpoints" / "last"
-    scaled = write_moving(tmp_path / "scaled", 6)
-    for file in scaled.glob("*.h5"):
-        with H5(file, "a") as open_file:
-            open_file["embeddings"][...] *= 3
-    words = flags(scaled, tmp_path / "two", "--init", init, "--lr", 1e-12, "--weight-decay", 0, "--steps", 1)
-    this.train.main(words)
+    init, scaled = tmp_path / "one" / "checkpoints" / "last", write_moving(tmp_path / "scaled", 6, scale=3)
+    still = ["--init", init, "--lr", 1e-12, "--weight-decay", 0, "--steps", 1]
+    this.train.main(flags(scaled, tmp_path / "two", *still))
     load_model = this.model.VVAELatentActionVQVAE.from_pretrained
     one, two = load_model(init), load_model(tmp_path / "two" / "checkpoints" / "last")
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
@@ -808,17 +786,10 @@ def test_terminated_as_a_group_with_workers_and_resumed_equals_uninterrupted(lat
     more = ["--steps", 80, "--save-every", 10, "--eval-every", 40, "--workers", 1]
     script, out = FOLDER / "train.py", tmp_path / "run"
     assert launch(script, *flags(latents, tmp_path / "one", *more), ranks=ranks).returncode == 0
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29513"]
-    command += [script, *flags(latents, out, *more)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "checkpoints" / "step_0000010").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), script, *flags(latents, out, *more)]
+    process = start(*command)
+    wait_until(lambda: (out / "checkpoints" / "step_0000010").exists())
     os.killpg(process.pid, signal.SIGTERM)
     code = process.wait(90)
     assert code == 75 if ranks == 1 else code != 0  # torchrun has a code of its own
@@ -838,8 +809,6 @@ def test_errors_are_one_line(latents, tmp_path):
     cases = [
         (["train.py", *flags(broken, tmp_path / "a")], "NaN or infinity"),
         (["train.py", *flags(broken, tmp_path / "b", "--workers", 1)], "NaN or infinity"),
-        (["train.py", *flags(tmp_path / "absent", tmp_path / "c")], "no such file"),
-        (["train.py", *flags(latents, tmp_path / "d", "--sequence-length", 99)], "no sequence of 99"),
         (["make_manifest.py", tmp_path / "absent"], "no .h5 files"),
         (["label.py", "--checkpoint", tmp_path, "--data", latents, "--out", tmp_path / "e"], "config.json"),
         (["evaluate.py", "--checkpoint", tmp_path, "--out", tmp_path / "f"], "config.json"),
@@ -848,8 +817,7 @@ def test_errors_are_one_line(latents, tmp_path):
     ]
     for (script, *words), text in cases:
         done = launch(FOLDER / script, *words)
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        assert done.returncode == 2 and len(lines) == 1 and text in lines[0], (script, done.stderr)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and text in done.stderr, (script, done.stderr)
 
 
 # --- verbs
@@ -891,8 +859,6 @@ def test_labels_are_the_codes_of_the_transitions(this, latents, checkpoint, tmp_
         distance = np.square(codebook - labels["vectors"][:, :, None]).sum(3)  # the vectors are in the codebook's units
         assert np.array_equal(distance.argmin(2), labels["codes"])
     assert label.main(words) == 0 and "6 were there already" in capsys.readouterr().out
-    tiny(this, channels=2, mean=[0.0], std=[2.0]).save_pretrained(tmp_path / "other")
-    torch.save({**model.state_dict(), "quantizer.age": 1}, tmp_path / "x")
     nn.init.normal_(model.quantizer.codebook)
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(DataError, match="holds labels of another model"):
@@ -900,25 +866,25 @@ def test_labels_are_the_codes_of_the_transitions(this, latents, checkpoint, tmp_
 
 
 def test_labels_of_videos_stand_at_the_frames_that_end_a_latent(this, checkpoint, tmp_path):
-    """4 frames to a latent: row 3 is the code of latents 0 -> 1, rows between are not valid; keys are the video's."""
-    label = load("vvae_lam", "label").label
-    x = frames(6, size=8)
-    path = write_h5(tmp_path / "d" / "a.h5", x, attributes=dict(shard="shard-7.tar", key="k-1", frames=26))
-    with H5(path, "a") as file:
-        file["frame_index"] = np.arange(6) * 4 + 3
-    words = ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "d"), "--out", str(tmp_path / "l")]
-    assert label.main([*words, "--device", "cpu"]) == 0
-    (labels,) = labels_of(tmp_path / "l" / "shard-7.tar").values()
+    """4 frames to a latent: row 3 is the code of latents 0 -> 1, rows between are not valid; keys are the video's.
+    Of a video whose length is not known, nothing is said of what follows its last latent."""
+    x, label = frames(6, size=8), load("vvae_lam", "label").label
+
+    def labelled(name, ends, **about):
+        with H5(write_h5(tmp_path / name / "a.h5", x, attributes=about), "a") as file:
+            file["frame_index"] = ends
+        words = ["--checkpoint", checkpoint, "--data", tmp_path / name, "--out", tmp_path / f"{name} labels"]
+        assert label.main([*map(str, words), "--device", "cpu"]) == 0
+        return labels_of(next((tmp_path / f"{name} labels").glob("*.tar")))
+
+    labels = labelled("video", np.arange(6) * 4 + 3, shard="shard-7.tar", key="k-1", frames=26)["k-1"]
     assert labels["gap"] == 4 and labels["codes"].shape == (22, 3) and labels["vectors"].shape == (22, 3, 6)
     assert np.flatnonzero(labels["valid"]).tolist() == [3, 7, 11, 15, 19]
     model = this.model.VVAELatentActionVQVAE.from_pretrained(checkpoint)
     assert np.array_equal(labels["codes"][3::4], model.encode(x))
-    path = write_h5(tmp_path / "e" / "b.h5", x)
-    with H5(path, "a") as file:
-        file["frame_index"] = [3, 7, 11, 16, 20, 24]
-    words[3], words[5] = str(tmp_path / "e"), str(tmp_path / "m")
+    assert labelled("unknown length", np.arange(6) * 4 + 3)["a"]["codes"].shape == (20, 3)
     with pytest.raises(DataError, match="4 to 5 video frames apart"):
-        label.main([*words, "--device", "cpu"])
+        labelled("uneven", [3, 7, 11, 16, 20, 24])
 
 
 @pytest.fixture(scope="module")
@@ -928,12 +894,11 @@ def evaluate():
 
 def test_report(this, evaluate, latents, checkpoint, tmp_path):
     """Against the numbers computed here: one step, rollouts from the first frame, copy baseline."""
-    folder = tmp_path / "two"
+    (tmp_path / "two").mkdir()
     for name in ("r0.h5", "r1.h5"):
-        folder.mkdir(exist_ok=True)
-        shutil.copy(latents / name, folder / name)
-    words = ["--checkpoint", str(checkpoint), "--data", str(folder), "--steps", "3", "--device", "cpu"]
-    assert evaluate.main([*words, "--out", str(tmp_path / "one")]) == 0
+        shutil.copy(latents / name, tmp_path / "two" / name)
+    words = ["--checkpoint", checkpoint, "--data", tmp_path / "two", "--steps", "3", "--device", "cpu"]
+    assert evaluate.main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
     report = json.loads((tmp_path / "one" / "report.json").read_text())
     model = this.model.VVAELatentActionVQVAE.from_pretrained(checkpoint)
     errors, rolled, copied = [], [], []
@@ -944,9 +909,10 @@ def test_report(this, evaluate, latents, checkpoint, tmp_path):
         errors.append(np.square(model.predict(window, model.encode(window)) - window[1:]).mean())
         rolled.append(np.square(model.rollout(x[0], model.encode(x[:4])) - x[1:4]).mean((1, 2, 3)))
         copied.append(np.square(window[1:] - window[:-1]).mean())
-    one = report["one_step"]
+    one, gains = report["one_step"], 10 * np.log10(np.divide(copied, errors))
     assert one["mse"] == pytest.approx(np.mean(errors), rel=1e-3) and one["transitions"] == 14
     assert one["relative_mse"] == pytest.approx(np.mean(errors) / np.mean(copied), rel=1e-3)
+    assert one["psnr_gain_of_episodes"] == pytest.approx(dict(lowest=gains.min(), above_0=(gains > 0).mean()), rel=1e-3)
     np.testing.assert_allclose(report["short_rollout"]["mse"]["true"], np.mean(rolled, 0), rtol=1e-3)
     assert report["full_rollout"]["steps"] == 11
     wanted = {"codes", "vectors", "first_frame", "latent_difference", "optical_flow", "shuffled_codes"}
@@ -959,7 +925,7 @@ def test_report(this, evaluate, latents, checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_trained_recordings_are_known_and_new_data_need_no_flags(this, evaluate, latents, tmp_path):
-    """Renamed source or files: what was trained on is left out. A new folder is evaluated whole. NaN rows are told."""
+    """What was trained on is left out. A new folder is evaluated whole. Rows of NaN are told."""
     assert this.train.main(flags(latents, tmp_path / "run")) == 0
     last = ["--checkpoint", str(tmp_path / "run" / "checkpoints" / "last"), "--device", "cpu", "--steps", "3"]
 
@@ -967,19 +933,14 @@ def test_trained_recordings_are_known_and_new_data_need_no_flags(this, evaluate,
         assert evaluate.main([*last, *map(str, words), "--out", str(tmp_path / "report")]) == 0
         return json.loads((tmp_path / "report" / "report.json").read_text())
 
-    own = report()
-    assert (own["split"], own["recordings"]) == ("held out", 2)
+    found = report()
+    assert (found["split"], found["recordings"]) == ("held out", 2)
     assert report("--split", "train")["recordings"] == 4
-    renamed = shutil.copytree(latents, tmp_path / "renamed")
-    for file in list(renamed.glob("*.h5")):
-        file.rename(file.with_name(f"x{file.name}"))
-    again = report("--data", f"other={renamed}")
-    assert again["recordings"] == 2 and again["one_step"]["mse"] == pytest.approx(own["one_step"]["mse"])
-    new, rng = tmp_path / "new", np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     for n in range(5):
-        with H5(write_h5(new / f"n{n}.h5", frames(12, size=8, seed=20 + n)), "a") as file:
+        with H5(write_h5(tmp_path / "new" / f"n{n}.h5", frames(12, size=8, seed=20 + n)), "a") as file:
             file["actions"] = rng.normal(size=(12, 2)) if n else np.full((12, 2), np.nan)
-    found = report("--data", new)
+    found = report("--data", tmp_path / "new")
     assert (found["split"], found["recordings"]) == ("new data", 5)
     assert [Path(name).name for name in found["left_out_of_probes"]] == ["n0.h5"]
     assert np.isfinite(found["probes"]["codes"]["r2"]) and "r2_low" in found["probes"]["codes"]
@@ -1142,39 +1103,31 @@ def plus(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name, takes, latents, wrong", [("cogvideox", 8, 2, 9), ("wan", 9, 2, 8), ("image", 3, 3, 0), ("svd", 3, 3, 0)]
+    "name, takes, latents, wrong, causal",
+    [("cogvideox", 8, 2, 9, False), ("wan", 9, 2, 8, True), ("image", 3, 3, 0, True), ("svd", 3, 3, 0, True)],
 )
-def test_every_vae_keeps_all_frames_or_says_no(encode, vaes, name, takes, latents, wrong):
-    """Frames in, latents out and back to as many frames; a count that the VAE would cut is an error."""
+def test_every_vae_keeps_all_frames_or_says_no(encode, vaes, name, takes, latents, wrong, causal):
+    """Frames in, latents out and back to as many frames; a count that the VAE would cut is an error. CogVideoX is not
+    causal: it normalises over the frames of a chunk, so its first latent sees the last frame."""
     one = encode.open_vae(vaes / name)
     frames = np.random.default_rng(0).integers(0, 255, (takes, 32, 32, 3), dtype=np.uint8)
     z = one.encode(frames)
-    assert z.shape[:2] == (latents, one.mean.numel() if one.mean.numel() > 1 else z.shape[1])
-    assert torch.equal(z, one.encode(frames))
+    assert len(z) == latents and torch.equal(z, one.encode(frames)) and one.is_causal(frames) == causal
     decoded = one.decode(z)
     assert decoded.shape == (takes - one.lead, 32, 32, 3) and decoded.dtype == np.uint8
     assert len(one.decode(z[:1])) == one.ratio and len(one.decode(torch.cat([z, z[:1]]))) == one.ratio * (latents + 1)
     if wrong:
         with pytest.raises(DataError, match=f"not {wrong}"):
             one.encode(frames[:1].repeat(wrong, 0))
-    raw = one.module.encode
     x = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
     if name == "wan":
         config = one.module.config
         mean, std = (torch.tensor(x).view(-1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
-        expected = (raw(x).latent_dist.mode()[0] - mean) / std
+        expected = (one.module.encode(x).latent_dist.mode()[0] - mean) / std
         torch.testing.assert_close(z, expected[:, 1:].transpose(0, 1), rtol=1e-4, atol=1e-4)
     if name == "image":
-        expected = raw(x[0].transpose(0, 1)).latent_dist.mode() * one.module.config.scaling_factor
+        expected = one.module.encode(x[0].transpose(0, 1)).latent_dist.mode() * one.module.config.scaling_factor
         torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_causality_of_a_vae_is_measured(encode, vaes):
-    """Wan is causal; CogVideoX normalises over the frames of a chunk, so its first latent sees the last frame."""
-    frames = np.random.default_rng(0).integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)
-    assert encode.open_vae(vaes / "wan").is_causal(frames)
-    assert not encode.open_vae(vaes / "cogvideox").is_causal(frames[:8])
-    assert encode.open_vae(vaes / "image").is_causal(frames)
 
 
 def read(encode, path, fps=None, size=None):
@@ -1324,19 +1277,17 @@ def test_jobs_share_a_folder_and_a_killed_one_leaves_nothing_half_written(encode
     (tmp_path / "videos").mkdir()
     for n in range(12):
         write_video(encode, tmp_path / "videos" / f"{n:02d}.mp4", count=16)
-    out, script = tmp_path / "out", FOLDER / "video_vae" / "encode_videos.py"
-    command = [sys.executable, script, "--data", tmp_path / "videos", "--vae", vaes / "cogvideox"]
-    command = [str(word) for word in [*command, "--out", out, "--device", "cpu"]]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("*.h5"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    out = tmp_path / "out"
+    command = [sys.executable, FOLDER / "video_vae" / "encode_videos.py", "--data", tmp_path / "videos"]
+    command += ["--vae", vaes / "cogvideox", "--out", out, "--device", "cpu"]
+    process = start(*command)
+    wait_until(lambda: len(list(out.glob("*.h5"))) >= 2)
+    process.kill()
     process.wait(60)
     (out / f".11.h5.{socket.gethostname()}-{process.pid}.tmp").write_bytes(b"half")  # what a kill inside a file leaves
     complete = {path: path.stat().st_mtime_ns for path in out.glob("*.h5")}
     assert 0 < len(complete) < 12
-    jobs = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+    jobs = [start(*command) for _ in range(2)]
     assert [job.wait(200) for job in jobs] == [0, 0]
     assert len(list(out.glob("*.h5"))) == 12 and not list(out.glob(".*"))
     assert all(path.stat().st_mtime_ns == before for path, before in complete.items())
@@ -1349,15 +1300,14 @@ def test_videovae_plus_from_a_checkout(encode, plus, tmp_path):
     frames = np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), dtype=np.uint8)
     z = one.encode(frames)
     assert z.shape == (2, 16, 2, 2) and one.decode(z).shape == (8, 16, 16, 3)
-    expected = 3 * (frames[::4, ::8, ::8, 0] / 127.5 - 1)
-    np.testing.assert_allclose(z[:, 5], expected, rtol=1e-5)
-    with pytest.raises(DataError, match="takes 4 k"):
-        one.encode(frames[:7])
+    np.testing.assert_allclose(z[:, 5], 3 * (frames[::4, ::8, ::8, 0] / 127.5 - 1), rtol=1e-5)
     (tmp_path / "w.ckpt").write_bytes(b"nonsense")
-    with pytest.raises(DataError, match="cannot be opened"):
-        encode.open_vae(tmp_path / "w.ckpt", checkout=checkout)
-    with pytest.raises(DataError, match="no readable config_16z.yaml"):
-        encode.open_vae(weights, checkout=tmp_path)
+    for words, message in (
+        ((tmp_path / "w.ckpt", checkout), "cannot be opened"),
+        ((weights, tmp_path), "no readable config_16z.yaml"),
+    ):
+        with pytest.raises(DataError, match=message):
+            encode.open_vae(words[0], checkout=words[1])
 
 
 # --- real data
