@@ -48,37 +48,6 @@ def start(model, frames):
 # --- quantizer
 
 
-def test_nearest_pick_and_totals_match_loops(this):
-    q, x, books = this.quantizer, torch.randn(20, 3, 4), torch.randn(3, 5, 4)
-    codes = q.nearest(x, books)
-    for b in range(20):
-        for n in range(3):
-            assert codes[b, n] == min(range(5), key=lambda k: (x[b, n] - books[n, k]).square().sum().item())
-            assert torch.equal(q.pick(books, codes)[b, n], books[n, codes[b, n]])
-    counts, sums = q.totals(x, codes, 5)
-    for n in range(3):
-        for k in range(5):
-            assert counts[n, k] == (codes[:, n] == k).sum()
-            torch.testing.assert_close(sums[n, k], x[codes[:, n] == k, n].sum(0))
-
-
-def test_kmeans_finds_separate_clusters(this):
-    generator = torch.Generator().manual_seed(0)
-    true = 10 * torch.eye(8)
-    x = true[torch.arange(400) % 8] + 0.1 * torch.randn(400, 8, generator=generator)
-    centres = this.quantizer.kmeans(x, 8, generator)
-    assert (torch.cdist(true, centres).amin(1) < 0.2).all()
-
-
-@pytest.mark.slow
-def test_kmeans_of_many_codes_takes_seconds(this):
-    """A codebook of 560 over 8192 vectors: the largest that the memory of vectors holds."""
-    began = time.process_time()
-    x = torch.randn(8192, 32, generator=torch.Generator().manual_seed(0))
-    centres = this.quantizer.kmeans(x, 560, torch.Generator().manual_seed(0))
-    assert centres.shape == (560, 32) and time.process_time() - began < 60
-
-
 def test_code_positions_say_different_things_from_the_start(this):
     """Two independent factors of 8 values, mixed over all dims: the rotation puts one in each position."""
     generator = torch.Generator().manual_seed(0)
@@ -98,16 +67,13 @@ def test_code_positions_say_different_things_from_the_start(this):
     assert (spread - spread.diag().diag()).abs().max() < 1e-3 * spread.max()
 
 
-def test_vectors_pass_unchanged_until_quantization_starts(this):
-    q, d = this.quantizer.Quantizer(2, 8, 4), torch.randn(3, 2, 4)
-    assert torch.equal(q.train()(d)[0], d) and torch.equal(q.eval()(d)[0], d)
-
-
 def test_noise_has_the_length_of_the_error_and_evaluation_has_none(this):
+    """Before quantization starts the vectors pass unchanged."""
     q = this.quantizer.Quantizer(2, 8, 4)
+    d = torch.randn(50, 2, 4, requires_grad=True)
+    assert torch.equal(q.train()(d)[0], d) and torch.equal(q.eval()(d)[0], d)
     q.quantizing = True
     q.set_codebook(torch.randn(2, 8, 4))
-    d = torch.randn(50, 2, 4, requires_grad=True)
     z, codes = q.train()(d)
     torch.testing.assert_close((z - d).norm(dim=-1), (q.lookup(codes) - d).norm(dim=-1))
     z.sum().backward()
@@ -160,7 +126,7 @@ def test_two_clusters_on_one_code_are_told_apart(this):
 
 def test_a_lifted_out_quantizer_does_not_grow(this):
     q = this.quantizer.Quantizer(2, 8, 4).train()
-    for _ in range(50):
+    for _ in range(12):
         q(torch.randn(1000, 2, 4))
     assert len(q.fresh) <= 8192
 
@@ -205,7 +171,7 @@ def test_pair_attention_is_a_softmax_over_two_keys(this):
     torch.testing.assert_close(layer(second, first), want)
 
 
-@pytest.mark.parametrize("size, grid", [(16, 16), (32, 16), (64, 16), (56, 56), (256, 32)])
+@pytest.mark.parametrize("size, grid", [(16, 16), (64, 16), (56, 56), (256, 32)])
 def test_block_flow_finds_a_shift(this, size, grid):
     """A texture of which one half moves and the other rests; nothing moves in a flat picture."""
     unit = max(1, size // 64)
@@ -217,14 +183,6 @@ def test_block_flow_finds_a_shift(this, size, grid):
     moving, resting = flow[:, :, -grid // 4 - 1 : -1, grid // 2 : -1], flow[:, :, : grid // 4]
     torch.testing.assert_close(moving.flatten(2).median(2).values, torch.tensor([[-0.4, 0.6]] * 2))
     assert not resting.any() and not this.model.block_flow(first * 0, second * 0, grid).any()
-
-
-def test_position_convolution_sees_neighbours(this):
-    """Unlike in the released temporal PEG, where 6 % of the tokens sit where its convolution assumes."""
-    x = torch.zeros(1, 16, 1, requires_grad=True)
-    this.model.PEG(1)(x)[0, 5, 0].backward()
-    seen = {divmod(i, 4) for i in torch.nonzero(x.grad[0, :, 0])[:, 0].tolist()}
-    assert seen == {(i, j) for i in (0, 1, 2) for j in (0, 1, 2)}
 
 
 def test_the_first_frame_is_encoded_without_the_second(this):
@@ -325,9 +283,6 @@ def test_published_size(this):
         (["--image-size", "30"], "multiple of --patch"),
         (["--batch-size", "7", "--accum", "2"], "no multiple of 2"),
         (["--val-share", "1.5"], "--label-share must be at most 1"),
-        (["--steps", "0"], "--steps must be above 0"),
-        (["--resume"], "--resume needs --out"),
-        (["--batchsize", "4"], "unrecognized"),
     ],
 )
 def test_impossible_flags_are_one_line_before_any_file_is_made(this, capsys, words, said):
@@ -360,18 +315,12 @@ def write_clips(this, folder, lengths, source="lab", size=16, per_shard=3, actio
     return folder
 
 
-@pytest.mark.parametrize(
-    "text, want",
-    [("3", (3, 3, False)), ("0.6s", (0.6, 0.6, True)), ("2-5", (2, 5, False)), ("0.4s-1.2s", (0.4, 1.2, True))],
-)
-def test_gap_words(this, text, want):
-    assert this.sources.parse_gap(text) == want
-
-
-@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "3s-5", "5-3", "s", "0.6 s", "nan"])
-def test_wrong_gap_words_are_named(this, text):
-    with pytest.raises(DataError, match="--gap"):
-        this.sources.parse_gap(text)
+def test_gap_words(this):
+    for text, want in {"3": (3, 3, False), "2-5": (2, 5, False), "0.4s-1.2s": (0.4, 1.2, True)}.items():
+        assert this.sources.parse_gap(text) == want
+    for text in ("", "0", "-1", "1.5", "3s-5", "5-3", "s", "0.6 s", "nan"):
+        with pytest.raises(DataError, match="--gap"):
+            this.sources.parse_gap(text)
 
 
 def test_a_path_may_hold_an_equals_sign(this, tmp_path, monkeypatch):
@@ -384,14 +333,14 @@ def test_a_path_may_hold_an_equals_sign(this, tmp_path, monkeypatch):
 
 
 def test_pairs_have_the_gap_and_stay_in_their_clip(this, tmp_path):
+    """0.4 to 1 s at 5 fps are 2 to 5 frames, and each is used."""
     write_clips(this, tmp_path, [30, 9, 12, 2, 40])
-    source = this.sources.read_sources([f"lab={tmp_path}"], ["0.8s"], 0.0)[0]
+    source = this.sources.read_sources([f"lab={tmp_path}"], ["0.4s-1s"], 0.0)[0]
     assert source.short == 1
     dataset = this.data.TrainPairs([source], 16, 0)
-    for step in range(30):
-        frames = dataset[step, 0, 16]["frames"]
-        when, clip = frames[:, :, 0, 0, 0].int(), frames[:, :, 1, 0, 0]
-        assert torch.equal(when[:, 1] - when[:, 0], torch.full((16,), 4)) and torch.equal(clip[:, 0], clip[:, 1])
+    frames = torch.cat([dataset[step, 0, 16]["frames"] for step in range(0, 80, 4)])
+    when, clip = frames[:, :, 0, 0, 0].int(), frames[:, :, 1, 0, 0]
+    assert set((when[:, 1] - when[:, 0]).tolist()) == {2, 3, 4, 5} and torch.equal(clip[:, 0], clip[:, 1])
 
 
 def test_every_pair_of_a_clip_is_drawn_alike(this, tmp_path):
@@ -402,14 +351,6 @@ def test_every_pair_of_a_clip_is_drawn_alike(this, tmp_path):
     starts = torch.cat([dataset[8 * turn, 0, 100]["frames"][:, 0, 0, 0, 0].int() for turn in range(30)])
     outer = ((starts < 24) | (starts >= 197 - 24)).float().mean()
     assert abs(outer - 48 / 197) < 0.03 and len(starts.unique()) == 197
-
-
-def test_a_gap_range_is_used_whole(this, tmp_path):
-    write_clips(this, tmp_path, [30] * 4)
-    source = this.sources.read_sources([f"lab={tmp_path}"], ["2-5"], 0.0)[0]
-    dataset = this.data.TrainPairs([source], 16, 0)
-    frames = torch.cat([dataset[step, 0, 16]["frames"] for step in range(0, 64, 8)])
-    assert set((frames[:, 1, 0, 0, 0].int() - frames[:, 0, 0, 0, 0].int()).tolist()) == {2, 3, 4, 5}
 
 
 def test_no_pair_crosses_a_scene_cut(this):
@@ -684,11 +625,6 @@ def test_labelling_resumes_and_does_not_depend_on_the_batch(this, trained, tmp_p
         this.label.main([*words, "--out", tmp_path / "a", "--gap", "3"])
 
 
-def test_labels_under_bf16(this, trained, lab, tmp_path):
-    this.label.main(["--checkpoint", trained, "--data", lab, "--amp", "bf16", "--out", tmp_path / "labels"])
-    assert all(np.isfinite(found["vectors"]).all() for found in read_labels(this, tmp_path / "labels").values())
-
-
 def test_a_model_without_codes_is_refused(this, lab, tmp_path):
     tiny(this).save_pretrained(tmp_path / "model")
     with pytest.raises(DataError, match="quantization has not started"):
@@ -698,9 +634,12 @@ def test_a_model_without_codes_is_refused(this, lab, tmp_path):
 def test_broken_clips_are_named_while_labelling(this, trained, tmp_path, capsys):
     data = write_clips(this, tmp_path / "data", [12] * 3)
     spoil(this.shards.read_clips(data)[1])
-    this.label.main(["--checkpoint", trained, "--data", data, "--batch-size", "5", "--out", tmp_path / "labels"])
+    words = ["--checkpoint", trained, "--data", data, "--batch-size", "5", "--amp", "bf16"]
+    this.label.main([*words, "--out", tmp_path / "labels"])
     said = capsys.readouterr().out
     assert "lab-001.frames.npy" in said and "2 clips labelled" in said and "1 broken" in said
+    labels = read_labels(this, tmp_path / "labels")
+    assert len(labels) == 2 and all(np.isfinite(found["vectors"]).all() for found in labels.values())
 
 
 @pytest.mark.slow

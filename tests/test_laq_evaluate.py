@@ -56,15 +56,8 @@ def test_probe_chooses_lambda_by_training_episodes(laq):
             errors.append(np.square(np.concatenate(guess)).sum())
         best = laq.metrics.LAMBDAS[int(np.argmin(errors))]
         np.testing.assert_allclose(got[:, dim], laq.metrics.ridge(x, y, x_test, [best])[0][:, dim])
-    assert laq.metrics.LAMBDAS[0] == max(laq.metrics.LAMBDAS)  # of equals the strongest
-
-
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_probe_of_one_short_episode(laq, n):
-    """Without features a probe is the mean."""
-    y = np.arange(n, dtype=float)[:, None]
-    guess = laq.metrics.probe(np.zeros((n, 1)), y, np.zeros(n, int), np.zeros((3, 1)))
-    np.testing.assert_allclose(guess, y.mean())
+    guess = laq.metrics.probe(np.zeros((2, 1)), np.arange(2.0)[:, None], np.zeros(2, int), np.zeros((3, 1)))
+    np.testing.assert_allclose(guess, 0.5)  # of one short episode, without features: the mean
 
 
 def test_probe_scores_against_arithmetic(laq):
@@ -137,18 +130,6 @@ def test_advice_names_what_is_missing(laq):
         told = laq.metrics.advice(good | {name: value}, 8)
         assert told.startswith("not yet") and word in told
     assert "have not started" in laq.metrics.advice(dict(mse=0.01, psnr_gain_over_copy=2.0), 8)
-
-
-def test_the_figure_of_a_large_codebook_is_drawn_in_seconds(laq, tmp_path):
-    """256 codes at 8 positions: the most frequent 8 codes of 4 positions are shown."""
-    import time
-
-    model = laq.model.LAQ(laq.model.LAQConfig(16, 4, 16, 1, code_seq_len=8, codebook_size=256, code_dim=4)).eval()
-    frame, began = torch.rand(3, 16, 16), time.process_time()
-    example = laq.figures.effects(model, frame, frame, frame, torch.zeros(8, dtype=torch.int64))
-    more = dict(all_codes=np.random.default_rng(0).integers(0, 256, (500, 8)), actions=np.full((500, 0), np.nan))
-    laq.figures.codes(dict(a=example | more)).savefig(tmp_path / "a.png")
-    assert example["effects"].shape[:2] == (4, 8) and time.process_time() - began < 10
 
 
 # --- reports
@@ -224,8 +205,8 @@ def test_report_on_a_perfect_model(laq, monkeypatch, tmp_path):
 def test_report_on_a_model_that_ignores_its_codes(laq, monkeypatch, tmp_path):
     model = Perfect()
     model.decode = lambda first, codes: first
-    image = report_on(laq, monkeypatch, model, tmp_path, "--data", f"w={rolling(laq, tmp_path / 'data')}")["w"]
-    assert image["reconstruction"]["code_sensitivity"] == 0 and image["reconstruction"]["psnr_gain_over_copy"] == 0
+    found = report_on(laq, monkeypatch, model, tmp_path, "--data", f"w={rolling(laq, tmp_path / 'data')}")["w"]
+    assert found["reconstruction"]["code_sensitivity"] == found["reconstruction"]["psnr_gain_over_copy"] == 0
     assert "not yet" in (tmp_path / "report.md").read_text()
 
 

@@ -458,15 +458,12 @@ def test_the_classifier_of_a_regression_sends_no_gradient_back(this, home):
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
-def test_lora_layers_start_as_nothing_and_train_alone(this, home):
+def test_lora_layers_start_as_nothing(this, home):
     plain, model = small(this, home, action=ACTION).eval(), small(this, home, action=ACTION, lora_rank=2).eval()
     assert not model.load_state_dict(plain.state_dict(), strict=False).unexpected_keys, "weights keep their names"
     batch = batch_of(model)
     with torch.no_grad():
         torch.testing.assert_close(model.read(batch), plain.read(batch))
-    trains = {name for name, p in model.freeze("backbone").named_parameters() if p.requires_grad}
-    assert all("lora_" in name for name in trains if name.startswith("backbone.")) and len(trains) > 20
-    assert "queries" in trains and "to_actions.weight" in trains
 
 
 def test_a_checkpoint_is_a_plain_hugging_face_folder(this, home, latent):
