@@ -234,21 +234,17 @@ class ValidationBatches:
             yield batch | dict(source=torch.full((len(batch["mask"]),), self.index))
 
 
-def prepare_dataloaders(
-    batch_size, sources, seed=0, steps=1000, first=0, accum=1, rank=0, world=1, workers=0, val_stride=5, mix=0.5,
-    context=(), pin_memory=False,
-):  # fmt: skip
-    """(train loader, {source name: validation batches}) for `sources` of read_sources.
-
-    The train loader yields this rank's micro-batches of the optimizer steps first to steps - 1. A source without a
-    whole validation chunk has no validation batches.
-    """
-    batches = TrainBatches(sources, batch_size, seed, accum, rank, world, mix, context)
+def train_loader(batches, first, steps, workers=0, pin_memory=False):
+    """This rank's micro-batches of the optimizer steps first to steps - 1."""
+    items = range(first * batches.accum, steps * batches.accum)
     loading = dict(num_workers=workers, worker_init_fn=ignore_signals, pin_memory=pin_memory)
-    train = DataLoader(batches, batch_size=None, sampler=range(first * accum, steps * accum), **loading)
-    validation = {
-        source.name: ValidationBatches(sources, index, val_stride, rank, world, context)
+    return iter(DataLoader(batches, batch_size=None, sampler=items, **loading))
+
+
+def validation_batches(sources, stride, rank=0, world=1, context=()):
+    """{source name: ValidationBatches}; a source without a whole validation chunk has none."""
+    return {
+        source.name: ValidationBatches(sources, index, stride, rank, world, context)
         for index, source in enumerate(sources)
         if len(source.starts(validation=True, whole=True)[0])
     }
-    return train, validation

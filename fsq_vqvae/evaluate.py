@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
@@ -21,6 +20,7 @@ from data import read_source
 from metrics import measure
 from model import CONTEXT, FSQVQVAE
 from split import fingerprints, named_paths, restore_split
+from train import setup
 
 import common
 
@@ -140,8 +140,7 @@ same first row. 256 bins clip to [-1, 1], FAST to its training range."""
 
 def main(argv=None):
     args = parse(argv)
-    auto = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = FSQVQVAE.from_pretrained(args.checkpoint).to(auto if args.device == "auto" else args.device)
+    model = FSQVQVAE.from_pretrained(args.checkpoint).to(setup(args)[2])
     everything, examples = {}, {}
     for known, source, sample in open_sources(args, model):
         results, shown = measure(model, known, source, sample, args)

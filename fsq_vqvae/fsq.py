@@ -1,7 +1,7 @@
 """Finite scalar quantisation (FSQ) as published: Mentzer et al. 2023, arXiv 2309.15505. A module to lift out.
 
-The tokenizer of this folder gives every coefficient its own levels and points instead (coder.py); the plain transformer
-that it is compared with (baselines.py) uses this one.
+The tokenizer of this folder gives every coefficient its own levels and points instead (transform_coding.py); the plain
+transformer that it is compared with (baselines.py) uses this one.
 """
 
 import math

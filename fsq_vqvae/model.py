@@ -1,8 +1,8 @@
 """FSQVQVAE: a chunk of robot actions <-> a few discrete tokens, by finite scalar quantisation (FSQ) of coefficients.
 
 As in FSQ, each coefficient is rounded to one of a few levels, and a token is several levels in one number. Other than
-in FSQ, a transform coder (coder.py) chooses in closed form what the coefficients are, how many levels each has and
-where these lie: so `encode` needs no training. A network then learns to decode the same tokens better, and is used
+in FSQ, transform_coding.py chooses in closed form what the coefficients are, how many levels each has and where these
+lie: so `encode` needs no training. A network then learns to decode the same tokens better, and is used
 where validation shows that it does.
 
 Letters: B batch, T steps, A action dims, X = T A, R rows of the context, C = (R - 1) A, K coefficients, N tokens,
@@ -15,10 +15,10 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import coder
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transform_coding
 from einops import rearrange
 from torch import nn
 
@@ -31,9 +31,9 @@ CONTEXT = dict(none=(), action=(("action", 0),), state=(("state", 0), ("action",
 @dataclass
 class Config:
     """sources: one dict per data set: `name`, `action_dim`, `chunk` (steps), `fps` (Hz or None), `center` and `scale`
-    (per dim; normalised = (action - center) / scale), `low` and `high` (of the training actions), `spread`
-    (see coder.spread), and `levels`: for each token the levels of its coefficients. They live in config.json, so a
-    checkpoint is complete.
+    (per dim; normalised = (action - center) / scale), `low` and `high` (of the training actions), `spread` (see
+    transform_coding.spread), and `levels`: for each token the levels of its coefficients. They live in config.json, so
+    a checkpoint is complete.
 
     condition: a key of CONTEXT. Chunks are coded relative to the context's first row, and predicted from the
     differences of the other rows to it: a robot whose joints have drifted since the training keeps its tokens.
@@ -52,8 +52,8 @@ class Config:
             raise ValueError(f"codebook_size {self.codebook_size}: expected 2 to 2^63 - 1 (an int64 index)")
 
 
-class Coder(nn.Module):
-    """The transform coder of one source, and the layers of the network that are its own."""
+class SourceCoder(nn.Module):
+    """Encodes and decodes chunks of one source: its transform, levels and points, and its own layers of the network."""
 
     def __init__(self, source, config):
         super().__init__()
@@ -68,7 +68,7 @@ class Coder(nn.Module):
             self.register_buffer(name, torch.tensor(value, dtype=torch.int64))  # index = sum of digit * radix
         self.register_buffer("center", torch.tensor(source["center"]))  # A
         self.register_buffer("scale", torch.tensor(source["scale"]))  # A
-        M = min(X, coder.COEFFICIENTS_PER_TOKEN * len(source["levels"]))
+        M = min(X, transform_coding.COEFFICIENTS_PER_TOKEN * len(source["levels"]))
         shapes = dict(weight=(C, X), mean=(X,), basis=(K, X), span=(M, X), points=(K, L), edges=(K, L - 1))
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape))
@@ -79,8 +79,8 @@ class Coder(nn.Module):
         nn.init.zeros_(self.leave.weight)  # training starts from the closed form
         nn.init.zeros_(self.leave.bias)
 
-    def set(self, found):
-        """Take over a coder.Fit."""
+    def take(self, found):
+        """Take over a transform_coding.Fit."""
         L = self.points.shape[1]
         points = torch.tensor(np.array([np.pad(p, (0, L - len(p)), "edge") for p in found.points]).reshape(-1, L))
         edges = (points[:, 1:] + points[:, :-1]) / 2
@@ -143,7 +143,7 @@ class FSQVQVAE(nn.Module):
         self.config, self.sources = config, config.sources
         self.names = [source["name"] for source in config.sources]
         self.num_tokens = len(config.sources[0]["levels"])
-        self.coders = nn.ModuleList(Coder(source, config) for source in config.sources)
+        self.coders = nn.ModuleList(SourceCoder(source, config) for source in config.sources)
         D = config.hidden_dim  # the trunk is shared by all sources
         drop = nn.Dropout(config.dropout)
         self.trunk = nn.Sequential(nn.GELU(), drop, nn.Linear(D, D), nn.GELU(), drop)
@@ -158,10 +158,10 @@ class FSQVQVAE(nn.Module):
         """
         size, fits, described = config.get("codebook_size", Config.codebook_size), [], []
         for s, (source, sample) in enumerate(zip(sources, samples, strict=True)):
-            empty = Coder({**source, "levels": [[2]]}, Config([], **config))  # for its normalisation
-            transform, held_out = coder.klt(*empty.chunks_of(sample), tokens), validation and validation[s]
-            spreads = [source["spread"]] if "spread" in source else coder.SPREADS if held_out else [1]
-            found = {spread: coder.fit(transform, tokens, size, spread) for spread in spreads}
+            empty = SourceCoder({**source, "levels": [[2]]}, Config([], **config))  # for its normalisation
+            transform, held_out = transform_coding.klt(*empty.chunks_of(sample), tokens), validation and validation[s]
+            spreads = [source["spread"]] if "spread" in source else transform_coding.SPREADS if held_out else [1]
+            found = {spread: transform_coding.fit(transform, tokens, size, spread) for spread in spreads}
             best = spreads[0]
             if len(spreads) > 1:
                 held_out = empty.chunks_of(held_out)
@@ -170,7 +170,7 @@ class FSQVQVAE(nn.Module):
             described.append({**source, "spread": best, "levels": found[best].levels})
         model = cls(Config(described, **config))
         for own, found in zip(model.coders, fits, strict=True):
-            own.set(found)
+            own.take(found)
         return model
 
     # --- training
@@ -273,14 +273,13 @@ class FSQVQVAE(nn.Module):
         and a warning says so. closed_form: leave the network out.
         """
         own, array = self.coder_of(source), not torch.is_tensor(indices)
-        indices = np.asarray(indices) if array else indices
-        kind = indices.dtype if array else torch.empty(0, dtype=indices.dtype).numpy().dtype
-        single = indices.ndim == 1
-        shape = (1, *indices.shape) if single else tuple(indices.shape)
-        if len(shape) != 2 or shape[1] != self.num_tokens or kind.kind not in "iu":
-            raise ValueError(f"indices are {kind} {shape}, expected whole numbers (B, {self.num_tokens})")
-        indices = torch.as_tensor(indices.astype(np.int64) if array else indices).to(own.mean.device, torch.int64)
-        indices = indices.reshape(shape)
+        indices = torch.as_tensor(np.asarray(indices) if array else indices)
+        single, kind = indices.ndim == 1, indices.dtype
+        indices = indices[None] if single else indices
+        if indices.ndim != 2 or indices.shape[1] != self.num_tokens or kind.is_floating_point or kind == torch.bool:
+            expected = f"whole numbers (B, {self.num_tokens})"
+            raise ValueError(f"indices are {kind} {tuple(indices.shape)}, expected {expected}")
+        indices = indices.to(own.mean.device, torch.int64)
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.config.codebook_size:
             raise ValueError(f"indices must lie in [0, {self.config.codebook_size})")
         if context is None and own.rows:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import demo
 import figures
-from data import describe, prepare_dataloaders, read_sources
+from data import TrainBatches, describe, read_sources, train_loader, validation_batches
 from model import CONTEXT, FSQVQVAE
 from split import restore_split, split_of
 
@@ -191,16 +191,16 @@ def main(argv=None):
     stop = common.Interrupt(args.out)
 
     # --- model
+    context = CONTEXT[args.condition]
     checkpoint = common.newest(args.out) if args.resume else None
     if checkpoint:  # with its normalisation, whatever the data have become
         model = FSQVQVAE.from_pretrained(checkpoint)
     else:
         sizes = {name: getattr(args, name) for name in "codebook_size condition hidden_dim dropout".split()}
         if rank == 0:  # fitted once: other machines may round otherwise
-            known, described = CONTEXT[args.condition], [describe(source) for source in sources]
-            samples = [source.sample(known) for source in sources]
-            held_out = [source.sample(known, validation=True) for source in sources]
-            model = FSQVQVAE.fit(described, samples, args.tokens, held_out, **sizes)
+            samples = [source.sample(context) for source in sources]
+            held_out = [source.sample(context, validation=True) for source in sources]
+            model = FSQVQVAE.fit([describe(source) for source in sources], samples, args.tokens, held_out, **sizes)
         model = common.broadcast(model if rank == 0 else None)
         if args.init:
             model.load_pretrained(args.init)
@@ -231,22 +231,9 @@ def main(argv=None):
     if checkpoint:
         for line in restore_split(sources, common.read_json(checkpoint / "data.json")):
             log.say(line)
-    train, validation = prepare_dataloaders(
-        args.batch_size,
-        sources,
-        seed=args.seed,
-        steps=args.steps,
-        first=first,
-        accum=args.accum,
-        rank=rank,
-        world=world,
-        workers=args.workers,
-        val_stride=args.val_stride,
-        mix=args.mix,
-        context=CONTEXT[args.condition],
-        pin_memory=device.type == "cuda",
-    )
-    batches = iter(train)
+    batches = TrainBatches(sources, args.batch_size, args.seed, args.accum, rank, world, args.mix, context)
+    train = train_loader(batches, first, args.steps, args.workers, device.type == "cuda")
+    validation = validation_batches(sources, args.val_stride, rank, world, context)
     for source in sources:
         held_out = source.validation.sum()
         split = f"{len(source.ids) - held_out} episodes to train on, {held_out} held out"
@@ -265,7 +252,7 @@ def main(argv=None):
         common.seed_all(args.seed, step, rank)
         for micro in range(args.accum):
             start = time.perf_counter()
-            batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+            batch = {key: value.to(device, non_blocking=True) for key, value in next(train).items()}
             waited += time.perf_counter() - start
             net.require_backward_grad_sync = micro == args.accum - 1  # DDP: one all-reduce per optimizer step
             with amp:

@@ -24,7 +24,7 @@ CONTEXT = dict(none=0, action=1, state=4)  # rows
 
 @pytest.fixture(scope="module")
 def this():
-    return load("fsq_vqvae", "coder", "fsq", "readers", "baselines", "metrics", "evaluate")
+    return load("fsq_vqvae", "transform_coding", "fsq", "readers", "baselines", "metrics", "evaluate")
 
 
 def described(name="arm", action_dim=4, chunk=12):
@@ -110,7 +110,7 @@ def test_fsq_is_float32_under_autocast_and_passes_the_gradient(this):
 
 def test_lloyd_max_of_a_gaussian_has_the_error_of_the_textbook(this):
     """Max 1960, table I: 0.3634, 0.1175, 0.03454 for 2, 4, 8 levels of a unit Gaussian."""
-    table = this.coder.LloydMax(np.random.default_rng(0).normal(size=200_000))
+    table = this.transform_coding.LloydMax(np.random.default_rng(0).normal(size=200_000))
     for levels, error in ((2, 0.3634), (4, 0.1175), (8, 0.03454)):
         assert table(levels)[1] == pytest.approx(error, rel=0.03)
         assert (np.diff(table(levels)[0]) > 0).all()
@@ -120,7 +120,7 @@ def test_levels_follow_the_variance_and_stay_within_each_token(this):
     """More variance, more levels; no token has more codes than it may, and few bits are lost."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4000, 40)) * 0.8 ** np.arange(40)
-    fit = this.coder.fit(this.coder.klt(x, np.zeros((4000, 0)), 6), 6, 1000)
+    fit = this.transform_coding.fit(this.transform_coding.klt(x, np.zeros((4000, 0)), 6), 6, 1000)
     sizes = [np.prod(levels) for levels in fit.levels]
     assert max(sizes) <= 1000 and np.log2(sizes).sum() > 0.97 * 6 * np.log2(1000)
     levels = np.concatenate(fit.levels)[np.argsort(-fit.deviation)]
@@ -132,7 +132,7 @@ def test_closed_form_is_near_the_bound_and_beats_equal_levels(this):
     """Gaussian coefficients: within 5 dB of the rate-distortion function, and well below PCA with equal levels."""
     rng, scale = np.random.default_rng(0), 0.8 ** np.arange(40)
     x, held = (rng.normal(size=(n, 40)) * scale for n in (8000, 2000))
-    fit = this.coder.fit(this.coder.klt(x, np.zeros((8000, 0)), 8), 8, 1024)
+    fit = this.transform_coding.fit(this.transform_coding.klt(x, np.zeros((8000, 0)), 8), 8, 1024)
     z, decoded = (held - fit.mean) @ fit.basis.T, np.tile(fit.mean, (2000, 1))
     for i, points in enumerate(fit.points):
         decoded += points[np.abs(z[:, i, None] - points).argmin(1)][:, None] * fit.basis[i]
@@ -150,7 +150,7 @@ def test_what_the_context_tells_costs_no_bits(this):
     rng = np.random.default_rng(0)
     context = rng.normal(size=(2000, 3))
     x = context @ rng.normal(size=(3, 30)) * 50 + rng.normal(size=(2000, 30)) * 0.01
-    fit = this.coder.fit(this.coder.klt(x, context, 2), 2, 1024)
+    fit = this.transform_coding.fit(this.transform_coding.klt(x, context, 2), 2, 1024)
     assert np.abs(context @ fit.weight + fit.mean - x).max() < 1
 
 
@@ -845,7 +845,7 @@ def test_folder_copied_into_another_project_runs_its_demo(tmp_path):
     host = tmp_path / "host"
     shutil.copytree(ROOT / "fsq_vqvae", host / "third_party" / "tokens", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "common.py", host / "third_party")
-    for name in ("model.py", "data.py", "common.py", "figures.py", "demo.py", "coder.py"):
+    for name in ("model.py", "data.py", "common.py", "figures.py", "demo.py", "fsq.py"):
         (host / name).write_text("raise SystemExit('the host project was imported')\n")
     more = ["--steps", 4, "--eval-every", 2, "--save-every", 2, "--log-every", 2]
     script = host / "third_party" / "tokens" / "train.py"

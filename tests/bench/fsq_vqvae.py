@@ -102,7 +102,8 @@ def bench_loop(rows, sources, words):
         model = fitted(sources, **sizes)
         opt = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95))
         known = fsq_vqvae.model.CONTEXT["action"]
-        train = fsq_vqvae.data.prepare_dataloaders(batch_size, sources, steps=steps, context=known)[0]
+        batches = fsq_vqvae.data.TrainBatches(sources, batch_size, 0, context=known)
+        train = fsq_vqvae.data.train_loader(batches, 0, steps)
         one_step = prepare(model, opt)
         start = None
         for number, batch in enumerate(train):
