@@ -418,7 +418,7 @@ def test_golden_observations_and_rewards_of_the_rodent(this):
         actions = np.zeros((env.window, model.nu), np.float32)
         actions[-1] = golden["ctrl"][i]
         frame = golden["start_frame"][i] + round(golden["time"][i] * 50)
-        state = this.env.State(*[None] * 7, clip=golden["clip_idx"][i], start=frame, age=0, actions=actions)
+        state = this.env.State(clip=golden["clip_idx"][i], start=frame, age=0, actions=actions)
         state = jax.tree.map(lambda x: np.asarray(x, np.float32 if np.ndim(x) else None), state.with_physics(data))
         assert np.abs(env.get_obs(state) - golden["obs"][i]).max() < 1e-5
         terms = env.reward(state)
@@ -922,26 +922,28 @@ def test_steps_to_the_goal_are_counted_from_smoothed_curves(this):
 def test_a_new_task_pays_for_the_hand_and_hides_the_reference(this, arm):
     """On the target the reward is 1; the ellipse takes two seconds; the policy does not see the reference clip."""
     student = student_of(this, arm)
-    task = this.reuse.Task("reach", arm.env, arm.clips, student, 1.0)
+    task = this.reuse.Task("reach", arm.env, arm.clips, student)
     state = task.reset(jax.random.key(0))
-    assert task.horizon == 50 and len(task.get_obs(state)) == task.obs_size
+    assert task.horizon == 100 and len(task.get_obs(state)) == task.obs_size
     held = state._replace(target=task.env.simulate(state.arm, jnp.zeros(1)).xpos[arm.env.end[0]])
-    _, reward, distance, done = task.step(held, jnp.zeros(1))
-    assert float(reward) == pytest.approx(1, abs=1e-5) and float(distance) == pytest.approx(0, abs=1e-6) and not done
-    late = state._replace(arm=state.arm.replace(age=jnp.int32(49)))
-    assert task.step(late, jnp.zeros(1))[3]
+    _, reward, done = task.step(held, jnp.zeros(1))
+    assert float(reward) == pytest.approx(1, abs=1e-5) and not done
+    late = state._replace(arm=state.arm.replace(age=jnp.int32(99)))
+    assert task.step(late, jnp.zeros(1))[2]
     other = state._replace(arm=state.arm.replace(clip=jnp.int32(3)))
     np.testing.assert_array_equal(task.get_obs(other), task.get_obs(state))
-    follow = this.reuse.Task("follow", arm.env, arm.clips, student, 1.0)
+    follow = this.reuse.Task("follow", arm.env, arm.clips, student)
     state = follow.reset(jax.random.key(0))
     np.testing.assert_allclose(follow.target_at(state, 0), follow.target_at(state, 100), atol=1e-5)
     assert np.abs(follow.target_at(state, 0) - follow.target_at(state, 50)).max() > 1e-2
 
 
 @pytest.mark.slow
-def test_reuse_writes_curves_of_both_kinds(this, arm, tmp_path):
+def test_reuse_writes_curves_of_both_kinds(this, arm, tmp_path, monkeypatch):
     assert this.train.main(words_of(arm, tmp_path / "run", "--steps", "4")) == 0
-    words = f"--checkpoint {tmp_path}/run/checkpoints/last --env-steps 64 --seeds 2 --num-envs 4 --unroll 4"
+    monkeypatch.setattr(this.reuse, "NUM_ENVS", 4)
+    monkeypatch.setattr(this.reuse, "UNROLL", 4)
+    words = f"--checkpoint {tmp_path}/run/checkpoints/last --env-steps 64 --seeds 2"
     assert this.reuse.main([*words.split(), "--compile-cache", str(arm.folder / "compiled")]) == 0
     found = json.loads((tmp_path / "run/reuse/reach.json").read_text())
     assert np.shape(found["curves"]["latent"]) == np.shape(found["curves"]["raw"]) == (2, 4)
@@ -1098,7 +1100,7 @@ def test_evaluate_writes_a_whole_report(this, arm, tmp_path):
         paid = sum(row["terms"].values()) * row["steps"] / found["held out"]["episodes"]
         assert row["reward"] == pytest.approx(paid, rel=1e-3)
     assert found["without a reference"]["random motor commands"]["acceleration"] > 1
-    for name in ("survival", "tracking", "latent", "interpolation"):
+    for name in ("tracking", "latent", "interpolation"):
         assert (out / "figures" / f"{name}.png").stat().st_size > 1000
     assert "| teacher |" in (out / "report.md").read_text()
     shutil.copy(arm.folder / "clips.h5", tmp_path / "other.h5")  # another data set: every clip is held out

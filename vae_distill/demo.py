@@ -4,7 +4,6 @@ Run:
   python vae_distill/demo.py --out runs/demo/vae_distill
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -18,6 +17,9 @@ import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from teacher.arm import make
+from teacher.walker import positions
+
+import common
 
 ABOUT = dict(version=2, clips=40, frames=250, rate=50, substeps=4, seed=0)
 # two links in a vertical plane, 0.5 m and 1 kg
@@ -52,14 +54,9 @@ def motion(rng):
 
 def write_clips(file, model, qpos):
     """qpos (C T nq) as a stac-mjx file: clips one after another, qvel empty, names, the configuration as YAML text."""
-    rows, data = qpos.reshape(-1, model.nq), mujoco.MjData(model)
-    xpos, xquat = np.zeros((len(rows), model.nbody, 3)), np.zeros((len(rows), model.nbody, 4))
-    for i, row in enumerate(rows):
-        data.qpos[:] = row
-        mujoco.mj_kinematics(model, data)
-        xpos[i], xquat[i] = data.xpos, data.xquat
+    rows = qpos.reshape(-1, model.nq)
     with h5py.File(file, "w") as h5:
-        h5["qpos"], h5["xpos"], h5["xquat"], h5["qvel"] = rows, xpos, xquat, np.zeros(0)
+        h5["qpos"], h5["xpos"], h5["qvel"] = rows, positions(model, rows), np.zeros(0)
         h5["names_qpos"] = [model.joint(i).name for i in range(model.njnt)]
         h5["names_xpos"] = [model.body(i).name for i in range(model.nbody)]
         h5["config"] = f"stac:\n  n_frames_per_clip: {qpos.shape[1]}\nmodel:\n  SCALE_FACTOR: 1.0\n"
@@ -99,9 +96,15 @@ def write(folder):
         shutil.rmtree(temporary)
 
 
+def main(argv=None):
+    parser = common.ArgumentParser(__doc__)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; another demo's data are replaced")
+    write(parser.parse_args(argv).out)
+    return 0
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder to write; replaced if it holds another demo's data"
-    )
-    write(parser.parse_args().out)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

@@ -8,6 +8,8 @@ state: dict(params, opt, envs)
 task: dict(reference, teacher, mean, std, train, seed), arrays that no iteration changes
 """
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,6 +141,12 @@ def updates_per_iteration(envs, unroll, batch_size):
 
 
 # --- devices
+
+
+def keep_compiled(folder):
+    """Keep compiled programs in a folder, for the next start."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).resolve()))
 
 
 def replicate(mesh, tree):

@@ -41,17 +41,17 @@ class State:
     """One environment: its physics, and where in which clip it is. MJX leaves xpos and xmat one physics step behind
     qpos (it integrates last), as track-mjx does."""
 
-    qpos: Any
-    qvel: Any
-    qfrc_actuator: Any
-    xpos: Any  # nbody 3
-    xmat: Any  # nbody 3 3
-    act: Any
-    warmstart: Any
-    clip: Any
-    start: Any  # frame of the clip at which the episode began
-    age: Any  # control steps since then
-    actions: Any  # window A, the last actions, oldest first
+    qpos: Any = None
+    qvel: Any = None
+    qfrc_actuator: Any = None
+    xpos: Any = None  # nbody 3
+    xmat: Any = None  # nbody 3 3
+    act: Any = None
+    warmstart: Any = None
+    clip: Any = None
+    start: Any = None  # frame of the clip at which the episode began
+    age: Any = None  # control steps since then
+    actions: Any = None  # window A, the last actions, oldest first
 
     def with_physics(self, data):
         """The same environment with the physics of an MJX (or C MuJoCo) data."""
@@ -343,11 +343,11 @@ class Imitation:
         def run(*inputs):
             inputs = [np.asarray(x, np.float64) for x in inputs]
             out = {name: np.empty((*inputs[0].shape[:-1], *size), np.float32) for name, size in sizes.items()}
-            data, blank = mujoco.MjData(m), State(*[None] * 11)
+            data = mujoco.MjData(m)
             for i in np.ndindex(inputs[0].shape[:-1]):
                 data.qpos, data.qvel, data.act, data.qacc_warmstart, data.ctrl = (x[i] for x in inputs)
                 mujoco.mj_step(m, data, steps) if steps else mujoco.mj_kinematics(m, data)
-                after = blank.with_physics(data)
+                after = State().with_physics(data)
                 with np.errstate(over="ignore"):  # physics that diverged: infinity is counted as NaN is
                     for name, array in out.items():
                         array[i] = getattr(after, name)

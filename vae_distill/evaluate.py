@@ -20,8 +20,9 @@ import numpy as np
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
 from data import read_clips, restore_split
+from distill import keep_compiled
 from env import Imitation
-from metrics import ERRORS, POLICIES, free_run, lasting, latent_metrics, make_rollout, measure, smoothness
+from metrics import ERRORS, POLICIES, free_run, lasting, latent_metrics, make_rollout, measure, smoothness, summary
 from model import ACTIVE, Student
 from teacher.checkpoint import read_teacher
 from teacher.walker import build_model
@@ -38,7 +39,7 @@ def parse(argv=None):
     add("--teacher", metavar="DIR", help="a track-mjx run; without it the run's")
     add("--walker", metavar="FILE", help="MJCF of the walker; without it the run's")
     add("--data", nargs="+", metavar="PATH", help="reference clips; without it what the run was trained on")
-    add("--clip-frames", default=0, help="frames per clip of --data", **whole)
+    add("--clip-frames", help="frames per clip of --data", **whole)
     add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
     add("--episodes", default=3, help="episodes per clip: one from its first frame, the others random", **whole)
     add("--train-clips", default=20, help="training clips to play, at most", **whole)
@@ -59,30 +60,31 @@ def parse(argv=None):
     return args
 
 
-def open_run(args):
-    """(student, its parameters, env, clips, teacher): the run's own (RUN/args.json) unless the flags say otherwise."""
-    checkpoint = Path(args.checkpoint).resolve()
+def open_run(checkpoint, **given):
+    """(student, its parameters, env, clips, teacher) of a checkpoint.
+
+    given: teacher, walker, data, clip_frames, physics; what is absent or None is as in the run's own flags.
+    """
+    checkpoint = Path(checkpoint).resolve()
     record = checkpoint.parents[1] / "args.json"
-    flags = common.read_json(record)["flags"] if record.exists() else {}
-    own_data = args.data is None
-    for name in ("teacher", "walker", "data"):
-        if getattr(args, name) is None:
-            if name not in flags:
-                raise common.DataError(f"{record} is not there to tell --{name}: give it")
-            setattr(args, name, flags[name])
+    flags = dict(body_shift="auto", physics="mjx", clip_frames=0)
+    flags |= common.read_json(record)["flags"] if record.exists() else {}
+    own_data = given.get("data") is None
+    flags |= {} if own_data else dict(clip_frames=0)
+    flags |= {name: value for name, value in given.items() if value is not None}
+    if missing := [name for name in ("teacher", "walker", "data") if name not in flags]:
+        raise common.DataError(f"{record} is not there to tell --{missing[0]}: give it")
     student, params = Student.from_pretrained(checkpoint)
-    teacher = read_teacher(args.teacher)
-    walker = build_model(args.walker, teacher.config)
-    frames = args.clip_frames or (flags.get("clip_frames", 0) if own_data else 0)
-    clips = read_clips(args.data, walker, teacher.mocap_hz, val_share=0, clip_frames=frames)
+    teacher = read_teacher(flags["teacher"])
+    walker = build_model(flags["walker"], teacher.config)
+    clips = read_clips(flags["data"], walker, teacher.mocap_hz, val_share=0, clip_frames=flags["clip_frames"])
     for note in clips.notes:
         print(note)
     if own_data and (checkpoint / "data.json").exists():
         print(restore_split(clips, common.read_json(checkpoint / "data.json")) or "the run's own split")
     else:
         clips.held_out[:] = True
-    physics = args.physics or flags.get("physics", "mjx")
-    env = Imitation(teacher.config, args.walker, clips, walker, flags.get("body_shift", "auto"), physics)
+    env = Imitation(teacher.config, flags["walker"], clips, walker, flags["body_shift"], flags["physics"])
     env.check(teacher)
     if len(student.mean) != env.obs_size:
         raise common.DataError(f"{checkpoint}: takes {len(student.mean)} numbers, the observation has {env.obs_size}")
@@ -122,9 +124,8 @@ def play(args, env, student, params, teacher, clip, start):
 # --- without a reference
 
 
-def without_reference(args, env, clips, student, params, tracked):
-    """Rows of the report: does it last for --seconds, and how fast and how jerky is it, against the clips; `tracked`:
-    postures (T E nq) of the student where it tracked to the end."""
+def without_reference(args, env, clips, student, params):
+    """Rows of the report: does it last for --seconds, and how fast and how jerky is it, against the clips."""
     rng, steps, n = np.random.default_rng(args.seed), round(args.seconds * env.rate), FREE_EPISODES
     start = clips.qpos[rng.integers(len(clips.ids), size=n), 0]
     key = jax.random.key(args.seed)
@@ -142,10 +143,9 @@ def without_reference(args, env, clips, student, params, tracked):
 
     speed, acceleration = smoothness(env, np.moveaxis(clips.qpos, 1, 0), env.rate * float(env.frames_per_step))
     policies = {"prior sample": sample, "prior mean": mode, "random motor commands": noise}
-    motions = {name: free_run(env, act, start, steps) for name, act in policies.items()}
-    motions |= {"posterior mean, tracking": tracked} if tracked.size else {}
     rows = {}
-    for name, qpos in motions.items():
+    for name, act in policies.items():
+        qpos = free_run(env, act, start, steps)
         own, share = smoothness(env, qpos, env.rate), float(lasting(env, clips, qpos).mean())
         rows[name] = dict(lasting=share, speed=own[0] / speed, acceleration=own[1] / acceleration)
     return rows
@@ -177,13 +177,12 @@ def table(head, rows):
 
 
 def policy_table(rows):
-    head = "policy | reward (95 %) | / teacher (95 %) | per step | survival | action MSE | joint error | body error"
+    head = "policy | reward (95 %) | / teacher (95 %) | survival | action MSE | joint error | body error"
     body = []
     for name, row in rows.items():
         reward, share = ("({:.4g} to {:.4g})".format(*row[f"{key}_interval"]) for key in ("reward", "reward_share"))
-        words = [f"{row['reward']:.4g} {reward}", f"{row['reward_share']:.3f} {share}"]
-        words += [f"{row['reward_per_step']:.3f}", f"{100 * row['survival']:.0f} %"]
-        body.append([name, *words, *(f"{row[key]:.2g}" for key in ERRORS)])
+        words = [name, f"{row['reward']:.4g} {reward}", f"{row['reward_share']:.3f} {share}"]
+        body.append([*words, f"{100 * row['survival']:.0f} %", *(f"{row[key]:.2g}" for key in ERRORS)])
     return table(head.split(" | "), body)
 
 
@@ -193,9 +192,9 @@ Body error: mean distance of the tracked bodies, in the walker's unit of length.
 """
 
 
-def report(args, card):
+def report(args, card, teacher):
     """report.md, as text."""
-    lines = [f"# {args.checkpoint}", "", f"Teacher {args.teacher}, walker {args.walker}.", ABOUT]
+    lines = [f"# {args.checkpoint}", "", f"Teacher {teacher.path}.", ABOUT]
     for part in ("held out", "train"):
         if part not in card:
             continue
@@ -223,16 +222,20 @@ def report(args, card):
         numbers = f"{row['reward_share']:.3f}", f"{100 * row['survival']:.0f} %", f"{row['action_mse']:.2g}"
         body.append([row["clip"], row["part"], *numbers])
     lines += ["## Clips", "", *table(["clip", "part", "reward / teacher", "survival", "action MSE"], body), ""]
-    return "\n".join([*lines, *(f"![{n}](figures/{n}.png)" for n in ("survival", "tracking", "latent"))]) + "\n"
+    return "\n".join([*lines, *(f"![{n}](figures/{n}.png)" for n in ("tracking", "latent"))]) + "\n"
 
 
 def main(argv=None):
     args = parse(argv)
-    Path(args.compile_cache).mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(Path(args.compile_cache).resolve()))
+    keep_compiled(args.compile_cache)
     if args.device != "auto":
         jax.config.update("jax_platforms", dict(gpu="cuda").get(args.device, args.device))
-    student, params, env, clips, teacher = open_run(args)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise common.DataError(f"--device {args.device}: {str(error).splitlines()[0][:150]}") from None
+    given = {name: getattr(args, name) for name in ("teacher", "walker", "data", "clip_frames", "physics")}
+    student, params, env, clips, teacher = open_run(args.checkpoint, **given)
     clip, start, held_out = starts(args, clips, env.ahead)
     outs = play(args, env, student, params, teacher, clip, start)
     card = {}
@@ -249,15 +252,11 @@ def main(argv=None):
     points["phase"] = frames / clips.length[points["clip"]]
     card["clips"] = []
     for i in dict.fromkeys(clip.tolist()):
-        pair = {name: outs[name] for name in ("teacher", "posterior mean")}
-        row = measure(pair, clip, np.flatnonzero(clip == i), args.seed)["posterior mean"]
-        about = dict(clip=clips.ids[i], part="held out" if clips.held_out[i] else "train")
-        card["clips"].append({**about, **{key: row[key] for key in ("reward_share", "survival", *ERRORS)}})
+        best, row = (summary(outs[name], np.flatnonzero(clip == i)) for name in ("teacher", "posterior mean"))
+        row |= dict(clip=clips.ids[i], part="held out" if clips.held_out[i] else "train")
+        card["clips"].append({**row, "reward_share": row["reward"] / (best["reward"] or np.nan)})
 
-    whole = shown[outs["posterior mean"]["terminated"][:, shown].sum(0) == 0]
-    least = int(outs["posterior mean"]["alive"][:, whole].sum(0).min()) if len(whole) else 0
-    tracked = outs["posterior mean"]["qpos"][:least, whole]
-    card["without a reference"] = without_reference(args, env, clips, student, params, tracked)
+    card["without a reference"] = without_reference(args, env, clips, student, params)
     for name, row in card["without a reference"].items():
         print(name, *(f"{key} {value:.3g}" for key, value in row.items()))
     between = interpolation(env, student, params, outs["posterior mean"], shown)
@@ -268,7 +267,6 @@ def main(argv=None):
     frame, qpos = (outs["posterior mean"][key][:played, episode] for key in ("frame", "qpos"))
     reference = clips.qpos[clip[episode], frame]
     for name, figure in dict(
-        survival=figures.survival({name: o["alive"][:, shown].mean(1) for name, o in outs.items()}, env.rate),
         tracking=figures.tracking({clips.source[clip[episode]]: (reference, qpos)}, env.rate),
         latent=figures.latent(points),
         interpolation=figures.strip(env.model, between[:: max(1, len(between) // 6)]),
@@ -278,7 +276,7 @@ def main(argv=None):
     with common.atomic(out / "report.json") as path:
         path.write_text(json.dumps(dict(flags=vars(args), **card), indent=1))
     with common.atomic(out / "report.md") as path:
-        path.write_text(report(args, card))
+        path.write_text(report(args, card, teacher))
     print(f"report: {out / 'report.md'}")
     return 0
 

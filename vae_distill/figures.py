@@ -8,10 +8,6 @@ from matplotlib.figure import Figure
 from teacher.walker import positions
 
 TRUE, STUDENT = "0.55", "tab:blue"
-COLORS = dict(zip(
-    ("teacher", "posterior mean", "posterior sample", "prior mean", "prior sample", "zero action"),
-    (TRUE, STUDENT, "tab:cyan", "tab:orange", "tab:red", "black"), strict=True,
-))  # fmt: skip
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120})
 
 
@@ -66,19 +62,6 @@ def tracking(examples, rate):
 
 
 # --- the report's
-
-
-def survival(shares, rate):
-    """Share of episodes still going against time. shares: {policy: (T,)}. An episode also ends with its clip."""
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
-    axis = figure.subplots()
-    for name, share in shares.items():
-        style = dict(lw=3.5) if name == "teacher" else dict(lw=1.4)
-        axis.step(np.arange(len(share)) / rate, 100 * share, where="post", color=COLORS[name], label=name, **style)
-    axis.set(xlabel="s", ylabel="episodes still going (%)", ylim=(-2, 102))
-    axis.set_title("survival (higher is better; the teacher's curve falls where clips end)")
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
 
 
 def latent(points):

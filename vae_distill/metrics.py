@@ -92,8 +92,6 @@ def measure(outs, clip, chosen, seed):
         terms = {key: float((value[:, chosen] * alive).sum() / played) for key, value in out["terms"].items()}
         row |= dict(
             reward_interval=interval(rewards[name], clip[chosen], rng),
-            reward_per_step=float(rewards[name].sum() / played),
-            survival_interval=interval(1 - out["terminated"][:, chosen].sum(0), clip[chosen], rng),
             terms={key: value for key, value in terms.items() if key.endswith(("_reward", "_cost"))},
             ended_by={key: int(round(terms[key] * played)) for key in TERMINATIONS if key in terms},
             steps=int(played),
@@ -136,9 +134,9 @@ def free_run(env, act, qpos, steps):
     for data, posture in zip(datas, qpos, strict=True):
         data.qpos = posture
         mujoco.mj_kinematics(env.model, data)
-    observe, blank, out = jax.jit(jax.vmap(env.blind_obs)), State(*[None] * 11), []
+    observe, out = jax.jit(jax.vmap(env.blind_obs)), []
     for t in range(steps):
-        states = jax.tree.map(lambda *x: np.stack(x, dtype=np.float32), *map(blank.with_physics, datas))
+        states = jax.tree.map(lambda *x: np.stack(x, dtype=np.float32), *map(State().with_physics, datas))
         for data, ctrl in zip(datas, np.asarray(act(observe(states), t)), strict=True):
             data.ctrl = ctrl
             mujoco.mj_step(env.model, data, env.substeps)

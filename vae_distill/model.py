@@ -259,7 +259,7 @@ class Student:
             if here != there:
                 raise DataError(f"{where}: {name} has shape {there}, but config.json asks for {here}")
         self.mean, self.std = arrays.pop("mean"), arrays.pop("std")
-        return unflatten(arrays)
+        return jax.tree.map(jnp.asarray, unflatten(arrays))
 
 
 def comparable(config):
@@ -293,13 +293,14 @@ def flatten(tree, prefix=""):
 
 
 def unflatten(arrays):
+    """The other way round."""
     out = {}
     for name, value in arrays.items():
         *path, last = name.split(".")
         node = out
         for key in path:
             node = node.setdefault(key, {})
-        node[last] = jnp.asarray(value)
+        node[last] = value
     return out
 
 

@@ -6,14 +6,12 @@ Run:
 
 The decoder and the prior are frozen. With latent actions a policy's action a becomes z = prior mean + prior standard
 deviation * a (with FSQ the level next to prior mode + a), so that an untrained policy moves as the prior does, as in
-PULSE; raw actions are motor commands. Tasks
-for an arm: `reach` a random point, `follow` an ellipse through the space that the recorded hand visited. All seeds of a
-kind are one compiled program. Writes OUT/TASK.json and OUT/TASK.png.
+PULSE; raw actions are motor commands. Tasks for an arm: `reach` a random point, `follow` an ellipse through the space
+that the recorded hand visited. All seeds of a kind are one compiled program. Writes OUT/TASK.json and OUT/TASK.png.
 """
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +23,7 @@ import optax
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
-from distill import where
+from distill import keep_compiled, where
 from evaluate import open_run
 from teacher.walker import positions
 
@@ -33,7 +31,8 @@ import common
 
 # PPO, as in purejaxrl
 GAMMA, LAMBDA, CLIP, VALUE_WEIGHT, MAX_NORM = 0.97, 0.95, 0.2, 0.5, 0.5
-EPOCHS, MINIBATCHES, WIDTH = 4, 4, 64
+NUM_ENVS, UNROLL, EPOCHS, MINIBATCHES, WIDTH, LR = 64, 32, 4, 4, 64, 1e-3
+HORIZON = 2.0  # seconds of an episode
 AHEAD = (0, 2, 5, 10)  # control steps ahead at which the policy sees the target
 
 
@@ -42,28 +41,17 @@ def parse(argv=None):
     add, whole = parser.add_argument, dict(type=int, metavar="N")
     add("--checkpoint", required=True, metavar="DIR", help="folder with config.json, such as RUN/checkpoints/best")
     add("--task", choices=["reach", "follow"], default="reach", help="the new task")
-    add("--actions", nargs="+", choices=["latent", "raw"], default=["latent", "raw"], help="what the policy commands")
     add("--env-steps", default=500_000, help="control steps in all, per seed", **whole)
     add("--seeds", default=5, help="runs of each kind", **whole)
-    add("--num-envs", default=64, help="parallel environments per seed", **whole)
-    add("--unroll", default=32, help="control steps of every environment between two updates", **whole)
-    add("--horizon", default=2.0, type=float, metavar="S", help="seconds of an episode")
-    add("--lr", default=1e-3, type=float, metavar="X", help="learning rate, linear to 0")
-    add("--std", default=1.0, type=float, metavar="X", help="standard deviation of an untrained policy's actions")
     add("--out", metavar="DIR", help="folder to write into; without it RUN/reuse")
-    add("--teacher", metavar="DIR", help="a track-mjx run; without it the run's")
-    add("--walker", metavar="FILE", help="MJCF of the walker; without it the run's")
-    add("--data", nargs="+", metavar="PATH", help="reference clips; without it what the run was trained on")
     add("--physics", choices=["mjx", "mujoco"], help="as in train.py; without it the run's")
     add("--compile-cache", default="runs/compiled", metavar="DIR", help="where compiled programs are kept")
     args = parser.parse_args(argv)
-    for name in ("env_steps", "seeds", "num_envs", "unroll", "horizon", "lr", "std"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
-    if args.num_envs * args.unroll % MINIBATCHES:
-        parser.error(f"--num-envs times --unroll must be a multiple of the {MINIBATCHES} minibatches")
+    if args.seeds < 1:
+        parser.error("--seeds must be above 0")
+    if args.env_steps < NUM_ENVS * UNROLL:
+        parser.error(f"--env-steps must be at least {NUM_ENVS * UNROLL}, those of one update")
     args.out = args.out or str(Path(args.checkpoint).resolve().parents[1] / "reuse")
-    args.clip_frames = 0
     return args
 
 
@@ -81,9 +69,9 @@ class Task:
     The reward is exp(-distance / scale), in (0, 1], with a tenth of the recorded hand's spread as its scale.
     """
 
-    def __init__(self, kind, env, clips, student, horizon, seed=0):
-        rng, self.kind, self.env, self.student = np.random.default_rng(seed), kind, env, student
-        self.horizon = round(horizon * env.rate)
+    def __init__(self, kind, env, clips, student):
+        rng, self.kind, self.env, self.student = np.random.default_rng(0), kind, env, student
+        self.horizon = round(HORIZON * env.rate)
         postures = clips.qpos[~clips.held_out].reshape(-1, env.model.nq)
         self.postures = jnp.array(postures[rng.permutation(len(postures))[:1000]])
         hand = positions(env.model, rng.uniform(postures.min(0), postures.max(0), (1000, env.model.nq)))
@@ -123,14 +111,13 @@ class Task:
         return jnp.concatenate([*targets, self.student.proprioception(self.env.blind_obs(state.arm))])
 
     def step(self, state, command):
-        """(TaskState, reward, distance, done)."""
+        """(TaskState, reward, done)."""
         arm = self.env.simulate(state.arm, command)
         state = state._replace(arm=arm)
         distance = jnp.linalg.norm(self.target_at(state, 0) - arm.xpos[self.env.end[0]])
         broken = ~jnp.isfinite(distance)
         reward = jnp.where(broken, 0.0, jnp.exp(-distance / self.scale))
-        done = broken | (arm.age >= self.horizon)
-        return state, reward, jnp.where(broken, self.scale * 10, distance), done
+        return state, reward, broken | (arm.age >= self.horizon)
 
 
 # --- PPO
@@ -140,7 +127,6 @@ class ActorCritic(nn.Module):
     """obs (B N) -> mean (B A) and log standard deviation (A,) of the action, value (B)."""
 
     action_size: int
-    std: float
 
     @nn.compact
     def __call__(self, x):
@@ -150,7 +136,7 @@ class ActorCritic(nn.Module):
                 y = nn.tanh(nn.Dense(WIDTH, kernel_init=nn.initializers.lecun_normal())(y))
             return nn.Dense(out, kernel_init=nn.initializers.normal(scale))(y)
 
-        log_std = self.param("log_std", nn.initializers.constant(np.log(self.std)), (self.action_size,))
+        log_std = self.param("log_std", nn.initializers.zeros, (self.action_size,))
         return mlp(self.action_size, 0.001), log_std, mlp(1, 0.1)[..., 0]
 
 
@@ -164,26 +150,24 @@ class Transition(NamedTuple):
     value: Any
     log_prob: Any
     reward: Any
-    distance: Any
     done: Any
 
 
 class PPO:
     """One seed's run: `train` collects, estimates advantages and learns, over and over. kind: latent or raw."""
 
-    def __init__(self, args, task, kind):
-        self.args, self.task, self.kind, self.student = args, task, kind, task.student
-        self.updates = args.env_steps // (args.num_envs * args.unroll)
-        self.net = ActorCritic(self.student.config.latent_dim if kind == "latent" else task.env.model.nu, args.std)
-        lr = optax.linear_schedule(args.lr, 0.0, self.updates * EPOCHS * MINIBATCHES)
+    def __init__(self, task, kind, updates):
+        self.task, self.kind, self.updates, self.student = task, kind, updates, task.student
+        self.net = ActorCritic(self.student.config.latent_dim if kind == "latent" else task.env.model.nu)
+        lr = optax.linear_schedule(LR, 0.0, updates * EPOCHS * MINIBATCHES)
         self.opt = optax.chain(optax.clip_by_global_norm(MAX_NORM), optax.adam(lr, eps=1e-5))
 
     def train(self, key, params):
-        """Metrics per update (reward and distance per control step); params: the student's."""
+        """Reward per control step, (updates,); params: the student's."""
         key, *keys = jax.random.split(key, 4)
         weights = self.net.init(keys[0], jnp.zeros(self.task.obs_size))
         states = self.reset(keys[1])
-        ages = jax.random.randint(keys[2], (self.args.num_envs,), 0, self.task.horizon)  # they end at different times
+        ages = jax.random.randint(keys[2], (NUM_ENVS,), 0, self.task.horizon)  # they end at different times
         states = states._replace(arm=states.arm.replace(age=ages))
 
         def update(carry, key):
@@ -192,13 +176,13 @@ class PPO:
             states, batch = self.collect(params, weights, states, keys[0])
             advantage = self.advantages(weights, states, batch)
             weights, moments = self.learn(weights, moments, batch, advantage, keys[1])
-            return (weights, moments, states), dict(reward=batch.reward.mean(), distance=batch.distance.mean())
+            return (weights, moments, states), batch.reward.mean()
 
         carry = weights, self.opt.init(weights), states
         return jax.lax.scan(update, carry, jax.random.split(key, self.updates))[1]
 
     def reset(self, key):
-        return jax.vmap(self.task.reset)(jax.random.split(key, self.args.num_envs))
+        return jax.vmap(self.task.reset)(jax.random.split(key, NUM_ENVS))
 
     def command(self, params, state, action):
         """Motor commands in [-1, 1] from a policy's action."""
@@ -214,7 +198,7 @@ class PPO:
         return self.student.decode(params, obs, z)
 
     def collect(self, params, weights, states, key):
-        """`unroll` control steps of all environments; one that ends goes on from its place in `fresh`."""
+        """UNROLL control steps of all environments; one that ends goes on from its place in `fresh`."""
         keys = jax.random.split(key)
         fresh = self.reset(keys[0])
 
@@ -223,11 +207,11 @@ class PPO:
             mean, log_std, value = self.net.apply(weights, obs)
             action = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
             commands = jax.vmap(self.command, (None, 0, 0))(params, states, action)
-            states, reward, distance, done = jax.vmap(self.task.step)(states, commands)
-            kept = Transition(obs, action, value, log_prob(action, mean, log_std), reward, distance, done)
+            states, reward, done = jax.vmap(self.task.step)(states, commands)
+            kept = Transition(obs, action, value, log_prob(action, mean, log_std), reward, done)
             return where(done, fresh, states), kept
 
-        return jax.lax.scan(control_step, states, jax.random.split(keys[1], self.args.unroll))
+        return jax.lax.scan(control_step, states, jax.random.split(keys[1], UNROLL))
 
     def advantages(self, weights, states, batch):
         """Generalised advantage estimates (unroll E); states: those after the last transition."""
@@ -253,7 +237,7 @@ class PPO:
 
     def learn(self, weights, moments, batch, advantage, key):
         """EPOCHS passes over the batch in MINIBATCHES parts: new (weights, moments)."""
-        count = self.args.num_envs * self.args.unroll
+        count = NUM_ENVS * UNROLL
         flat = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), (batch, advantage))
         order = jnp.concatenate([jax.random.permutation(k, count) for k in jax.random.split(key, EPOCHS)])
 
@@ -285,33 +269,23 @@ def compare(curves, steps_per_update):
 
 def main(argv=None):
     args = parse(argv)
-    Path(args.compile_cache).mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(Path(args.compile_cache).resolve()))
-    student, params, env, clips, _ = open_run(args)
+    keep_compiled(args.compile_cache)
+    student, params, env, clips, _ = open_run(args.checkpoint, physics=args.physics)
     if env.free:
-        raise common.DataError("--walker: these tasks are for an arm with a fixed base")
-    task = Task(args.task, env, clips, student, args.horizon)
-    keys, curves, distances, seconds = jax.random.split(jax.random.key(0), args.seeds), {}, {}, {}
-    for kind in args.actions:
-        train = jax.jit(jax.vmap(PPO(args, task, kind).train, (0, None))).lower(keys, params).compile()
-        start = time.perf_counter()
-        metrics = jax.tree.map(np.asarray, train(keys, params))
-        seconds[kind] = time.perf_counter() - start
-        curves[kind], distances[kind] = metrics["reward"], metrics["distance"]
-        print(
-            f"{args.task}, {kind} actions: reward {curves[kind][:, -10:].mean():.3f}, {seconds[kind]:.0f} s", flush=True
-        )
-
-    per_update = args.num_envs * args.unroll
+        raise common.DataError("the student's walker has a free root: these tasks are for an arm with a fixed base")
+    task = Task(args.task, env, clips, student)
+    keys, curves, per_update = jax.random.split(jax.random.key(0), args.seeds), {}, NUM_ENVS * UNROLL
+    for kind in ("latent", "raw"):
+        run = PPO(task, kind, args.env_steps // per_update)
+        curves[kind] = np.asarray(jax.jit(jax.vmap(run.train, (0, None)))(keys, params))
+        print(f"{args.task}, {kind} actions: reward {curves[kind][:, -10:].mean():.3f}", flush=True)
     result = compare(curves, per_update)
     for kind, row in result["kinds"].items():
-        row |= dict(seconds=seconds[kind], final_distance=(distances[kind][:, -10:].mean(1) / task.scale).tolist())
-        print(
-            f"{kind}: 80 % of the better final reward ({result['goal']:.3f}) after {row['steps_to_goal']} control steps"
-        )
+        text = f"80 % of the better final reward ({result['goal']:.3f}) after {row['steps_to_goal']} control steps"
+        print(f"{kind}: {text}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    figure = figures.learning({kind: curve for kind, curve in curves.items()}, per_update, result["goal"], args.task)
+    figure = figures.learning(curves, per_update, result["goal"], args.task)
     with common.atomic(out / f"{args.task}.png") as path:
         figure.savefig(path, format="png")
     with common.atomic(out / f"{args.task}.json") as path:

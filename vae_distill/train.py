@@ -123,9 +123,7 @@ def parse(argv=None):
 def setup(args):
     """Join the processes that torchrun started, if any, and make a mesh of devices. Returns rank, world, mesh."""
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    Path(args.compile_cache).mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(Path(args.compile_cache).resolve()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    distill.keep_compiled(args.compile_cache)
     name, _, index = args.device.partition(":")
     platform = dict(cuda="gpu", rocm="gpu").get(name, name)  # what JAX calls it
     if world > 1 and not jax.distributed.is_initialized():

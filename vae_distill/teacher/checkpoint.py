@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorstore
-from model import widths
+from model import unflatten, widths
 
 from common import DataError
 
@@ -89,19 +89,6 @@ def read_arrays(folder):
     return arrays
 
 
-def tree(arrays, prefix):
-    """The arrays under `prefix` as nested dicts."""
-    out = {}
-    for name, value in arrays.items():
-        if name.startswith(prefix):
-            *path, last = name[len(prefix) :].split(".")
-            node = out
-            for key in path:
-                node = node.setdefault(key, {})
-            node[last] = np.asarray(value, np.float32)
-    return out
-
-
 def read_normaliser(arrays, where):
     """(layout, mean, std, size of the reference part or None) of whichever layout the arrays are in."""
     if "0.mean" in arrays and "0.std" in arrays:
@@ -134,7 +121,8 @@ def read_teacher(path):
     if not (path / "policy").is_dir():
         raise DataError(f"{path}: the item `policy` is missing")
     arrays = read_arrays(path / "policy")
-    params = {part: tree(arrays, f"1.params.{part}.") for part in ("encoder", "decoder")}
+    weights = {name[9:]: np.asarray(x, np.float32) for name, x in arrays.items() if name.startswith("1.params.")}
+    params = {part: unflatten(weights).get(part, {}) for part in ("encoder", "decoder")}
     for part, needed in (("encoder", ("hidden_0", "fc2_mean", "fc2_logvar")), ("decoder", ("hidden_0",))):
         missing = [name for name in needed if name not in params[part]]
         if missing:
