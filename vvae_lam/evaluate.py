@@ -25,6 +25,7 @@ from layers import optical_flow
 from metrics import advice, assess, codebook_metrics, count_codes, probe, reconstruction_metrics
 from sources import describe_recordings, read_sources, restore_split
 from torch.utils.data import DataLoader
+from train import setup
 
 import common
 
@@ -40,7 +41,6 @@ def parse(argv=None):
     add("--full-steps", default=200, help="most latent frames of the full rollouts", **whole)
     add("--batch-size", default=16, help="sequences at a time", **whole)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
-    add("--seed", default=0, help="of random and shuffled codes", **whole)
     args = parser.parse_args(argv)
     for name in ("steps", "full_steps", "batch_size"):
         if getattr(args, name) < 1:
@@ -88,8 +88,7 @@ def one_step(model, recordings, args):
     sequences = Sequences(recordings, length, c.gap, stride=(length - 1) * c.gap)
     histogram, parts = torch.zeros(c.num_codes, c.num_embeddings, dtype=torch.int64), {}
     for latents in DataLoader(sequences, args.batch_size):
-        generator = torch.Generator().manual_seed(args.seed)
-        found, codes = assess(model, latents.to(model.mean.device), generator)
+        found, codes = assess(model, latents.to(model.mean.device), torch.Generator().manual_seed(0))
         for name, value in found.items():
             parts.setdefault(name, []).append(value.cpu())
         histogram += count_codes(codes, c.num_embeddings)
@@ -174,7 +173,6 @@ def probes(model, held_out, training, most=8000):
     features = {key: torch.cat(parts) for key, parts in columns.items()}
     mix = torch.randperm(len(motions), generator=torch.Generator().manual_seed(0))
     features["shuffled_codes"] = features["codes"][mix]
-    features["first_frame_and_codes"] = torch.cat([features["first_frame"], features["codes"]], 1)
     return {key: probe(x, motions, group, tested) for key, x in features.items()}, left_out
 
 
@@ -219,9 +217,9 @@ def lines_of(report):
 
 def main(argv=None):
     args = parse(argv)
-    model = open_model(args.checkpoint, args.device)
+    model = open_model(args.checkpoint).to(setup(args)[2])
     split, held_out, training = open_recordings(args, model)
-    generator, out, gap = torch.Generator().manual_seed(args.seed), Path(args.out), model.config.gap
+    generator, out, gap = torch.Generator().manual_seed(0), Path(args.out), model.config.gap  # of random codes
     one = one_step(model, held_out, args)
     print(f"relative_mse {one['relative_mse']:.3f}, code_sensitivity {one['code_sensitivity']:.3f}", flush=True)
     found, left_out = probes(model, held_out, training)

@@ -12,7 +12,6 @@ frames are latent frames. labels.json tells what all labels share. Shards that a
 
 import io
 import json
-import os
 import re
 import sys
 import tarfile
@@ -26,6 +25,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one f
 from model import VVAELatentActionVQVAE
 from sources import read_sources
 from tqdm import tqdm
+from train import setup
 
 import common
 
@@ -46,22 +46,8 @@ def parse(argv=None):
     return args
 
 
-def open_device(name):
-    """The torch device of --device; leaves a core to others."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-    if name == "auto":
-        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise common.DataError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def open_model(checkpoint, device):
-    """The model of a checkpoint folder on --device; DataError where it has no codes yet."""
+def open_model(checkpoint):
+    """The model of a checkpoint folder; DataError where it has no codes yet."""
     folder = Path(checkpoint)
     no_codes = folder.name == "best" and not folder.exists() and (folder.parent / "last").exists()
     model = VVAELatentActionVQVAE.from_pretrained(folder.with_name("last") if no_codes else folder)
@@ -69,7 +55,7 @@ def open_model(checkpoint, device):
         why = "is not there, as the best model is chosen among those with codes" if no_codes else "has no codes"
         cure = "train longer, or with a smaller --quantize-after (log.jsonl has the code_sensitivity that it reached)"
         raise common.DataError(f"{folder} {why}: quantization had not begun: {cure}")
-    return model.to(open_device(device))
+    return model
 
 
 def label(model, recording, batch_size=64):
@@ -147,7 +133,7 @@ def write_labels_json(model, args, gap, out):
 
 def main(argv=None):
     args = parse(argv)
-    model = open_model(args.checkpoint, args.device)
+    model = open_model(args.checkpoint).to(setup(args)[2])
     recordings, out = read_sources(args.data, val_share=0.0), Path(args.out)
     gaps = {}
     for recording in recordings:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # as a script: the folder and common.py come first on the path
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
-from label import open_device
+from train import setup
 from video_vae.vae import open_vae
 
 import common
@@ -281,7 +281,7 @@ def remove_leftovers(out):
 def encode_all(args):
     """Every video of --data; broken ones are named, and the exit code is then 1."""
     out, videos = Path(args.out), find_videos(Path(args.data))
-    vae = open_vae(args.vae, open_device(args.device), args.checkout)
+    vae = open_vae(args.vae, setup(args)[2], args.checkout)
     if args.chunk_frames % vae.unit:
         raise common.DataError(f"--chunk-frames {args.chunk_frames}: {vae.name} takes multiples of {vae.unit}")
     settings = dict(vae=vae.name, scaling=(1 / vae.std).flatten().tolist(), shift=vae.mean.flatten().tolist())
@@ -320,7 +320,7 @@ def decode(args):
     except (OSError, KeyError, ValueError) as error:
         raise common.DataError(f"--decode {args.decode}: no data set `embeddings` to read ({error})") from None
     latents = latents if latents.ndim == 5 else latents[:, :, None]
-    vae = open_vae(args.vae, open_device(args.device), args.checkout)
+    vae = open_vae(args.vae, setup(args)[2], args.checkout)
     if vae.lead or together:  # one video
         frames = vae.decode(latents.swapaxes(1, 2).reshape(-1, latents.shape[1], *latents.shape[3:]))
     else:  # chunk by chunk, as they were encoded
