@@ -8,8 +8,6 @@ import pytest
 import torch
 from conftest import ROOT, launch, load
 
-from common import DataError
-
 
 @pytest.fixture(scope="module")
 def laq():
@@ -262,9 +260,3 @@ def test_mistakes_are_one_line(run, tmp_path):
     ):
         done = launch(script, *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
-
-
-def test_a_checkpoint_before_quantization_is_refused(laq, tmp_path):
-    laq.model.LAQ(laq.model.LAQConfig(16, 4, 16, 1)).save_pretrained(tmp_path / "m")
-    with pytest.raises(DataError, match="has not started"):
-        laq.evaluate.main(["--checkpoint", str(tmp_path / "m"), "--data", "x", "--out", str(tmp_path)])

@@ -482,7 +482,8 @@ def test_a_checkpoint_is_a_plain_hugging_face_folder(this, home, latent):
     assert other.generate(**inputs, max_new_tokens=2).shape[0] == 1
 
 
-def test_what_is_saved_comes_back(this, home, tmp_path):
+def test_what_is_saved_comes_back_where_it_fits(this, home, tmp_path):
+    """Another LoRA rank, a heads file that is cut off and a folder that is no checkpoint are refused."""
     model = small(this, home, LATENT, ACTION, lora_rank=2)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
@@ -490,12 +491,6 @@ def test_what_is_saved_comes_back(this, home, tmp_path):
     again, batch = this.model.VLA.from_pretrained(tmp_path / "c").eval(), batch_of(model)
     with torch.no_grad():
         assert torch.equal(model(batch)[0], again(batch)[0])
-
-
-def test_checkpoints_that_do_not_fit_are_refused(this, home, tmp_path):
-    """Another LoRA rank; a heads file that is cut off; a folder that is no checkpoint."""
-    model = small(this, home, LATENT, ACTION, lora_rank=2)
-    model.save_pretrained(tmp_path / "c")
     model.config.lora_rank = 0
     with pytest.raises(DataError, match="--lora-rank 2"):
         this.model.VLA.from_pretrained(tmp_path / "c", model.config)
