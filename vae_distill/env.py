@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 from flax import struct
-from teacher.walker import body_names, build_model, entry
+from teacher.walker import body_names, entry
 
 from common import DataError
 
@@ -93,11 +93,11 @@ class Imitation:
     environment by environment on one core, for a computer without a GPU.
     """
 
-    def __init__(self, config, walker, clips, model=None, body_shift="auto", physics="mjx"):
+    def __init__(self, config, model, clips, body_shift="auto", physics="mjx"):
         timing, names = config["env_config"]["env_args"], config["walker_config"]
-        self.model, self.physics = build_model(walker, config) if model is None else model, physics
+        self.model, self.physics = model, physics
         if physics == "mujoco":  # NaN stays NaN and is counted
-            self.model = copy.copy(self.model)
+            self.model = copy.copy(model)
             self.model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
         self.substeps = int(timing["physics_steps_per_control_step"])
         self.rate = 1 / (self.substeps * self.model.opt.timestep)  # control steps per second
@@ -112,8 +112,8 @@ class Imitation:
             entry(config, f"env_config.reward_weights.{key}")
         self.q0, self.v0 = (7, 6) if self.free else (0, 0)
 
-        self.joints = self.ids(walker, "joint", names["joint_names"]) - int(self.free)
-        body, ends = (self.ids(walker, "body", names[key]) for key in ("body_names", "end_eff_names"))
+        self.joints = self.ids("joint", names["joint_names"]) - int(self.free)
+        body, ends = (self.ids("body", names[key]) for key in ("body_names", "end_eff_names"))
         self.root = self.root_body(names.get("torso_name"))
         known = len(clips.bodies) or clips.xpos.shape[2]
         extra = self.model.nbody - known
@@ -152,11 +152,11 @@ class Imitation:
         """reference[key][index] for a clip, or a clip and a frame; indices may be traced."""
         return jnp.asarray(self.reference[key])[index]
 
-    def ids(self, walker, kind, names):
+    def ids(self, kind, names):
         count = self.model.njnt if kind == "joint" else self.model.nbody
         own = [getattr(self.model, kind)(i).name for i in range(count)]
         if missing := [name for name in names if name not in own]:
-            raise DataError(f"--walker {walker}: has no {kind} {missing[0]!r} of the teacher's walker_config")
+            raise DataError(f"--walker has no {kind} {missing[0]!r}, which the teacher's walker_config names")
         return np.array([own.index(name) for name in names], int)
 
     def root_body(self, name=None):

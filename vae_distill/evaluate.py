@@ -84,7 +84,7 @@ def open_run(checkpoint, **given):
         print(restore_split(clips, common.read_json(checkpoint / "data.json")) or "the run's own split")
     else:
         clips.held_out[:] = True
-    env = Imitation(teacher.config, flags["walker"], clips, walker, flags["body_shift"], flags["physics"])
+    env = Imitation(teacher.config, walker, clips, flags["body_shift"], flags["physics"])
     env.check(teacher)
     if len(student.mean) != env.obs_size:
         raise common.DataError(f"{checkpoint}: takes {len(student.mean)} numbers, the observation has {env.obs_size}")

@@ -205,7 +205,7 @@ def main(argv=None):
     teacher = read_teacher(args.teacher)
     walker = build_model(args.walker, teacher.config)
     clips = read_clips(args.data, walker, teacher.mocap_hz, args.val_share, args.val_episodes, args.clip_frames)
-    env = Imitation(teacher.config, args.walker, clips, walker, args.body_shift, args.physics)
+    env = Imitation(teacher.config, walker, clips, args.body_shift, args.physics)
     env.check(teacher)
     if clips.held_out.all():
         raise common.DataError("no clip is left to train on: hold out fewer with --val-share or --val-episodes")

@@ -40,7 +40,7 @@ class Setting:
         teacher = checkpoint.read_teacher(args.teacher)
         walker = walkers.build_model(args.walker, teacher.config)
         clips = vae.data.read_clips([str(args.data)], walker, teacher.mocap_hz)
-        self.env = vae.env.Imitation(teacher.config, args.walker, clips, walker)
+        self.env = vae.env.Imitation(teacher.config, walker, clips)
         hidden = {f"{part}_hidden_sizes": tuple(args.hidden) for part in ("encoder", "decoder", "prior")}
         own = self.env.obs_size - self.env.reference_size
         config = vae.model.StudentConfig(self.env.reference_size, own, walker.nu, latent_dim=8, **hidden)

@@ -235,7 +235,7 @@ def make(walker, data, out, mocap_hz, substeps, clip_frames=0, steps=4000, seed=
     with common.atomic(out / "walker.xml") as path:
         path.write_text(text)
     config = describe(model, clips, mocap_hz, substeps)
-    env = Imitation(config, out / "walker.xml", clips, build_model(out / "walker.xml", config))
+    env = Imitation(config, build_model(out / "walker.xml", config), clips)
     obs, action = visit(env, clips, 40_000, np.random.default_rng(seed))
     params, mean, std, error = clone(obs, action, env.reference_size, steps, seed)
     config["network_config"] = dict(

@@ -140,15 +140,15 @@ def read_teacher(path):
     return teacher
 
 
-def write_teacher(folder, step, config, mean, std, params, count=1.0):
+def write_teacher(folder, step, config, mean, std, params):
     """Save as track-mjx does (orbax), in the flat layout; params: {"encoder": ..., "decoder": ..., ...}."""
     import jax
     import orbax.checkpoint as ocp  # two seconds
 
     folder = Path(folder).resolve()
     shutil.rmtree(folder / f"PPONetwork_{step}", ignore_errors=True)
-    variance = np.square(std) * count
-    normaliser = dict(count=np.float32(count), mean=mean, std=std, summed_variance=variance.astype(np.float32))
+    variance = np.square(std).astype(np.float32)
+    normaliser = dict(count=np.float32(1), mean=mean, std=std, summed_variance=variance)
     items = dict(policy=ocp.args.StandardSave((normaliser, dict(params=params))), config=ocp.args.JsonSave(config))
     me = jax.process_index()  # the one process that saves: without this orbax waits for all the others
     alone = ocp.options.MultiprocessingOptions(
