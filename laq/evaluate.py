@@ -23,7 +23,7 @@ import metrics
 from data import between, read_pairs
 from model import LAQ, block_flow
 from shards import key_of, read_clips
-from sources import Source, named, named_paths, parse_gap
+from sources import Source, fingerprint, named, named_paths, parse_gap
 from train import setup
 
 import common
@@ -65,14 +65,13 @@ def open_sources(args):
         raise common.DataError(f"{folder}/data.json is not there to tell the data: give --data NAME=PATH")
     pairs, sources = named_paths(data), []
     gaps, known = named(args.gap, [name for name, _ in pairs], "--gap"), {spec["gap"] for spec in specs.values()}
+    usual = known.pop() if len(known) == 1 else "0.6s"
     for name, path in pairs:
-        clips = read_clips(path)
-        source = Source(name, path, clips, *parse_gap("1"))
-        here = source.fingerprint(), str(Path(path).resolve())
-        own = [spec for spec in specs.values() if spec["fingerprint"] == here[0] or spec["path"] == here[1]]
+        clips, where = read_clips(path), str(Path(path).resolve())
+        own = [spec for spec in specs.values() if spec["fingerprint"] == fingerprint(clips) or spec["path"] == where]
         own = own[0] if own else None
-        gap = gaps.get(name) or (own or specs.get(name, {})).get("gap") or (known.pop() if len(known) == 1 else "0.6s")
-        source.low, source.high, source.seconds = parse_gap(gap)
+        gap = gaps.get(name) or (own or specs.get(name, {})).get("gap", usual)
+        source = Source(name, path, clips, *parse_gap(gap))
         source.evaluated = set(own["held_out"]) if own else {clip.episode for clip in clips}
         sources.append((source, own))
     return sources
@@ -143,7 +142,6 @@ def collect(model, source, args, device):
     if not any(part["evaluated"][0] for part in parts):
         return None
     pairs = SimpleNamespace(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-    pairs.names = list(numbers)
     pairs.kind, pairs.motion = motion_of(motions, states)
     return pairs
 

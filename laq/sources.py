@@ -42,15 +42,16 @@ class Source:
         if not self.train:
             raise DataError(f"--data {self.path}: no clip to train on ({self.short} are shorter than the gap)")
 
-    def fingerprint(self):
-        """A number that tells whether the clips are the same, wherever they lie."""
-        return zlib.crc32(json.dumps(sorted((clip.key, len(clip)) for clip in self.clips)).encode())
-
     def spec(self):
         """What a checkpoint keeps of it."""
         unit, episodes = "s" if self.seconds else "", len({clip.episode for clip in self.clips})
-        about = dict(path=str(Path(self.path).resolve()), fingerprint=self.fingerprint(), episodes=episodes)
+        about = dict(path=str(Path(self.path).resolve()), fingerprint=fingerprint(self.clips), episodes=episodes)
         return about | dict(gap=f"{self.low:g}{unit}-{self.high:g}{unit}", held_out=self.held_out)
+
+
+def fingerprint(clips):
+    """A number that tells whether the clips are the same, wherever they lie."""
+    return zlib.crc32(json.dumps(sorted((clip.key, len(clip)) for clip in clips)).encode())
 
 
 # --- flags: NAME=PATH, gaps, split

@@ -69,6 +69,142 @@ def parse(argv=None):
     return args
 
 
+# --- the plan
+
+
+def per_source(args, source):
+    """(kind of actions, frames per second) that the flags give for a source; None where they give nothing."""
+    names = [name for name, _ in named_paths(args.data)]
+    kind = named(args.actions, names, "--actions").get(source)
+    fps = named(args.fps, names, "--fps").get(source)
+    if kind not in (None, *KINDS):
+        raise common.DataError(f"--actions {kind}: expected {' or '.join(KINDS)}")
+    if fps is not None and not (re.fullmatch(r"[0-9]*\.?[0-9]+", fps) and float(fps) > 0):
+        raise common.DataError(f"--fps {fps}: expected a number above 0")
+    return kind, float(fps) if fps else None
+
+
+def choose(entries, args, source):
+    """(entries to read, {key: why not} of those whose files are not there); only the cameras of the flags."""
+    kind, fps = per_source(args, source)
+    wanted, cameras, chosen, missing = set(map(short, args.cameras)), set(), {}, {}
+    for entry in entries:
+        try:
+            readers.describe(entry)
+            cameras.add(entry.camera)
+            if wanted and entry.camera and entry.camera not in wanted:
+                continue
+            for path in filter(None, (entry.path, entry.table)):
+                check_file(path)
+        except DAMAGED as error:
+            missing[entry.key] = explain(error, entry.path)
+            continue
+        entry.actions, entry.fps = kind or entry.actions, fps or entry.fps
+        if entry.fps is None and entry.kind != "video":
+            raise common.DataError(f"{entry.path}: does not tell its frame rate: give --fps {source}=X")
+        twin = chosen.setdefault(entry.key, entry)
+        if twin is not entry:
+            both = f"{entry.path} and {twin.path}"
+            raise common.DataError(f"{both}: both are episode {entry.episode}, camera {entry.camera}")
+    if wanted and "" not in cameras and not wanted & cameras:
+        there = ", ".join(sorted(cameras)) or "none"
+        raise common.DataError(f"--cameras {' '.join(args.cameras)}: {source} has {there}")
+    return list(chosen.values()), missing
+
+
+def make_plan(args):
+    """{flags, shards: {name: entries}, missing: {source: {key: why}}, notes}, the same for the same data."""
+    shards, missing, notes = {}, {}, {}
+    for source, path in named_paths(args.data):
+        found, notes[source] = readers.entries(source, path, source in args.group_cameras)
+        entries, missing[source] = choose(found, args, source)
+        if not entries:
+            why = next(iter(missing[source].values()), "no videos, pictures, LeRobotDataset or tfrecords")
+            raise common.DataError(f"--data {source}={path}: nothing to read: {why}")
+        for first in range(0, len(entries), args.shard_clips):
+            name = f"{key_of(source)}-{first // args.shard_clips:06d}"
+            shards[name] = [asdict(entry) for entry in entries[first : first + args.shard_clips]]
+    return dict(flags=fixed_flags(args), shards=shards, missing=missing, notes=notes)
+
+
+def fixed_flags(args):
+    """What a rerun must not change, as it decides what is in the shards."""
+    flags = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
+    return flags | dict(data=[f"{name}={Path(path).resolve()}" for name, path in named_paths(args.data)])
+
+
+def open_plan(args, out):
+    """The plan in OUT/plan.json, made now if there is none. A run that was cut off goes on with the same flags only."""
+    file, now = out / "plan.json", fixed_flags(args)
+    if not file.exists():
+        if any(out.glob("*.tar")):
+            raise common.DataError(f"--out {out}: holds shards but no plan.json: choose another folder")
+        plan = make_plan(args)
+        try:
+            (out / "done").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise common.DataError(f"--out {out}: {error.strerror}") from None
+        common.lock(out)
+        write_json(file, plan)
+        return plan
+    common.lock(out)
+    plan = common.read_json(file)
+    for name, new in sorted(now.items()):
+        was = plan["flags"].get(name)
+        if was != new:
+            flag = f"--{name.replace('_', '-')}"
+            raise common.DataError(f"{flag} was {was} and is now {new}: for other shards choose another --out")
+    return plan
+
+
+def write_json(file, what):
+    with common.atomic(file) as path:
+        path.write_text(json.dumps(what, indent=1))
+
+
+# --- the work
+
+
+def finished(name, out):
+    """done/NAME.json of a shard that is there, else None."""
+    file = out / "done" / f"{name}.json"
+    return common.read_json(file) if file.exists() and (out / f"{name}.tar").exists() else None
+
+
+def work(names, plan, args, out):
+    """Make these shards; yields (name, done) as they come."""
+    jobs = {name: (out, name, plan["shards"][name], args) for name in names}
+    if args.workers == 0 or not jobs:
+        yield from ((name, make_shard(*job)) for name, job in jobs.items())
+        return
+    # forked workers start at once, and no thread of this process can hold a lock yet
+    method = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(min(args.workers, len(jobs)), mp_context=method, initializer=end_with_parent)
+    try:
+        futures = {pool.submit(make_shard, *job): name for name, job in jobs.items()}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+        pool.shutdown()
+    except BrokenProcessPool:
+        why = "a worker was killed (out of memory?): the same command goes on, try fewer --workers"
+        raise common.DataError(why) from None
+    except BaseException as error:
+        # what is being made may become whole, unless somebody waits at the keyboard
+        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
+        raise
+
+
+def end_with_parent():
+    """A worker whose parent was killed would otherwise wait for work for ever; signals are the parent's affair."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    common.ignore_signals()
+    threading.Thread(target=watch, daemon=True).start()
+
+
 # --- a recording becomes samples
 
 
@@ -183,102 +319,6 @@ def encode(frames, size, fps, crf):
     return file.getvalue(), number
 
 
-# --- the plan
-
-
-def per_source(args, source):
-    """(kind of actions, frames per second) that the flags give for a source; None where they give nothing."""
-    names = [name for name, _ in named_paths(args.data)]
-    kind = named(args.actions, names, "--actions").get(source)
-    fps = named(args.fps, names, "--fps").get(source)
-    if kind not in (None, *KINDS):
-        raise common.DataError(f"--actions {kind}: expected {' or '.join(KINDS)}")
-    if fps is not None and not (re.fullmatch(r"[0-9]*\.?[0-9]+", fps) and float(fps) > 0):
-        raise common.DataError(f"--fps {fps}: expected a number above 0")
-    return kind, float(fps) if fps else None
-
-
-def choose(entries, args, source):
-    """(entries to read, {key: why not} of those whose files are not there); only the cameras of the flags."""
-    kind, fps = per_source(args, source)
-    wanted, cameras, chosen, missing = set(map(short, args.cameras)), set(), {}, {}
-    for entry in entries:
-        try:
-            readers.describe(entry)
-            cameras.add(entry.camera)
-            if wanted and entry.camera and entry.camera not in wanted:
-                continue
-            for path in filter(None, (entry.path, entry.table)):
-                check_file(path)
-        except DAMAGED as error:
-            missing[entry.key] = explain(error, entry.path)
-            continue
-        entry.actions, entry.fps = kind or entry.actions, fps or entry.fps
-        if entry.fps is None and entry.kind != "video":
-            raise common.DataError(f"{entry.path}: does not tell its frame rate: give --fps {source}=X")
-        twin = chosen.setdefault(entry.key, entry)
-        if twin is not entry:
-            both = f"{entry.path} and {twin.path}"
-            raise common.DataError(f"{both}: both are episode {entry.episode}, camera {entry.camera}")
-    if wanted and "" not in cameras and not wanted & cameras:
-        there = ", ".join(sorted(cameras)) or "none"
-        raise common.DataError(f"--cameras {' '.join(args.cameras)}: {source} has {there}")
-    return list(chosen.values()), missing
-
-
-def make_plan(args):
-    """{flags, shards: {name: entries}, missing: {source: {key: why}}, notes}, the same for the same data."""
-    shards, missing, notes = {}, {}, {}
-    for source, path in named_paths(args.data):
-        found, notes[source] = readers.entries(source, path, source in args.group_cameras)
-        entries, missing[source] = choose(found, args, source)
-        if not entries:
-            why = next(iter(missing[source].values()), "no videos, pictures, LeRobotDataset or tfrecords")
-            raise common.DataError(f"--data {source}={path}: nothing to read: {why}")
-        for first in range(0, len(entries), args.shard_clips):
-            name = f"{key_of(source)}-{first // args.shard_clips:06d}"
-            shards[name] = [asdict(entry) for entry in entries[first : first + args.shard_clips]]
-    return dict(flags=fixed_flags(args), shards=shards, missing=missing, notes=notes)
-
-
-def fixed_flags(args):
-    """What a rerun must not change, as it decides what is in the shards."""
-    flags = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
-    return flags | dict(data=[f"{name}={Path(path).resolve()}" for name, path in named_paths(args.data)])
-
-
-def open_plan(args, out):
-    """The plan in OUT/plan.json, made now if there is none. A run that was cut off goes on with the same flags only."""
-    file, now = out / "plan.json", fixed_flags(args)
-    if not file.exists():
-        if any(out.glob("*.tar")):
-            raise common.DataError(f"--out {out}: holds shards but no plan.json: choose another folder")
-        plan = make_plan(args)
-        try:
-            (out / "done").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise common.DataError(f"--out {out}: {error.strerror}") from None
-        common.lock(out)
-        write_json(file, plan)
-        return plan
-    common.lock(out)
-    plan = common.read_json(file)
-    for name, new in sorted(now.items()):
-        was = plan["flags"].get(name)
-        if was != new:
-            flag = f"--{name.replace('_', '-')}"
-            raise common.DataError(f"{flag} was {was} and is now {new}: for other shards choose another --out")
-    return plan
-
-
-def write_json(file, what):
-    with common.atomic(file) as path:
-        path.write_text(json.dumps(what, indent=1))
-
-
-# --- the work
-
-
 def explain(error, path):
     """Why a clip was left out, in one line that names the file."""
     text = " ".join(str(error).split())
@@ -289,44 +329,7 @@ def explain(error, path):
     return plain(text if str(Path(path).parent) in text else f"{path}: {text}")
 
 
-def finished(name, out):
-    """done/NAME.json of a shard that is there, else None."""
-    file = out / "done" / f"{name}.json"
-    return common.read_json(file) if file.exists() and (out / f"{name}.tar").exists() else None
-
-
-def work(names, plan, args, out):
-    """Make these shards; yields (name, done) as they come."""
-    jobs = {name: (out, name, plan["shards"][name], args) for name in names}
-    if args.workers == 0 or not jobs:
-        yield from ((name, make_shard(*job)) for name, job in jobs.items())
-        return
-    # forked workers start at once, and no thread of this process can hold a lock yet
-    method = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(min(args.workers, len(jobs)), mp_context=method, initializer=end_with_parent)
-    try:
-        futures = {pool.submit(make_shard, *job): name for name, job in jobs.items()}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-        pool.shutdown()
-    except BrokenProcessPool:
-        why = "a worker was killed (out of memory?): the same command goes on, try fewer --workers"
-        raise common.DataError(why) from None
-    except BaseException as error:
-        # what is being made may become whole, unless somebody waits at the keyboard
-        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
-        raise
-
-
-def end_with_parent():
-    """A worker whose parent was killed would otherwise wait for work for ever; signals are the parent's affair."""
-
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    common.ignore_signals()
-    threading.Thread(target=watch, daemon=True).start()
+# --- the summary
 
 
 def summarise(plan, out):

@@ -56,7 +56,7 @@ def parse(argv=None):
     add("--backbone", default="Qwen/Qwen2.5-VL-7B-Instruct", metavar="NAME", help="a local folder or a name on the hub")
     add("--prompt", default=PROMPT, metavar="TEXT", help="what the model is asked; {instruction} is filled in")
     add("--image-size", default=224, help="side that frames are squashed to for the image processor", **whole)
-    add("--target", choices=["codes", "vectors"], default="vectors", help="see README: How it works")
+    add("--target", choices=["codes", "vectors"], default="vectors", help="regress latent vectors, or classify codes")
     add("--freeze", choices=["none", "vision", "backbone"], default="none", help="what does not train")
     add("--lora-rank", default=0, help="rank of LoRA layers in the language model; 0: none", **whole)
     add("--dropout", default=0.1, help="dropout on what the heads read", **real)
