@@ -133,47 +133,48 @@ def rollouts(model, recordings, steps, generator, keep=None):
     return dict(steps=steps, recordings=len(usable), mse={k: (v / len(usable)).tolist() for k, v in totals.items()})
 
 
-def probes(model, held_out, training, most=8000):
-    """How well the motion of a transition follows, linearly, from its codes, and from what needs no codes.
+def features_of(model, recording):
+    """{name: (n, F)} of the transitions of a recording: its codes, and what needs no codes to hold them against."""
+    gap = model.config.gap
+    codes, vectors = map(torch.from_numpy, label(model, recording))
+    frames = torch.from_numpy(recording.read(np.arange(len(recording))))
+    frames = model.normalize(frames.to(model.mean.device))
+    pooled = torch.nn.functional.adaptive_avg_pool2d(frames, 4).flatten(1).cpu()
+    return dict(
+        codes=torch.nn.functional.one_hot(codes, model.config.num_embeddings).flatten(1).float(),
+        vectors=vectors.flatten(1),
+        first_frame=pooled[:-gap],
+        latent_difference=pooled[gap:] - pooled[:-gap],
+        optical_flow=optical_flow(frames[None, :-gap], frames[None, gap:])[0].cpu(),
+    )
 
-    None where the recordings hold neither states nor actions. Fitted leave-one-episode-out, see metrics.probe; training
-    recordings, where there are any, only widen the fit. Transitions whose motion holds NaN are left out.
+
+def probes(model, held_out, training, most=8000):
+    """({features: scores of metrics.probe} or None, {file: what of it is left out}): motion from each of features_of.
+
+    None where the recordings hold neither states nor actions. Training recordings, where there are any, only widen the
+    fit, up to `most` transitions. Transitions whose motion holds NaN are left out.
     """
-    gap, columns, tested, episodes, left_out, motions = model.config.gap, {}, [], [], {}, []
-    pool = torch.nn.functional.adaptive_avg_pool2d
+    rows, motions, episodes, tested, numbers, left_out = [], [], [], [], {}, {}
     for recording in [*held_out, *training]:
-        motion, name = recording.motion(gap)
-        if motion is None or sum(map(len, motions)) > most:
+        motion, name = recording.motion(model.config.gap)
+        if motion is None or len(tested) > most:
             continue
         good = np.isfinite(motion).reshape(len(motion), -1).all(1)
-        if not good.all():
-            left_out[str(recording.path)] = f"{int((~good).sum())} of {len(good)} transitions have NaN {name}"
-        code, vector = (torch.from_numpy(part[good]) for part in label(model, recording))
-        frames = torch.from_numpy(recording.read(np.arange(len(recording))))
-        frames = model.normalize(frames.to(model.mean.device))
-        pooled = pool(frames, 4).flatten(1).cpu()
-        first, last = pooled[:-gap], pooled[gap:]
-        found = dict(
-            codes=torch.nn.functional.one_hot(code, model.config.num_embeddings).flatten(1).float(),
-            vectors=vector.flatten(1),
-            first_frame=first[good],
-            latent_difference=(last - first)[good],
-            optical_flow=optical_flow(frames[None, :-gap], frames[None, gap:])[0].cpu()[good],
-        )
-        for key, value in found.items():
-            columns.setdefault(key, []).append(value)
+        count = int(good.sum())
+        if count < len(good):
+            left_out[str(recording.path)] = f"{len(good) - count} of {len(good)} transitions have NaN {name}"
+        rows.append({key: x[good] for key, x in features_of(model, recording).items()})
         motions.append(torch.from_numpy(motion[good]))
-        episodes.append(recording.episode)
-        tested.append(torch.full((int(good.sum()),), recording in held_out))
-    if not motions or not torch.cat(tested).any():
+        episodes += [numbers.setdefault(recording.episode, len(numbers))] * count
+        tested += [recording in held_out] * count
+    if not any(tested):
         return None, left_out
-    names = {name: number for number, name in enumerate(dict.fromkeys(episodes))}
-    group = torch.cat([torch.full((len(m),), names[e]) for m, e in zip(motions, episodes, strict=True)])
-    tested, motions = torch.cat(tested), torch.cat(motions)
-    features = {key: torch.cat(parts) for key, parts in columns.items()}
-    mix = torch.randperm(len(motions), generator=torch.Generator().manual_seed(0))
+    features = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+    mix = torch.randperm(len(tested), generator=torch.Generator().manual_seed(0))
     features["shuffled_codes"] = features["codes"][mix]
-    return {key: probe(x, motions, group, tested) for key, x in features.items()}, left_out
+    about = torch.cat(motions), torch.tensor(episodes), torch.tensor(tested)
+    return {key: probe(x, *about) for key, x in features.items()}, left_out
 
 
 # --- the report

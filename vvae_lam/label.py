@@ -70,25 +70,25 @@ def label(model, recording, batch_size=64):
     return np.concatenate(codes), np.concatenate(vectors)
 
 
-def frame_gap(recording, gap):
-    """The gap in frames of the video: that between the ends of two latents. 0 if the recording is too short."""
-    ends = recording.frame_index()
-    if ends is None or len(ends) <= gap:
-        return gap if ends is None else 0
-    steps = np.unique(ends[gap:] - ends[:-gap])
-    if len(steps) > 1:
-        raise common.DataError(f"{recording.path}: latents are {steps.min()} to {steps.max()} video frames apart")
-    return int(steps[0])
+def frame_gap(recordings, gap):
+    """The gap in frames of the videos, between the ends of two latents: the same in all recordings."""
+    gaps = {}  # gap: the first recording that has it
+    for recording in recordings:
+        ends = recording.frame_index()
+        for found in np.unique(ends[gap:] - ends[:-gap]).tolist():
+            gaps.setdefault(found, recording)
+    if not gaps:
+        raise common.DataError(f"every recording is shorter than the gap of {gap} latent frames")
+    if len(gaps) > 1:
+        one, two = [f"{found} video frames in {recording.path}" for found, recording in gaps.items()][:2]
+        raise common.DataError(f"the gap is {one}, but {two}: labels have one gap, label these apart")
+    return next(iter(gaps))
 
 
 def sample(recording, codes, vectors, gap):
     """KEY.latents.npz of a recording: rows of the video's frames, of which those that end a latent are valid."""
     ends = recording.frame_index()
-    if ends is None:  # the frames are latent frames
-        ends, frames = np.arange(len(recording)), len(recording)
-    else:
-        frames = int(recording.attributes.get("frames", ends[-1] + 1))
-    rows, at = frames - gap, ends[: len(codes)]
+    rows, at = int(recording.attributes.get("frames", ends[-1] + 1)) - gap, ends[: len(codes)]
     valid, all_codes = np.zeros(rows, bool), np.zeros((rows, *codes.shape[1:]), np.int64)
     all_vectors = np.zeros((rows, *vectors.shape[1:]), np.float32)
     valid[at], all_codes[at], all_vectors[at] = True, codes, vectors
@@ -99,12 +99,13 @@ def sample(recording, codes, vectors, gap):
 
 def shards_of(recordings):
     """{shard name: [(key, recording)]}: the video's shard and key, or the recording's own name."""
-    shards, plain = {}, [r for r in recordings if "shard" not in r.attributes]
+    shards, plain = {}, []
     for recording in recordings:
-        if "shard" in recording.attributes:
-            shards.setdefault(str(recording.attributes["shard"]), []).append(
-                (str(recording.attributes["key"]), recording)
-            )
+        about = recording.attributes
+        if "shard" in about:
+            shards.setdefault(str(about["shard"]), []).append((str(about["key"]), recording))
+        else:
+            plain.append(recording)
     several = len({recording.source for recording in plain}) > 1
     for number, recording in enumerate(plain):
         name = f"{recording.source}-{recording.id}" if several else recording.id
@@ -135,18 +136,8 @@ def main(argv=None):
     args = parse(argv)
     model = open_model(args.checkpoint).to(setup(args)[2])
     recordings, out = read_sources(args.data, val_share=0.0), Path(args.out)
-    gaps = {}
-    for recording in recordings:
-        gaps.setdefault(frame_gap(recording, model.config.gap), recording)
-    usual = [gap for gap in gaps if gap]
-    if len(usual) > 1:
-        one, two = (gaps[gap].path for gap in usual[:2])
-        raise common.DataError(
-            f"the gap is {usual[0]} video frames in {one}, but {usual[1]} in {two}: label them apart"
-        )
-    if not usual:
-        raise common.DataError(f"every recording is shorter than the gap of {model.config.gap} latent frames")
-    write_labels_json(model, args, usual[0], out)
+    gap = frame_gap(recordings, model.config.gap)
+    write_labels_json(model, args, gap, out)
     shards, count, left_out, present = shards_of(recordings), 0, 0, 0
     for name, members in tqdm(shards.items(), unit="shard", disable=not sys.stderr.isatty()):
         if (out / name).exists():
@@ -156,10 +147,8 @@ def main(argv=None):
             for key, recording in members:
                 try:
                     if len(recording) <= model.config.gap:
-                        raise common.DataError(
-                            f"{recording.path}: {len(recording)} latent frames are too few for the gap"
-                        )
-                    data = sample(recording, *label(model, recording, args.batch_size), usual[0])
+                        raise common.DataError(f"{recording.path}: {len(recording)} latent frames: too few for the gap")
+                    data = sample(recording, *label(model, recording, args.batch_size), gap)
                 except common.DataError as error:
                     print(f"left out: {error}", flush=True)
                     left_out += 1

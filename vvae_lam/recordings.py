@@ -117,10 +117,11 @@ class Recording:
         return np.stack([values[a:b].sum(0) for a, b in zip(first, last, strict=True)]), name
 
     def frame_index(self):
-        """The last video frame that each frame holds, (T,) int64, or None if the file does not say."""
+        """The last video frame that each frame holds, (T,) int64; where the file does not say, its own number."""
         with h5py.File(self.path, "r", locking=False) as file:
             rows = file["frame_index"][()] if "frame_index" in file else None
-        return None if rows is None else rows.astype(np.int64)[self.row(np.arange(len(self)))]
+        number = np.arange(len(self))
+        return number if rows is None else rows.astype(np.int64)[self.row(number)]
 
 
 def reason(error):
