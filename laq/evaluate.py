@@ -29,7 +29,6 @@ from train import setup
 import common
 
 BASELINES = ("first frame", "pixel difference", "optical flow", "shuffled codes")
-MOST_SCENES = 64  # other clips whose first frame codes are transferred to
 
 
 def parse(argv=None):
@@ -43,7 +42,7 @@ def parse(argv=None):
     add("--fit-pairs", default=4096, help="pairs of other episodes per source that the probes are fitted on", **whole)
     add("--batch-size", default=64, help="pairs at a time", **whole)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
-    add("--seed", default=0, help="of shuffles and scenes", **whole)
+    add("--seed", default=0, help="of shuffles", **whole)
     args = parser.parse_args(argv)
     for name in ("pairs", "fit_pairs", "batch_size"):
         if getattr(args, name) < 1:
@@ -99,8 +98,7 @@ def collect(model, source, args, device):
     """The pairs of a source as arrays with a row per pair, or None if no pair of an evaluated episode can be read.
 
     evaluated (n,) bool; episode (n,) number; camera (n,) name; codes, vectors; thumbs (n 2 192) of 8 x 8 pictures; flow
-    (n 128) of 8 x 8 blocks; frames of the evaluated pairs; scenes: a first frame of each of some clips, with
-    scene_episode; motion (n A), nan if unknown.
+    (n 128) of 8 x 8 blocks; frames of the evaluated pairs; motion (n A), nan if unknown.
     """
     parts, motions, states, numbers = [], [], [], {}
     long = [clip for clip in source.clips if len(clip) > source.gap(clip)]
@@ -108,7 +106,7 @@ def collect(model, source, args, device):
     for side, clips, limit in zip((True, False), sides, (args.pairs, args.fit_pairs), strict=True):
         clips = clips[:: max(1, len(clips) // limit)]
         title = f"{source.name}, {'evaluated' if side else 'other'} clips"
-        for number, clip in enumerate(tqdm(clips, title, disable=not sys.stderr.isatty())):
+        for clip in tqdm(clips, title, disable=not sys.stderr.isatty()):
             gap = source.gap(clip)
             try:
                 starts, frames, thumbs = read_pairs(clip, gap, max(1, limit // len(clips)), model.config.image_size)
@@ -121,7 +119,6 @@ def collect(model, source, args, device):
             codes, vectors, flow = encode(model, frames, args.batch_size, device)
             episode = np.full(len(starts), numbers.setdefault(clip.episode, len(numbers)))
             small = np.float64(thumbs).reshape(len(starts), 2, 8, 2, 8, 2, 3).mean((3, 5)).reshape(len(starts), 2, -1)
-            scenes = frames[: int(number < MOST_SCENES), 0]
             parts.append(
                 dict(
                     evaluated=np.full(len(starts), side),
@@ -132,8 +129,6 @@ def collect(model, source, args, device):
                     thumbs=small / 255,
                     flow=flow.reshape(len(starts), -1).astype(float),
                     frames=frames if side else frames[:0],
-                    scenes=scenes,
-                    scene_episode=episode[: len(scenes)],
                 )
             )
             moved = None if state is None else np.float64(state[starts + gap]) - state[starts]
@@ -167,31 +162,21 @@ def motion_of(motions, states):
 
 @torch.no_grad()
 def images(model, pairs, args, device):
-    """Reconstruction, codebook and consistency of the codes on the evaluated pairs; sections of the report."""
-    rng, codes, episode = np.random.default_rng(args.seed), pairs.codes[pairs.evaluated], pairs.episode[pairs.evaluated]
-    order, shuffled = rng.permutation(len(codes)), np.empty_like(codes)
+    """Reconstruction and codebook on the evaluated pairs: sections of the report; and the share of each code (N K)."""
+    codes, errors, K = pairs.codes[pairs.evaluated], [], model.config.codebook_size
+    order, shuffled = np.random.default_rng(args.seed).permutation(len(codes)), np.empty_like(codes)
     shuffled[order] = codes[np.roll(order, 1)]  # every pair gets another one's codes
-    others = {e: np.flatnonzero(pairs.scene_episode != e) for e in np.unique(episode)}
-    scenes = [rng.choice(others[e]) if len(others[e]) else 0 for e in episode]
-    errors, extra = [], []
     for i in range(0, len(codes), args.batch_size):
         part = slice(i, i + args.batch_size)
         first, second = (to_input(pairs.frames[part, t], device) for t in (0, 1))
-        scene = to_input(pairs.scenes[scenes[part]], device)
-        true, other = (torch.from_numpy(c[part]).to(device) for c in (codes, shuffled))
-        decoded, with_other = model.decode(first, true), model.decode(first, other)
-        errors.append(
-            torch.stack([(x - second).square().mean((1, 2, 3)) for x in (decoded, with_other, first)], 1).cpu()
-        )
-        nearer = errors[-1][:, 0] < (decoded - first).square().mean((1, 2, 3)).cpu()
-        transfer = (model.encode(scene, model.decode(scene, true))[0] == true).float().mean(1).cpu()
-        extra.append(torch.stack([nearer.float(), transfer], 1))
-    errors, extra = torch.cat(errors).double().numpy(), torch.cat(extra).double().numpy().mean(0)
-    share = metrics.histogram(codes, model.config.codebook_size)
-    found = metrics.reconstruction_metrics(errors)
-    found |= dict(zip(("nearer_to_the_future", "codes_back_on_other_scenes"), extra.tolist(), strict=True))
-    found |= dict(codes_back_by_chance=float((share**2).sum(1).mean()))
-    return dict(reconstruction=found, codebook=metrics.codebook_metrics(codes, model.config.codebook_size), share=share)
+        decoded, other = (model.decode(first, torch.from_numpy(c[part]).to(device)) for c in (codes, shuffled))
+        distances = [(decoded, second), (other, second), (first, second), (decoded, first)]
+        errors.append(torch.stack([(x - y).square().mean((1, 2, 3)) for x, y in distances], 1).cpu())
+    errors = torch.cat(errors).double().numpy()
+    found = metrics.reconstruction_metrics(errors[:, :3])
+    found["nearer_to_the_future"] = float((errors[:, 0] < errors[:, 3]).mean())
+    book = metrics.codebook_metrics(codes, K)
+    return dict(reconstruction=found, codebook=book), metrics.histogram(codes, K)
 
 
 def probe(model, pairs, seed):
@@ -297,8 +282,7 @@ def main(argv=None):
         gap = f"{source.low:g}{unit}" + (f" to {source.high:g}{unit}, its middle" if source.high > source.low else "")
         count = len(np.unique(pairs.episode[pairs.evaluated]))
         which = "held out of the run's own data" if own else "all: the run was not trained on this data"
-        found = images(model, pairs, args, device)
-        share = found.pop("share")
+        found, share = images(model, pairs, args, device)
         report = dict(pairs=int(pairs.evaluated.sum()), episodes=count, which=which, gap=gap)
         reports[source.name] = report | found | probe(model, pairs, args.seed)
         sheets[source.name] = sheet(model, pairs, share, device)

@@ -175,7 +175,7 @@ def record(env, seed, noise=NOISE):
     return arrays | dict(instruction=env.instruction, success=success)
 
 
-def write(folder, tasks, episodes, seed=0, pixels=64, look="robot", noise=NOISE):
+def write(folder, tasks, episodes, seed=0, pixels=64, look="robot"):
     """One shard per task with `episodes` successful episodes. A shard that is there already is kept."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ def write(folder, tasks, episodes, seed=0, pixels=64, look="robot", noise=NOISE)
         for task in missing:
             env, index, samples, number = MetaWorld(task, pixels, look), list(TASKS).index(task), [], 0
             while len(samples) < episodes:
-                episode = record(env, (seed, index, number), noise)
+                episode = record(env, (seed, index, number))
                 number += 1
                 if not episode["success"]:
                     if number > 10 * episodes + 20:
@@ -207,10 +207,9 @@ def main(argv=None):
     add("--episodes", type=int, default=50, metavar="N", help="episodes of each task")
     add("--look", choices=LOOKS, default="robot", help="colours and camera")
     add("--pixels", type=int, default=64, metavar="N", help="side of a picture")
-    add("--noise", type=float, default=NOISE, metavar="X", help="standard deviation of the expert's noise")
     add("--seed", type=int, default=0, metavar="N", help="of goals and noise")
     args = parser.parse_args(argv)
-    write(args.out, args.tasks, args.episodes, args.seed, args.pixels, args.look, args.noise)
+    write(args.out, args.tasks, args.episodes, args.seed, args.pixels, args.look)
     return 0
 
 

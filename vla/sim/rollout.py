@@ -17,25 +17,23 @@ def wilson(successes, trials, z=1.96):
 def run(policy, envs, seeds, record=False):
     """One episode in each environment, side by side, so that the policy sees them as a batch.
 
-    Returns a dict per environment: task, instruction, seed, success, steps, seconds (of the policy, per forward pass),
-    frames (what the policy saw and the last picture, if `record`). Images are rendered only where the policy plans.
+    Returns a dict per environment: task, instruction, seed, success, steps, frames (what the policy saw and the last
+    picture, if `record`). Images are rendered only where the policy plans.
     """
     instructions = [env.reset(seed) for env, seed in zip(envs, seeds, strict=True)]
     policy.reset(instructions)
     records = [
-        dict(task=env.task, instruction=text, seed=seed, success=False, steps=0, seconds=0.0, frames=[])
+        dict(task=env.task, instruction=text, seed=seed, success=False, steps=0, frames=[])
         for env, text, seed in zip(envs, instructions, seeds, strict=True)
     ]
-    running, images, plans, spent = [True] * len(envs), [None] * len(envs), 0, 0.0
+    running, images = [True] * len(envs), [None] * len(envs)
     for step in range(max(env.limit for env in envs)):
         plan = step % policy.n_action_steps == 0
         for i, env in enumerate(envs):
             if running[i] and (plan or record):
                 images[i] = np.array(env.image())
                 records[i]["frames"] += [images[i]] if record else []
-        start = time.perf_counter()
         actions = policy.act(images, [env.state() for env in envs] if policy.state_dim else None)
-        plans, spent = plans + plan, spent + (time.perf_counter() - start) * plan
         for i, env in enumerate(envs):
             if running[i]:
                 success, over = env.step(actions[i])
@@ -45,7 +43,7 @@ def run(policy, envs, seeds, record=False):
                     records[i]["frames"].append(np.array(env.image()))
         if not any(running):
             break
-    return [one | dict(seconds=spent / plans) for one in records]
+    return records
 
 
 def evaluate(policy, envs, episodes, seed=0, videos=0, say=print):
@@ -70,8 +68,7 @@ def evaluate(policy, envs, episodes, seed=0, videos=0, say=print):
             say(f"{done} of {episodes} episodes a task: {wins} of {len(records)} succeed, {left:.0f} s left")
     limits = sorted({env.limit for env in envs})
     rule = f"An episode ends with its first success, or fails after {' or '.join(map(str, limits))} steps."
-    rows = [{name: value for name, value in one.items() if name != "seconds"} for one in records]
-    return summarise(records) | dict(rule=rule, seed=seed, rows=rows), shown
+    return summarise(records) | dict(rule=rule, seed=seed, rows=records), shown
 
 
 def summarise(records):
@@ -86,8 +83,7 @@ def summarise(records):
 
     names = dict.fromkeys(row["task"] for row in records)
     tasks = {task: rate([row for row in records if row["task"] == task]) for task in names}
-    latency = float(np.mean([row["seconds"] for row in records]))
-    return rate(records) | dict(seconds_per_forward=latency, tasks=tasks)
+    return rate(records) | dict(tasks=tasks)
 
 
 def write_video(path, clips, fps=10, scale=4):
