@@ -25,17 +25,16 @@ SUPPORTED = dict(lerobot=((0, 4, 2), (0, 5)), transformers=((4, 57, 1), (5,)))
 
 
 def version_of(package):
-    """(4, 57, 1); DataError where the package is missing or outside SUPPORTED."""
+    """The version as text; DataError where the package is missing or outside SUPPORTED."""
     low, high = SUPPORTED[package]
     wanted = f"{package}>={'.'.join(map(str, low))},<{'.'.join(map(str, high))}"
     try:
         text = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise DataError(f"{package} is not installed: pip install '{wanted}'") from None
-    version = tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
-    if not low <= version < high:
+    if not low <= tuple(int(part) for part in text.split(".")[:3] if part.isdigit()) < high:
         raise DataError(f"{package} {text} does not fit: pip install '{wanted}'")
-    return version
+    return text
 
 
 version_of("lerobot")
