@@ -257,20 +257,19 @@ class GlobalBatches:
 
 def prepare_dataloaders(spec, train, held_out, processor, args, first=0, rank=0, world=1):
     """(training loader, {source: validation loader}) of two lists of episodes; args: the flags of train.py."""
-    more = dict(for_policy=True, image_size=args.image_size)
-    chunks, held_out_chunks = (SequenceConfig(args.chunk, stride) for stride in (1, args.val_stride))
-    augment = build_augmentations(AUGMENT[args.augment])
-    windows = EpisodeDataset(spec, sequence=chunks, augment_fn=augment, seed=args.seed, episodes=train, **more)
-    held_out = EpisodeDataset(spec, sequence=held_out_chunks, episodes=held_out, **more)
+    seen = dict(for_policy=True, image_size=args.image_size)
     more = dict(collate_fn=PolicyBatch(spec, args.chunk, processor), worker_init_fn=ignore_signals)
     more |= dict(num_workers=args.workers, pin_memory=torch.cuda.is_available())
+    augment, chunks = build_augmentations(AUGMENT[args.augment]), SequenceConfig(args.chunk, 1)
+    windows = EpisodeDataset(spec, sequence=chunks, augment_fn=augment, seed=args.seed, episodes=train, **seen)
     sampler = GlobalBatches(len(windows), args.batch_size, args.seed, first, args.steps, args.accum, rank, world)
-    loader = DataLoader(windows, batch_sampler=sampler, **more)
-    numbers = {}
-    for number in range(len(held_out)):
-        numbers.setdefault(held_out.locate(number)[0].source, []).append(number)
-    size = max(1, args.batch_size // (args.accum * world))
-    mine = {name: of_source[rank::world] for name, of_source in numbers.items()}
-    if args.fsdp:  # all processes of a split model work together, so each has equally many; the last ones are left out
-        mine = {name: (mine[name] or every)[: max(1, len(every) // world)] for name, every in numbers.items()}
-    return loader, {name: DataLoader(held_out, size, sampler=part, **more) for name, part in mine.items()}
+    loader, validation = DataLoader(windows, batch_sampler=sampler, **more), {}
+    chunks, size = SequenceConfig(args.chunk, args.val_stride), max(1, args.batch_size // (args.accum * world))
+    for name in dict.fromkeys(episode.source for episode in held_out):
+        episodes = [episode for episode in held_out if episode.source == name]
+        windows = EpisodeDataset(spec, sequence=chunks, episodes=episodes, **seen)
+        mine, every = range(rank, len(windows), world), range(len(windows))
+        if args.fsdp:  # all processes work together, so each has equally many; the last ones are left out
+            mine = (mine or every)[: max(1, len(every) // world)]
+        validation[name] = DataLoader(windows, size, sampler=mine, **more)
+    return loader, validation

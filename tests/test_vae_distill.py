@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 # four devices to divide environments over, and a compiler that does not spend a minute on each tiny program
@@ -153,27 +154,48 @@ def test_damaged_teachers_are_named(this, arm, tmp_path, message):
 
 
 def test_teacher_of_another_walker_is_refused(this, arm):
-    config = json.loads(json.dumps(arm.config))
-    config["walker_config"]["joint_names"] = ["swing", "swing"]
-    env = this.env.Imitation(config, arm.env.model, arm.clips)
+    def config(*path, value=None):
+        """The arm's configuration with one entry replaced, or deleted."""
+        made = node = json.loads(json.dumps(arm.config))
+        for key in path[:-1]:
+            node = node[key]
+        node.update({path[-1]: value}) if value else node.pop(path[-1])
+        return made
+
+    joints = ("walker_config", "joint_names")
+    env = this.env.Imitation(config(*joints, value=["swing", "swing"]), arm.env.model, arm.clips)
     with pytest.raises(DataError, match="another walker's teacher"):
         env.check(arm.teacher)
-    config["walker_config"]["joint_names"] = ["knee"]
-    with pytest.raises(DataError, match="no joint 'knee'"):
-        this.env.Imitation(config, arm.env.model, arm.clips)
-    vnl = {**config, "env_config": dict(sim_dt=0.002, reward_terms=dict(root_pos=1.0))}
-    with pytest.raises(DataError, match="vnl-playground's, which are not rebuilt"):
-        this.walker.build_model(arm.folder / "walker.xml", vnl)
-    del config["reference_config"]
-    with pytest.raises(DataError, match="no `reference_config.traj_length`"):
-        this.walker.build_model(arm.folder / "walker.xml", config)
-    config = json.loads(json.dumps(arm.config))
-    del config["env_config"]["reward_weights"]["bad_pose_dist"]
-    with pytest.raises(DataError, match="no `env_config.reward_weights.bad_pose_dist`"):
-        this.env.Imitation(config, arm.env.model, arm.clips)
+    for wrong, message in (
+        (config(*joints, value=["knee"]), "no joint 'knee'"),
+        (config("env_config", "reward_weights", "bad_pose_dist"), "no `env_config.reward_weights.bad_pose_dist`"),
+    ):
+        with pytest.raises(DataError, match=message):
+            this.env.Imitation(wrong, arm.env.model, arm.clips)
+    for wrong, message in (
+        (config("env_config", value=dict(reward_terms=dict(root_pos=1.0))), "vnl-playground's, which are not rebuilt"),
+        (config("reference_config"), "no `reference_config.traj_length`"),
+    ):
+        with pytest.raises(DataError, match=message):
+            this.walker.build_model(arm.folder / "walker.xml", wrong)
 
 
 # --- clips
+
+
+def rewrite(file, **arrays):
+    """Datasets of an h5 file replaced; None deletes."""
+    with h5py.File(file, "r+") as h5:
+        for name, value in arrays.items():
+            del h5[name]
+            if value is not None:
+                h5[name] = value
+
+
+@pytest.fixture
+def copied(arm, tmp_path):
+    """A copy of the arm's clips, to be spoilt."""
+    return Path(shutil.copy(arm.folder / "clips.h5", tmp_path / "clips.h5"))
 
 
 def test_both_layouts_read_to_the_same_clips(this, arm, tmp_path):
@@ -187,16 +209,13 @@ def test_both_layouts_read_to_the_same_clips(this, arm, tmp_path):
     assert again.ids == arm.clips.ids and again.bodies == [] and arm.clips.bodies == ["world", "link", "hand"]
 
 
-def test_qvel_that_is_empty_or_saturated_is_recomputed_and_a_good_one_kept(this, arm, tmp_path):
+def test_qvel_that_is_empty_or_saturated_is_recomputed_and_a_good_one_kept(this, arm, copied):
     true = np.diff(arm.qpos, axis=1) * 50
     np.testing.assert_allclose(arm.clips.qvel[:, :-1], true, atol=1e-3)
     assert "qvel of 8 clips" in arm.clips.notes[0]  # demo.write_clips leaves it empty
-    for name, qvel, recomputed in (("noisy", arm.clips.qvel * 1.02, 0), ("saturated", np.full((8, 30, 1), 20.0), 1)):
-        shutil.copy(arm.folder / "clips.h5", tmp_path / f"{name}.h5")
-        with h5py.File(tmp_path / f"{name}.h5", "r+") as h5:
-            del h5["qvel"]
-            h5["qvel"] = qvel.reshape(-1, 1)
-        clips = this.data.read_clips([str(tmp_path / f"{name}.h5")], arm.env.model, 50)
+    for qvel, recomputed in ((arm.clips.qvel * 1.02, 0), (np.full((8, 30, 1), 20.0), 1)):  # noisy, saturated
+        rewrite(copied, qvel=qvel.reshape(-1, 1))
+        clips = this.data.read_clips([str(copied)], arm.env.model, 50)
         assert len(clips.notes) == recomputed
         np.testing.assert_allclose(clips.qvel, arm.clips.qvel * (1 if recomputed else 1.02), rtol=1e-4)
 
@@ -211,16 +230,15 @@ def test_real_mouse_clips(this):
     np.testing.assert_allclose(clips.qvel[:, :-1], np.diff(clips.qpos, axis=1) * 200, atol=1e-2)
 
 
-def test_the_split_belongs_to_the_clip(this, arm, tmp_path):
+def test_the_split_belongs_to_the_clip(this, arm, copied, tmp_path):
     """The same clips are held out under another source name, beside other data, and from another folder."""
-    shutil.copy(arm.folder / "clips.h5", tmp_path / "clips.h5")
-    shutil.copy(arm.folder / "clips.h5", tmp_path / "more.h5")
+    shutil.copy(copied, tmp_path / "more.h5")
 
     def held_out(*words):
         clips = this.data.read_clips([str(word) for word in words], arm.env.model, 50, 0.25)
         return {name for name in np.array(clips.ids)[clips.held_out] if name.startswith("clips")}
 
-    assert held_out(*arm.words) == held_out(f"other={tmp_path / 'clips.h5'}")
+    assert held_out(*arm.words) == held_out(f"other={copied}")
     assert held_out(*arm.words) == held_out(*arm.words, tmp_path / "more.h5")
     assert 1 <= len(held_out(*arm.words)) <= 4
 
@@ -256,88 +274,60 @@ def test_files_are_found_behind_links_and_hidden_ones_are_not(this, arm, tmp_pat
     assert {name.partition("/")[0] for name in clips.ids} == {"far", "near"} and len(clips.ids) == 16
 
 
-def test_a_trailing_partial_clip_is_left_out_by_name(this, arm, tmp_path):
-    file = tmp_path / "clips.h5"
-    shutil.copy(arm.folder / "clips.h5", file)
-    with h5py.File(file, "r+") as h5:
-        for key in ("qpos", "xpos"):
-            rows = h5[key][:70]
-            del h5[key]
-            h5[key] = rows
-    clips = this.data.read_clips([str(file)], arm.env.model, 50)
-    assert clips.qpos.shape == (2, 30, 1) and f"{file}: the last 10 frames" in clips.notes[0]
+def test_a_trailing_partial_clip_is_left_out_by_name(this, arm, copied):
+    rewrite(copied, qpos=arm.qpos.reshape(-1, 1)[:70], xpos=arm.clips.xpos.reshape(-1, 3, 3)[:70])
+    clips = this.data.read_clips([str(copied)], arm.env.model, 50)
+    assert clips.qpos.shape == (2, 30, 1) and f"{copied}: the last 10 frames" in clips.notes[0]
 
 
-def rewrite(file, **arrays):
-    """Datasets of an h5 file replaced; None deletes."""
-    with h5py.File(file, "r+") as h5:
-        for name, value in arrays.items():
-            del h5[name]
-            if value is not None:
-                h5[name] = value
-
-
-def never_written(file, virtual):
-    """qpos as a virtual dataset whose source is gone, or with chunks that were never written."""
+def unwritten(file, rows):
+    """qpos with chunks that were never written."""
     rewrite(file, qpos=None)
     with h5py.File(file, "r+") as h5:
-        if virtual:
-            layout = h5py.VirtualLayout((240, 1), "f8")
-            layout[:] = h5py.VirtualSource(str(file.with_name("gone.h5")), "qpos", (240, 1))
-            h5.create_virtual_dataset("qpos", layout)
-        else:
-            h5.create_dataset("qpos", (240, 1), "f8", chunks=(30, 1))[:100] = 0
+        h5.create_dataset("qpos", (240, 1), "f8", chunks=(30, 1))[:100] = 0
 
 
-def spoil(kind, file, qpos):
-    """One of the ways in which a file of clips can be wrong."""
-    rows, pointer = qpos.reshape(-1, 1), b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    if kind in (b"", b"hello", "pointer"):
-        file.write_bytes(pointer if kind == "pointer" else kind)
-    elif kind in ("unwritten", "virtual"):
-        never_written(file, kind == "virtual")
-    elif kind == "one frame":
-        rewrite(file, qpos=rows[:1], config=None)
-    elif kind == "nothing":
-        rewrite(file, qpos=None)
-    else:
-        arrays = dict(nan=np.where(np.arange(240)[:, None] == 40, np.nan, rows), wide=np.zeros((240, 3)))
-        rewrite(file, qpos={**arrays, "no frame": rows[:0], "degrees": np.degrees(rows)}[kind])
+def virtual(file, rows):
+    """qpos as a virtual dataset whose source is gone."""
+    rewrite(file, qpos=None)
+    layout = h5py.VirtualLayout((240, 1), "f8")
+    layout[:] = h5py.VirtualSource(str(file.with_name("gone.h5")), "qpos", (240, 1))
+    with h5py.File(file, "r+") as h5:
+        h5.create_virtual_dataset("qpos", layout)
 
 
-@pytest.mark.parametrize(
-    "kind, message",
-    [
-        ("nan", "clip 1: qpos holds NaN or infinity at frame 10"),
-        ("wide", r"\(30, 3\), the walker \(frames, 1\)"),
-        ("one frame", "clips of 1 frame"),
-        ("no frame", "`qpos` is empty"),
-        ("nothing", "neither stac-mjx"),
-        (b"hello", "not readable as reference clips"),
-        (b"", "an empty file"),
-        ("pointer", "git lfs pull"),
-        ("unwritten", "chunks of `qpos` were never written"),
-        ("virtual", "gone.h5 is not there"),
-        ("degrees", "kinematics put body"),
-    ],
-)
-def test_spoiled_clips_are_named(this, arm, tmp_path, kind, message):
+SPOILT = {
+    "clip 1: qpos holds NaN or infinity at frame 10": lambda file, rows: rewrite(file, qpos=np.r_[rows[:40], rows * np.inf]),
+    r"\(30, 3\), the walker \(frames, 1\)": lambda file, rows: rewrite(file, qpos=np.zeros((240, 3))),
+    "clips of 1 frame": lambda file, rows: rewrite(file, qpos=rows[:1], config=None),
+    "`qpos` is empty": lambda file, rows: rewrite(file, qpos=rows[:0]),
+    "neither stac-mjx": lambda file, rows: rewrite(file, qpos=None),
+    "not readable as reference clips": lambda file, rows: file.write_bytes(b"hello"),
+    "an empty file": lambda file, rows: file.write_bytes(b""),
+    "git lfs pull": lambda file, rows: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+    "chunks of `qpos` were never written": unwritten,
+    "gone.h5 is not there": virtual,
+    "kinematics put body": lambda file, rows: rewrite(file, qpos=np.degrees(rows)),
+}
+
+
+@pytest.mark.parametrize("message", SPOILT)
+def test_spoiled_clips_are_named(this, arm, tmp_path, message):
     file = tmp_path / "clips \u00e9.h5"
     shutil.copy(arm.folder / "clips.h5", file)
-    spoil(kind, file, arm.qpos)
+    SPOILT[message](file, arm.qpos.reshape(-1, 1))
     with pytest.raises(DataError, match=message) as raised:
         this.data.read_clips([f"arm={file}"], arm.env.model, 50)
     assert str(file) in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_file_that_another_process_writes_is_told_from_a_broken_one(this, arm, tmp_path):
-    shutil.copy(arm.folder / "clips.h5", tmp_path / "clips.h5")
+def test_a_file_that_another_process_writes_is_told_from_a_broken_one(this, arm, copied):
     code = "import sys, time, h5py; f = h5py.File(sys.argv[1], 'a'); print('open', flush=True); time.sleep(100)"
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "clips.h5"], stdout=subprocess.PIPE) as writer:
+    with subprocess.Popen([sys.executable, "-c", code, copied], stdout=subprocess.PIPE) as writer:
         writer.stdout.readline()
         try:
             with pytest.raises(DataError, match="clips.h5: another process has it open.*HDF5_USE_FILE_LOCKING"):
-                this.data.read_clips([str(tmp_path / "clips.h5")], arm.env.model, 50)
+                this.data.read_clips([str(copied)], arm.env.model, 50)
         finally:
             writer.kill()
 
@@ -351,9 +341,7 @@ def bug(this, tmp_path_factory):
     qpos = np.concatenate([t * [1, 0, 0] + [0, 0, 0.1], turn, np.sin(4 * t) + [0.3, 0.6]], -1)
     file = tmp_path_factory.mktemp("bug") / "clips.h5"
     this.demo.write_clips(file, model, qpos[None])
-    with h5py.File(file, "r+") as h5:
-        del h5["names_qpos"]
-        h5["names_qpos"] = ["root"] * 7 + ["hip", "knee"]
+    rewrite(file, names_qpos=["root"] * 7 + ["hip", "knee"])
     return model, file, qpos
 
 
@@ -362,40 +350,32 @@ def test_clips_of_another_convention_are_refused(this, bug, tmp_path, kind):
     """The walker's kinematics must reproduce the clips' body positions; right files, with prefixed names too, do."""
     model, file, qpos = bug
     shutil.copy(file, tmp_path / "clips.h5")
-    with h5py.File(tmp_path / "clips.h5", "r+") as h5:
-        del h5["names_qpos"], h5["names_xpos"]
-        h5["names_qpos"] = ["bug/root"] * 7 + ["bug/hip", "bug/knee"]
-        h5["names_xpos"] = ["world", *(f"bug/{name}" for name in ("NAME", "femur", "tibia"))]
+    bodies = ["world", *(f"bug/{name}" for name in ("NAME", "femur", "tibia"))]
+    rewrite(tmp_path / "clips.h5", names_qpos=["bug/root"] * 7 + ["bug/hip", "bug/knee"], names_xpos=bodies)
     assert len(this.data.read_clips([str(tmp_path)], model, 50).ids) == 1
     rows = qpos.copy()
     rows[:, 3:7] = np.roll(rows[:, 3:7], -1, -1) if kind == "w last" else rows[:, 3:7]
     rows[:, 7:] = rows[:, :6:-1] if kind == "swapped joints" else rows[:, 7:]
     rows[:, 7:] = np.degrees(rows[:, 7:]) if kind == "degrees" else rows[:, 7:]
-    with h5py.File(tmp_path / "clips.h5", "r+") as h5:
-        h5["qpos"][...] = rows
+    rewrite(tmp_path / "clips.h5", qpos=rows)
     if kind == "larger walker":
         model = mujoco.MjModel.from_xml_string(BUG.replace("0.04 0 0", "0.05 0 0"))
     with pytest.raises(DataError, match="clips.h5, clip 0: the walker's kinematics put body"):
         this.data.read_clips([str(tmp_path)], model, 50)
 
 
-def test_clips_of_another_body_or_joint_order(this, arm, tmp_path):
+def test_clips_of_another_body_or_joint_order(this, arm, copied):
     """Bodies are found by name, so another order gives the same reference; a body that is not there is an error."""
-    file = tmp_path / "clips.h5"
-    shutil.copy(arm.folder / "clips.h5", file)
-    with h5py.File(file, "r+") as h5:
-        names, xpos = h5["names_xpos"][()], h5["xpos"][()]
-        h5["names_xpos"][...], h5["xpos"][...] = names[::-1], xpos[:, ::-1]
-    clips = this.data.read_clips([f"arm={file}"], arm.env.model, 50, 0.25)
+    rewrite(copied, names_xpos=["hand", "link", "world"], xpos=arm.clips.xpos.reshape(-1, 3, 3)[:, ::-1])
+    clips = this.data.read_clips([f"arm={copied}"], arm.env.model, 50, 0.25)
     env = this.env.Imitation(arm.config, arm.env.model, clips)
     jax.tree.map(np.testing.assert_array_equal, env.reference, arm.env.reference)
-    with h5py.File(file, "r+") as h5:
-        h5["names_xpos"][...] = [b"world", b"link", b"foot"]
-    clips = this.data.read_clips([f"arm={file}"], arm.env.model, 50, 0.25)
+    rewrite(copied, names_xpos=["foot", "link", "world"])
+    clips = this.data.read_clips([f"arm={copied}"], arm.env.model, 50, 0.25)
     with pytest.raises(DataError, match="no body 'hand'"):
         this.env.Imitation(arm.config, arm.env.model, clips)
     with pytest.raises(DataError, match="names_xpos differs"):
-        this.data.read_clips([str(arm.folder / "clips.h5"), str(file)], arm.env.model, 50)
+        this.data.read_clips([str(arm.folder / "clips.h5"), str(copied)], arm.env.model, 50)
 
 
 # --- the task
@@ -437,9 +417,7 @@ def test_the_root_of_any_free_walker_is_seen_and_may_fall(this, arm, bug, tmp_pa
     """The root is the body that track-mjx's walkers name, else the body of the free joint, never the world."""
     (tmp_path / "bug.xml").write_text(BUG.replace("NAME", name))
     shutil.copy(bug[1], tmp_path / "clips.h5")
-    with h5py.File(tmp_path / "clips.h5", "r+") as h5:
-        del h5["names_xpos"]
-        h5["names_xpos"] = ["world", name, "femur", "tibia"]
+    rewrite(tmp_path / "clips.h5", names_xpos=["world", name, "femur", "tibia"])
     config = json.loads(json.dumps(arm.config))
     config["env_config"]["reward_weights"] |= dict(
         too_far_dist=1e3, bad_quat_dist=9.0, healthy_z_range=[0.05, 0.5], penalty_pos_distance_scale=[1, 1, 1]
@@ -784,16 +762,6 @@ def test_an_update_past_the_last_step_changes_nothing(iterations):
     """The third iteration has one live update of two: Adam's count says so, and the parameters moved once."""
     counts = [int(state["opt"][1].count) for state, _ in iterations[1]]
     assert counts == [2, 4, 5]
-
-
-def test_pack_and_unpack(this, iterations):
-    state = iterations[1][0][0]
-    packed = this.distill.pack(state)
-    assert "opt.1.mu.encoder.hidden_0.kernel" in packed and "envs.qpos" in packed
-    jax.tree.map(np.testing.assert_array_equal, this.distill.unpack(state, packed, "x"), state)
-    packed["envs.qpos"] = packed["envs.qpos"][:4]
-    with pytest.raises(DataError, match=r"envs.qpos has shape \(4, 1\)"):
-        this.distill.unpack(state, packed, "x")
 
 
 # --- the control law
