@@ -81,16 +81,12 @@ class SourceCoder(nn.Module):
 
     def take(self, found):
         """Take over a transform_coding.Fit."""
-        L = self.points.shape[1]
-        points = torch.tensor(np.array([np.pad(p, (0, L - len(p)), "edge") for p in found.points]).reshape(-1, L))
-        edges = (points[:, 1:] + points[:, :-1]) / 2
-        edges[torch.arange(1, L) >= self.levels[:, None]] = torch.inf
-        values = dict(points=points, edges=edges)
-        values |= {
-            name: torch.from_numpy(getattr(found, name)) for name in ("weight", "mean", "basis", "span", "deviation")
-        }
-        for name, value in values.items():
-            getattr(self, name).copy_(value)
+        for name in ("weight", "mean", "basis", "span", "deviation"):
+            getattr(self, name).copy_(torch.from_numpy(getattr(found, name)))
+        self.edges.fill_(torch.inf)  # beyond a coefficient's own levels, so that no value gets there
+        for k, points in enumerate(found.points):
+            self.points[k] = torch.from_numpy(np.pad(points, (0, self.points.shape[1] - len(points)), "edge"))
+            self.edges[k, : len(points) - 1] = torch.from_numpy((points[1:] + points[:-1]) / 2)
 
     def context(self, context):
         """context (B, R, A) in robot units -> where the chunk is coded from, (B, A), and the features (B, C)."""

@@ -262,15 +262,6 @@ def test_quantizer_against_brute_force(quantizer):
     torch.testing.assert_close(z.grad, vq.scale.expand(5, 2, 3))
 
 
-def test_kmeans_finds_separate_clusters(quantizer):
-    """Well separated clusters are found exactly, whatever the seed."""
-    centres = torch.tensor([[0.0, 0], [10, 0], [0, 10], [10, 10], [5, 30]])
-    x = (centres[:, None] + noise(5, 40, 2) * 0.1).flatten(0, 1)
-    for seed in range(5):
-        found = quantizer.kmeans(x, 5, torch.Generator().manual_seed(seed))
-        assert torch.cdist(centres, found).amin(1).max() < 0.1
-
-
 def test_vectors_that_shrink_do_not_take_the_codes_with_them(quantizer):
     """Mean and deviation are tracked: vectors ten times smaller keep their codes, and the decoder gets the same."""
     vq, z = quantizer.VectorQuantizer(6, 2, 3).train(), noise(60, 2, 3)

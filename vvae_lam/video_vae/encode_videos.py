@@ -122,8 +122,8 @@ def videos_of(shard):
                 if member.isfile() and not name.startswith("."):
                     key, _, extension = name.partition(".")
                     place = member.offset_data, member.size
-                    meta = json.load(tar.extractfile(member)) if extension == "json" else None
-                    members.setdefault(folder + slash + key, {})[extension] = meta or place
+                    what = json.load(tar.extractfile(member)) if extension == "json" else place
+                    members.setdefault(folder + slash + key, {})[extension] = what
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise common.DataError(f"{shard}: not a complete WebDataset shard ({error})") from None
     for key, found in members.items():
