@@ -91,8 +91,8 @@ def codes(examples):
                 style = dict(color="tab:red", width=0.02 * size, head_width=0.1 * size, length_includes_head=True)
                 axis.arrow(center, center, *(0.4 * size * arrow), **style)
         label = f"{name}, position {position}" + (f"\narrows: motion of dims {dims[0]}, {dims[1]}" if dims else "")
-        row[2 if position else 0].text(-0.12, 0.5, label, rotation=90, va="center", ha="right", fontsize=6,
-                                       transform=row[2 if position else 0].transAxes)  # fmt: skip
+        place = dict(va="center", ha="right", transform=row[0].transAxes)
+        row[0].text(-0.12, 0.5, label, rotation=90, fontsize=6, **place)
     figure.suptitle("what each code does to the same frame (blue: what changes; red: the robot's mean motion)")
     return figure
 

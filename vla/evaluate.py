@@ -7,12 +7,13 @@ Run:
   python vla/evaluate.py --checkpoint CKPT --env libero_spatial --episodes 50 --out report
   python vla/evaluate.py --checkpoint CKPT --env gym_pusht/PushT-v0 --instruction "push it" --out report
 
---data: action error in robot units per dim, or latent accuracy (with --labels), beside
-baselines that need no model. --env: success rate with its 95 % interval, per task too; an episode ends with its first
-success, or fails after --limit steps. Writes report.json, report.md, figures/ (with videos of the first episodes), and
-with --wandb a table of the episodes.
+--data: action error in robot units per dim, or latent accuracy (with --labels), beside baselines that need no model.
+--env: success rate with its 95 % interval, per task too; an episode ends with its first success, or fails after --limit
+steps. Writes report.json, report.md, figures/ (with videos of the first episodes), and with --wandb a table of the
+episodes.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -22,12 +23,13 @@ import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
-from data import baselines, check_labels, collect
+from data import ValidationBatches, baselines, check_labels, collect
 from model import VLA
 from policy import Policy
 from sim import environments, rollout
-from sources import read_latents, read_sources, split_for_report
-from train import setup
+from sources import num_rows, read_sources, split_for_report
+from torch.utils.data import DataLoader
+from train import setup, validate
 
 import common
 
@@ -80,13 +82,12 @@ def batches(model, source, args, device):
     step, size = args.stride * args.batch_size, model.config.image_size
     for clip in source.validation:
         try:
-            valid = read_latents(clip, source.labels)[2] if source.labels else np.ones(len(clip), bool)
-            rows = np.flatnonzero(valid)
-            for chosen in (rows[i : i + step : args.stride] for i in range(0, len(rows), step)):
-                batch = model.preprocess([*clip.frames(size, chosen)], [clip.meta["instruction"]] * len(chosen))
-                if model.config.action and model.config.action.state_dim:
-                    batch["state"] = torch.from_numpy(clip.array("state.npy")[chosen])
-                yield clip, chosen, {name: value.to(device) for name, value in batch.items()}
+            for first in range(0, len(clip), step):
+                rows = np.arange(first, min(first + step, len(clip)), args.stride)
+                batch = model.preprocess([*clip.frames(size, rows)], [clip.meta["instruction"]] * len(rows))
+                if model.config.action.state_dim:
+                    batch["state"] = torch.from_numpy(clip.array("state.npy")[rows])
+                yield clip, rows, {name: value.to(device) for name, value in batch.items()}
         except (OSError, common.DataError) as error:
             print(f"skipping a clip: {error}", flush=True)
 
@@ -123,21 +124,14 @@ def measure_actions(model, source, args, device):
 
 
 def measure_latents(model, source, args, device):
-    """Accuracy per code position and of whole latent actions, perplexity, beside data.baselines."""
+    """Accuracy per code position and of whole latent actions, perplexity: train.validate's; beside data.baselines."""
     check_labels([source], vars(model.config.latent))
-    right, entropy = [], []
-    for clip, rows, batch in batches(model, source, args, device):
-        probabilities = model.predict_latents(batch).cpu().numpy()  # B N K
-        codes = read_latents(clip, source.labels)[0][rows]
-        right.append(probabilities.argmax(2) == codes)
-        entropy.append(-np.log(np.take_along_axis(probabilities, codes[..., None], 2) + 1e-12).mean((1, 2)))
-    if not right:
-        raise common.DataError(f"{source.name}: no held-out clip can be read")
-    right = np.concatenate(right)
-    numbers = dict(token_accuracy=right.mean(), exact_match=right.all(1).mean())
-    numbers |= {f"token_accuracy_{n}": right[:, n].mean() for n in range(right.shape[1])}
-    numbers |= dict(perplexity=np.exp(np.concatenate(entropy).mean())) | baselines(source)
-    return {name: float(value) for name, value in numbers.items()} | dict(clips=len(source.validation))
+    pool = [(clip, source) for clip in source.validation]
+    frames = sum(num_rows(clip, source.labels) for clip in source.validation) // args.stride
+    held = ValidationBatches(pool, model.preprocess, model.config, frames, args.batch_size)
+    found = validate(model, {"held": DataLoader(held, batch_size=None)}, device, contextlib.nullcontext())
+    numbers = {name.removeprefix("val/held/"): value for name, value in found.items() if name != "val/loss"}
+    return numbers | baselines(source) | dict(clips=len(source.validation))
 
 
 def log_to_wandb(project, checkpoint, loop):

@@ -275,11 +275,6 @@ class VLA(nn.Module):
     # --- use
 
     @torch.no_grad()
-    def predict_latents(self, batch):
-        """-> probabilities of the codes (B, N, K)."""
-        return self.to_codes(self.read(batch).float()).softmax(2)
-
-    @torch.no_grad()
     def predict_actions(self, batch):
         """-> commands in robot units (B, H, A)."""
         return self.predict_chunk(self.read(batch).float()) * self.action_scale + self.action_center

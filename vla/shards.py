@@ -305,32 +305,30 @@ def open_shard(shard):
     return list(clips.values())
 
 
-def check(clip):
-    """A DataError unless KEY.json has the fields that everything later relies on."""
-    if not isinstance(clip.meta, dict):
-        raise DataError(f"{clip}.json: not a JSON table")
+def problem(meta):
+    """What is wrong with a KEY.json, or None: it needs the fields that everything later relies on."""
+    if not isinstance(meta, dict):
+        return "not a JSON table"
     for name in TEXTS + NUMBERS:
-        if not isinstance(clip.meta.get(name), str if name in TEXTS else int | float):
-            raise DataError(f"{clip}.json: has no {'text' if name in TEXTS else 'number'} `{name}`")
-    if not (0 < clip.meta["fps"] < 1e6 and 1 <= clip.meta["length"] < 1e9):
-        raise DataError(f"{clip}.json: fps {clip.meta['fps']} and length {clip.meta['length']}, expected above 0")
+        if not isinstance(meta.get(name), str if name in TEXTS else int | float):
+            return f"has no {'text' if name in TEXTS else 'number'} `{name}`"
+    if not (0 < meta["fps"] < 1e6 and 1 <= meta["length"] < 1e9):
+        return f"fps {meta['fps']} and length {meta['length']}, expected above 0"
+    return None
 
 
 def read_shard(shard, say=print):
     """The clips of one shard that can be used. What cannot is named with the reason."""
-    clips = []
     try:
         found = open_shard(shard)
     except (OSError, DataError) as error:
         say(f"skipping a shard: {error}")
         return []
-    for clip in found:
-        try:
-            check(clip)
-            clips.append(clip)
-        except DataError as error:
-            say(f"skipping a clip: {error}")
-    return clips
+    reasons = [problem(clip.meta) for clip in found]
+    for clip, reason in zip(found, reasons, strict=True):
+        if reason:
+            say(f"skipping a clip: {clip}.json: {reason}")
+    return [clip for clip, reason in zip(found, reasons, strict=True) if not reason]
 
 
 def read_clips(path, labels=None, say=print):
