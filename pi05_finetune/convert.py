@@ -56,21 +56,20 @@ def list_any(path, rate):
     return list_episodes(path.name, path)
 
 
-def select_dims(words, names, count):
+def select_dims(words, names):
     """Positions of the dims whose name fits one of `words`, in the data's order."""
-    names = names or [f"action {i}" for i in range(count)]
-    for word in words or []:
+    for word in words:
         if not fnmatch.filter(names, word):
             raise DataError(f"--dims {word}: no such dim among {', '.join(names)}")
-    return [i for i, name in enumerate(names) if not words or any(fnmatch.fnmatchcase(name, w) for w in words)]
+    return [i for i, name in enumerate(names) if any(fnmatch.fnmatchcase(name, word) for word in words)]
 
 
 def reduce(episode, ref, args):
     """The episode and its reference with --dims, --task, --rate and --image-size applied."""
-    count = episode.actions.shape[1]
-    kept = select_dims(args.dims, ref.action_names, count)
     if args.dims:
+        count = episode.actions.shape[1]
         names = ref.action_names or [f"action {i}" for i in range(count)]
+        kept = select_dims(args.dims, names)
         for key, vector in episode.vectors.items():
             own = ref.proprio_names.get(key) or ([] if vector.shape[1] != count else names)
             mine = [own.index(names[i]) for i in kept if names[i] in own]

@@ -41,11 +41,6 @@ def list_episodes(source, root):
     return list_npz(source, arrays)
 
 
-def guess_state(vectors):
-    """Keys of the state where no spec tells them: `state`, or every vector that looks like a measurement."""
-    return ["state"] if "state" in vectors else sorted(key for key in vectors if not NO_STATE.search(key))
-
-
 def find_spec(data, path=None):
     """The spec at `path`; else DATA/spec.yaml; else what the first whole episode and its description tell."""
     if path is not None or (Path(data) / "spec.yaml").exists():
@@ -61,17 +56,18 @@ def find_spec(data, path=None):
     raise DataError(f"--data {data}: every episode lacks a file, such as {missing}")
 
 
-def spec_of(episode, ref, name, rate, action_names=None):
-    """What an episode and its description tell."""
-    keys = guess_state(episode.vectors)
-    names = [dim for key in keys for dim in ref.proprio_names.get(key, [None] * episode.vectors[key].shape[1])]
+def spec_of(episode, ref, name, rate):
+    """What an episode and its description tell. The state: `state`, or every vector that looks like a measurement."""
+    vectors = episode.vectors
+    keys = ["state"] if "state" in vectors else sorted(key for key in vectors if not NO_STATE.search(key))
+    names = [dim for key in keys for dim in ref.proprio_names.get(key, [None] * vectors[key].shape[1])]
     return DatasetSpec(
         name=name,
         action_dim=episode.actions.shape[1],
         control_freq_hz=round(rate, 3),
         required_obs_keys=sorted(episode.frames),
         required_proprio_keys=keys,
-        action_names=ref.action_names if action_names is None else action_names,
+        action_names=ref.action_names,
         proprio_names=None if None in names else names,
     )
 
