@@ -246,25 +246,23 @@ def main(argv=None):
             card[part] = dict(episodes=len(own), clips=len(np.unique(clip[own])), rows=rows)
             print(f"{part}: {len(own)} episodes", *policy_table(rows), sep="\n", flush=True)
     shown = np.flatnonzero(held_out) if held_out.any() else np.arange(len(clip))
-    card["latent"], points = latent_metrics(outs["posterior mean"], shown)
-    points["clip"] = clip[shown][points["episode"]]
-    frames = outs["posterior mean"]["frame"][:, shown][points["step"], points["episode"]]
-    points["phase"] = frames / clips.length[points["clip"]]
+    mine = outs["posterior mean"]
+    card["latent"], points = latent_metrics(mine, shown, clip, mine["frame"] / clips.length[clip])
     card["clips"] = []
     for i in dict.fromkeys(clip.tolist()):
-        best, row = (summary(outs[name], np.flatnonzero(clip == i)) for name in ("teacher", "posterior mean"))
+        best, row = (summary(out, np.flatnonzero(clip == i)) for out in (outs["teacher"], mine))
         row |= dict(clip=clips.ids[i], part="held out" if clips.held_out[i] else "train")
         card["clips"].append({**row, "reward_share": row["reward"] / (best["reward"] or np.nan)})
 
     card["without a reference"] = without_reference(args, env, clips, student, params)
     for name, row in card["without a reference"].items():
         print(name, *(f"{key} {value:.3g}" for key, value in row.items()))
-    between = interpolation(env, student, params, outs["posterior mean"], shown)
+    between = interpolation(env, student, params, mine, shown)
 
     out, episode = Path(args.out), shown[0]
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    played = int(outs["posterior mean"]["alive"][:, episode].sum())
-    frame, qpos = (outs["posterior mean"][key][:played, episode] for key in ("frame", "qpos"))
+    played = int(mine["alive"][:, episode].sum())
+    frame, qpos = (mine[key][:played, episode] for key in ("frame", "qpos"))
     reference = clips.qpos[clip[episode], frame]
     for name, figure in dict(
         tracking=figures.tracking({clips.source[clip[episode]]: (reference, qpos)}, env.rate),

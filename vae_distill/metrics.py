@@ -104,21 +104,23 @@ def measure(outs, clip, chosen, seed):
     return rows
 
 
-def latent_metrics(out, chosen):
-    """KL and spread of every latent dim over the played steps, and the two main directions of the latents."""
+def latent_metrics(out, chosen, clip, phase):
+    """KL of every latent dim over the played steps, and points for a figure: the latents in their two main directions.
+
+    clip (E), phase (steps E): of what a point shows.
+    """
     alive = out["alive"][:, chosen] > 0
     mean, kl = out["latent"][:, chosen][alive], out["kl"][:, chosen][alive]
     centred = mean - mean.mean(0)
     _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
     variance = np.square(sizes) / max(np.square(sizes).sum(), 1e-12)
     shown = np.linspace(0, len(mean) - 1, min(len(mean), 3000)).astype(int)
-    step, episode = np.nonzero(alive)
-    points = dict(xy=(centred @ directions[:2].T)[shown], episode=episode[shown], step=step[shown])
+    of_clip, of_phase = np.broadcast_to(clip[chosen], alive.shape)[alive], phase[:, chosen][alive]
+    points = dict(xy=(centred @ directions[:2].T)[shown], clip=of_clip[shown], phase=of_phase[shown])
     metrics = dict(
         kl_per_dim=kl.mean(0).tolist(),
         kl=float(kl.sum(-1).mean()),
         active_dims=int((kl.mean(0) > ACTIVE).sum()),
-        std_per_dim=mean.std(0).tolist(),
         pca_explained_variance=variance[:8].tolist(),
     )
     return metrics, points
