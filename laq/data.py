@@ -239,9 +239,6 @@ class Items:
         self.first, self.steps, self.accum, self.rank, self.world = first, steps, accum, rank, world
         self.batch, self.edges = batch, np.linspace(0, batch, parts + 1).astype(int).tolist()
 
-    def __len__(self):
-        return (self.steps - self.first) * self.accum * (len(self.edges) - 1)
-
     def __iter__(self):
         for step in range(self.first, self.steps):
             for micro in range(self.accum):

@@ -230,23 +230,15 @@ def run(laq, tmp_path_factory):
     return home
 
 
-def test_a_run_alone_is_enough(laq, run):
-    """Its data, gap and held-out episodes are in the checkpoint; the same data under another name is still its own."""
-    checkpoint = run / "run/checkpoints/best"
+def test_which_episodes_are_evaluated(laq, run, tmp_path):
+    """Of the run's own data, under any name, those that its checkpoint held out; of other data all."""
+    checkpoint, new = run / "run/checkpoints/best", rolling(laq, tmp_path / "new", episodes=3, name="lab")
     held = len(json.loads((checkpoint / "data.json").read_text())["w"]["held_out"])
-    for words in ([], ["--data", f"other={run / 'data'}"]):
-        assert laq.evaluate.main(["--checkpoint", str(checkpoint), "--device", "cpu", *words]) == 0
-        found = json.loads((run / "run/report/report.json").read_text())["sources"]
-        assert [report["episodes"] for report in found.values()] == [held] and 0 < held < 12
-
-
-def test_new_data_need_no_further_flags(laq, run, tmp_path):
-    """All of its episodes are evaluated, whatever episodes the run held out."""
-    data = rolling(laq, tmp_path / "new", episodes=3, name="lab")
-    words = ["--checkpoint", run / "run/checkpoints/best", "--data", data, "--out", tmp_path, "--device", "cpu"]
-    assert laq.evaluate.main([str(word) for word in words]) == 0
-    found = json.loads((tmp_path / "report.json").read_text())["sources"]["new"]
-    assert found["episodes"] == 3 and found["gap"] == "1" and found["probed"]["episodes"] == 3
+    for words, count in (([], held), (["--data", f"other={run / 'data'}"], held), (["--data", new], 3)):
+        words = ["--checkpoint", checkpoint, "--device", "cpu", *words]
+        assert laq.evaluate.main([str(word) for word in words]) == 0
+        (found,) = json.loads((run / "run/report/report.json").read_text())["sources"].values()
+        assert found["episodes"] == count and found["gap"] == "1" and 0 < held < 12
 
 
 @pytest.mark.slow

@@ -379,7 +379,7 @@ def test_a_turned_phone(laq, tmp_path):
 
 
 def test_pictures(laq, tmp_path):
-    """A folder of pictures is a clip in natural order; its frame rate must be given."""
+    """A folder of pictures is a clip in natural order; its frame rate must be given; folders may be cameras."""
     for episode, write in (("run 1/cam", picture), ("run 2/cam", jpeg)):
         (tmp_path / "data" / episode).mkdir(parents=True)
         for n in range(12):
@@ -399,18 +399,6 @@ def test_pictures(laq, tmp_path):
         assert numbers(clip.frames()) == list(range(12)) and clip.meta["fps"] == 4
     first = next(clip for clip in clips.values() if clip.meta["episode"] == "run 1")
     assert first.meta["instruction"] == "stack" and len(first.array("actions.npy")) == 12
-
-
-def test_cameras_of_an_episode_stay_together(laq, tmp_path):
-    """--group-cameras: the videos of a folder are one episode's cameras; --cameras chooses among them."""
-    for episode in "13":
-        for camera in ("0", "1", "wrist"):
-            write_video(tmp_path / "data/train" / episode / f"{camera}.mp4", grey(range(4)))
-    clips, _ = run(laq, tmp_path / "out", "--data", f"droid={tmp_path / 'data'}", "--group-cameras", "droid")
-    assert {clip.meta["episode"] for clip in clips.values()} == {"train/1", "train/3"} and len(clips) == 6
-    words = ("--data", f"droid={tmp_path / 'data'}", "--group-cameras", "droid", "--cameras", "wrist")
-    clips, summary = run(laq, tmp_path / "wrist", *words)
-    assert summary["droid"]["cameras"] == {"wrist": 2}
 
 
 # --- LeRobot
@@ -448,19 +436,6 @@ def test_lerobot_v30_is_cut_exactly(laq, tmp_path, options):
         np.testing.assert_array_equal(clip.array("actions.npy"), rows(range(lengths[n])))
         assert clip.meta["instruction"] == f"task {n}"
     assert summary["r"]["clips"] == 4
-
-
-def test_lerobot_pictures_in_the_parquet(laq, tmp_path):
-    """Sets that store PNGs in the table instead of videos (LIBERO's, for one)."""
-    path = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
-    lerobot_info(tmp_path / "data", "v2.0", ["image"], "image", data_path=path, video_path=None)
-    (tmp_path / "data/meta/episodes.jsonl").write_text(json.dumps(dict(episode_index=0, tasks=[], length=5)))
-    cells = [dict(bytes=picture(frame), path=None) for frame in grey(range(5))]
-    lerobot_table(tmp_path / "data/data/chunk-000/episode_000000.parquet", {0: 5}, image=cells)
-    clips, _ = run(laq, tmp_path / "out", "--data", f"libero={tmp_path / 'data'}")
-    clip = clips["libero-0-image"]
-    assert numbers(clip.frames()) == [0, 1, 2, 3, 4] and clip.meta["instruction"] == ""
-    np.testing.assert_array_equal(clip.array("actions.npy"), rows(range(5)))
 
 
 def test_lerobot_that_disagrees(laq, tmp_path):
