@@ -133,17 +133,6 @@ def test_rollout_loss_equals_the_loop_written_out(this):
     assert metrics["rollout_loss"].item() == pytest.approx(total / 3, rel=1e-4)
 
 
-def test_samples_weigh_the_same_and_do_not_mix(this):
-    """No batch statistics: the loss of a batch is the mean of its samples' losses, and a code does not depend on it."""
-    model, x = tiny(this).train(), noise(4, 4, 3, 8, 8)
-    anchor = torch.tensor([0, 1, 0, 1])
-    together = model(dict(latents=x, anchor=anchor))[0]
-    alone = [model(dict(latents=x[i : i + 1], anchor=anchor[i : i + 1]))[0] for i in range(4)]
-    assert together.item() == pytest.approx(torch.stack(alone).mean().item(), rel=1e-5)
-    for i in range(4):
-        assert torch.equal(model.encode(x)[i], model.encode(x[i]))
-
-
 def test_starts_as_the_copy_baseline(this):
     """The head is zero: the first prediction is the frame itself. Scenes at rest all have the same vectors."""
     config = this.model.Config(3, 8, 8, 4, 8, 16, 1, 1, 2)
@@ -1260,6 +1249,18 @@ def test_colours_follow_the_tags_of_the_video(encode, tmp_path, space, matrix):
     subprocess.run([ffmpeg, "-v", "error", *source, *scale, "-crf", "1", str(path)], check=True)
     _, images = read(encode, path)
     assert np.abs(images[3, 30, 30].astype(int) - [220, 20, 20]).max() <= 6
+
+
+def test_a_depth_video_is_named(encode, tmp_path):
+    import av
+
+    with av.open(str(tmp_path / "depth.mkv"), "w") as video:
+        stream = video.add_stream("ffv1", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "gray16le"
+        video.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32), np.uint16), format="gray16le")))
+        video.mux(stream.encode())
+    with pytest.raises(DataError, match="depth.mkv: .*depth, not colour"):
+        read(encode, tmp_path / "depth.mkv")
 
 
 @pytest.mark.slow

@@ -84,6 +84,9 @@ class Video:
     meta: dict = field(default_factory=dict)
     array: bool = False
 
+    def __str__(self):
+        return str(self.path) if self.place is None else f"{self.path}:{self.meta['key']}"
+
     def open(self):
         if self.place is None:
             return av.open(str(self.path))
@@ -155,7 +158,7 @@ def frame_times(video, fps):
 
 def pictures(video, picked, size):
     """The frames of those numbers (increasing, repeats allowed), (H, W, 3) uint8, one after another."""
-    copies, convert = np.bincount(picked), to_rgb()
+    copies, convert = np.bincount(picked), to_rgb(video)
     with contextlib.nullcontext(video.open()) if video.array else video.open() as source:
         for frame, count in zip(source if video.array else source.decode(video=0), copies, strict=False):
             if count:
@@ -163,13 +166,13 @@ def pictures(video, picked, size):
                 yield from [image if size is None else resize(image, *size)] * count
 
 
-def to_rgb():
+def to_rgb(video):
     """A function from an av.VideoFrame to (H, W, 3) uint8 RGB: colours as the tags tell, turned upright."""
     scaler = VideoReformatter()
 
     def convert(frame):
         if frame.format.components[0].bits > 12:
-            raise common.DataError(f"a video of {frame.format.name}: depth, not colour")
+            raise common.DataError(f"{video}: frames of {frame.format.name}: depth, not colour")
         colours = {}
         if not frame.format.is_rgb:
             full = int(frame.color_range) == 2 or frame.format.name.startswith("yuvj")
@@ -214,30 +217,29 @@ def write_video(path, frames, fps):
 
 def encode(video, target, vae, args, settings):
     """One video into one file; returns the number of chunks."""
-    where = video.path if video.place is None else f"{video.path}:{video.meta['key']}"
     try:
         rate, length, picked, warning = frame_times(video, args.fps)
     except (av.FFmpegError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
         text = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        raise common.DataError(f"{where}: not a readable video ({text})") from None
+        raise common.DataError(f"{video}: not a readable video ({text})") from None
     if warning:
-        print(f"warning: {where}: {warning}", flush=True)
+        print(f"warning: {video}: {warning}", flush=True)
     count = len(picked)
     whole, over = divmod(count - vae.lead, args.chunk_frames)
     if count <= vae.lead or (whole == 0 and args.tail != "repeat"):
-        raise common.DataError(f"{where}: {count} frames are less than one chunk of {args.chunk_frames + vae.lead}")
+        raise common.DataError(f"{video}: {count} frames are less than one chunk of {args.chunk_frames + vae.lead}")
     if over and args.tail == "refuse":
         rule = f"{args.chunk_frames} k" + f" + {vae.lead}" * (vae.lead > 0)
         raise common.DataError(
-            f"{where}: {count} frames, but {vae.name} takes {rule}: --tail drop leaves out the last {over}, "
+            f"{video}: {count} frames, but {vae.name} takes {rule}: --tail drop leaves out the last {over}, "
             f"--tail repeat repeats the last one {args.chunk_frames - over} times"
         )
     chunks = whole + (over > 0 and args.tail == "repeat")
     kept, latents = vae.lead + chunks * args.chunk_frames, args.chunk_frames // vae.ratio
-    ends = np.minimum(vae.lead + vae.ratio * np.arange(1, chunks * latents + 1) - 1, count - 1)
-    about = dict(frames_dropped=max(0, count - kept), frames_repeated=max(0, kept - count))
-    about |= {name: video.meta[name] for name in ("shard", "key", "episode", "camera") if name in video.meta}
-    picked = np.concatenate([picked[:kept], np.full(about["frames_repeated"], picked[-1])])
+    picked = picked[np.minimum(np.arange(kept), count - 1)]
+    ends = vae.lead + vae.ratio * np.arange(1, chunks * latents + 1) - 1  # the last of the picked frames in each latent
+    about = {name: video.meta[name] for name in ("shard", "key", "episode", "camera") if name in video.meta}
+    about |= dict(frames=length, frames_dropped=max(0, count - kept), frames_repeated=max(0, kept - count))
     with common.atomic(target) as temporary, h5py.File(temporary, "w") as file:
         source = pictures(video, picked, args.size)
         parts = 1 if vae.lead else chunks  # a Wan-type VAE's first latent differs: the video in one go
@@ -245,7 +247,7 @@ def encode(video, target, vae, args, settings):
             images = np.stack([next(source) for _ in range(kept // parts)])
             z = vae.encode(images).cpu().numpy().astype(np.float16)  # T' C H W
             if not np.isfinite(z).all():
-                raise common.DataError(f"{where}: {vae.name} gave NaN or infinity for chunk {part}")
+                raise common.DataError(f"{video}: {vae.name} gave NaN or infinity for chunk {part}")
             z = z.reshape(-1, latents, *z.shape[1:]).swapaxes(1, 2)
             if part == 0:
                 data = file.create_dataset("embeddings", (chunks, *z.shape[1:]), np.float16, chunks=(1, *z.shape[1:]))
@@ -254,7 +256,6 @@ def encode(video, target, vae, args, settings):
             data[part * len(z) : (part + 1) * len(z)] = z
         file["frame_index"] = picked[ends]
         file.attrs.update(settings | about | dict(fps=rate / vae.ratio, causal=vae.causal, video=video.path.name))
-        file.attrs["frames"] = length
     return chunks
 
 
