@@ -1,4 +1,4 @@
-"""Figures of runs, reports and the experiment. Grey is true or a baseline, blue is predicted."""
+"""Figures of runs and reports. Grey is true or a baseline, blue is predicted."""
 
 import json
 
@@ -58,41 +58,15 @@ def commands(examples):
     return figure
 
 
-def strips(films, shown=8):
+def strips(videos, shown=8):
     """Rollouts (caption, frames) as strips of `shown` frames, from the first to the last, one row each."""
-    figure = Figure(figsize=(1.2 * shown, 0.3 + 1.35 * len(films)), layout="constrained")
-    rows = figure.subfigures(len(films), 1, squeeze=False)[:, 0]
-    for row, (caption, frames) in zip(rows, films, strict=True):
+    figure = Figure(figsize=(1.2 * shown, 0.3 + 1.35 * len(videos)), layout="constrained")
+    rows = figure.subfigures(len(videos), 1, squeeze=False)[:, 0]
+    for row, (caption, frames) in zip(rows, videos, strict=True):
         row.suptitle(caption, fontsize=9, x=0.01, ha="left")
         for i, axis in enumerate(row.subplots(1, shown)):
             number = round(i * (len(frames) - 1) / (shown - 1))
             axis.imshow(frames[number])
             axis.set_title(f"step {number}", fontsize=7)
             axis.axis("off")
-    return figure
-
-
-def success(table, arms):
-    """Success against demonstrations, a line per arm. table: {(arm, demos): (success, low, high, seeds)}."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    for i, arm in enumerate(arm for arm in arms if any(arm == key[0] for key in table)):
-        points = sorted((demos, *numbers[:3]) for (name, demos), numbers in table.items() if name == arm)
-        x, p, low, high = (list(column) for column in zip(*points, strict=True))
-        style = dict(color=TRUE, ls="--") if arm.startswith(("scratch", "shuffled")) else dict(color=f"C{i}")
-        style |= dict(color=PREDICTED, lw=2.5) if arm == "latents" else {}
-        marker = "osv^DP*Xhd"[i]
-        x = [value * 1.03 ** (i - 3.5) for value in x]  # side by side, so that intervals can be read
-        error = [
-            [100 * (a - b) for a, b in zip(p, low, strict=True)],
-            [100 * (b - a) for a, b in zip(p, high, strict=True)],
-        ]
-        axis.errorbar(x, [100 * value for value in p], error, marker=marker, ms=5, capsize=2, label=arm, **style)
-    axis.set(xlabel="labelled demonstrations", ylabel="closed-loop success (%)", xscale="log", ylim=(0, 100))
-    ticks = sorted({demos for _, demos in table})
-    axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    axis.set_xlim(ticks[0] / 1.4, ticks[-1] * 1.4)
-    axis.minorticks_off()
-    axis.set_title("few demonstrations after pretraining (higher is better; bars: 95 % intervals)")
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

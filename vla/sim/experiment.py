@@ -10,7 +10,7 @@ the labels (stage 2), finetunes it on N demonstrations per task (stage 3) and te
 ARMS are what it is compared with, with the same demonstrations, steps of stage 3 and test goals; `actions`, the upper
 bound, has no stage 3. A seed is a seed of everything: tokenizer, network, batches, demonstrations. Kill
 it and run it again: it goes on.
-Writes OUT/table.md, tasks.md, results.json and success.png; OUT/logs has each stage's output.
+Writes OUT/table.md, tasks.md and results.json; OUT/logs has each stage's output.
 """
 
 import ctypes
@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # vla/ and its parent take the place of vla/sim/
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
-import figures
 from shards import npz, read_clips, write_shard
 from sources import read_labels, read_latents
 
@@ -317,9 +316,8 @@ def summarise(rows, draws=2000):
     within each seed and task, episodes.
     """
     table, rng = {}, np.random.default_rng(0)
-    for arm, demos in sorted(
-        {(row["arm"], row["demos"]) for row in rows}, key=lambda key: (list(ARMS).index(key[0]), key)
-    ):
+    cells = {(row["arm"], row["demos"]) for row in rows}
+    for arm, demos in sorted(cells, key=lambda cell: (list(ARMS).index(cell[0]), cell)):
         mine = [list(row["tasks"].values()) for row in rows if (row["arm"], row["demos"]) == (arm, demos)]
         wins, trials = np.array(mine).transpose(2, 0, 1)  # seeds x tasks
         seeds = rng.integers(len(wins), size=(draws, len(wins)))
@@ -356,16 +354,13 @@ def task_tables(rows):
 
 
 def report(out):
-    """Write the tables and the figure from the tests that are there."""
+    """Write the tables from the tests that are there."""
     rows = read_results(out)
-    table = summarise(rows)
-    texts = {"results.json": json.dumps(rows, indent=1), "table.md": "\n".join(markdown(table)) + "\n"}
+    texts = {"results.json": json.dumps(rows, indent=1), "table.md": "\n".join(markdown(summarise(rows))) + "\n"}
     texts["tasks.md"] = "\n".join(task_tables(rows)) + "\n"
     for name, text in texts.items():
         with common.atomic(out / name) as path:
             path.write_text(text)
-    with common.atomic(out / "success.png") as path:
-        figures.success(table, ARMS).savefig(path, format="png")
 
 
 def main(argv=None):
@@ -377,7 +372,7 @@ def main(argv=None):
         print("stopped; the same command goes on", flush=True)
         return code
     print((Path(args.out) / "table.md").read_text())
-    print(f"tables: {args.out}/table.md, tasks.md; figure: {args.out}/success.png")
+    print(f"tables: {args.out}/table.md, tasks.md")
     return 0
 
 
