@@ -14,9 +14,8 @@ class Policy:
     """policy = Policy.from_pretrained(dir); policy.reset("push the red block"); action = policy.act(images, state).
 
     images: {camera: (H, W, 3) uint8} by the checkpoint's names, or the array itself where there is one camera.
-    n_action_steps: control steps between two predictions; None carries out whole chunks.
-    Several episodes can run side by side: reset with a list of B instructions, act on lists of B. ValueError for what
-    the model cannot act on.
+    n_action_steps: control steps between two predictions; None carries out whole chunks. Several episodes can run side
+    by side: reset with a list of B instructions, predict for lists of B. ValueError for what the model cannot act on.
     """
 
     def __init__(self, model, n_action_steps=None, seed=0):
@@ -30,18 +29,16 @@ class Policy:
 
     def reset(self, instruction):
         """Begin an episode: one text, or one for each of B episodes."""
-        self.single, self.time = isinstance(instruction, str), 0
-        self.instructions = [instruction] if self.single else list(instruction)
+        self.instructions, self.time = [instruction] if isinstance(instruction, str) else list(instruction), 0
 
     def act(self, images, state):
-        """Images and state (S,) -> action (A,) float32 in robot units; lists of B -> (B, A)."""
+        """Images and state (S,) -> action (A,) float32 in robot units."""
         if self.instructions is None:
             raise ValueError("reset(instruction) comes before act")
         if self.time % self.n_action_steps == 0:
-            self.chunk = self.predict(*(([images], [state]) if self.single else (images, state)))
-        action = self.chunk[:, self.time % self.n_action_steps]
+            self.chunk = self.predict([images], [state])[0]
         self.time += 1
-        return action[0] if self.single else action
+        return self.chunk[(self.time - 1) % self.n_action_steps]
 
     def run(self, worlds, seed=0):
         """Act in simulated worlds side by side, each by its own instruction, until all have ended.
