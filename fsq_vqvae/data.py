@@ -28,10 +28,10 @@ class Source:
     actions: np.ndarray
     length: np.ndarray
     fps: float | None
-    state: np.ndarray | None = None  # (steps, A), in the order and units of the actions
-    remark: str | None = None  # why there is no state, or how it was paired
-    chunk: int = 0
-    validation: np.ndarray | None = None  # bool per episode
+    state: np.ndarray | None  # (steps, A), in the order and units of the actions
+    remark: str | None  # why there is no state, or how it was paired
+    chunk: int  # steps
+    validation: np.ndarray  # bool per episode: held out
 
     @cached_property
     def start(self):
@@ -99,18 +99,17 @@ def read_source(name, path, size="1s", action_key=None):
     if chunk < 1:
         raise DataError(f"--chunk {size}: less than one step of {name}")
     states, remark = readers.pair_state(found)
-    source = Source(
-        name,
-        found.ids,
-        np.concatenate(found.actions),
-        np.array([len(actions) for actions in found.actions]),
-        fps,
-        None if states is None else np.concatenate(states),
-        remark,
-        chunk,
+    return Source(
+        name=name,
+        ids=found.ids,
+        actions=np.concatenate(found.actions),
+        length=np.array([len(actions) for actions in found.actions]),
+        fps=fps,
+        state=None if states is None else np.concatenate(states),
+        remark=remark,
+        chunk=chunk,
+        validation=np.isin(found.ids, list(found.held_out)),
     )
-    source.validation = np.isin(source.ids, list(found.held_out))
-    return source
 
 
 def read_sources(data, chunk, val_share=0.1, val_episodes=(), condition="none", action_key=None):

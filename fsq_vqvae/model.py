@@ -153,17 +153,21 @@ class FSQVQVAE(nn.Module):
         does not say.
         """
         size, fits, described = config.get("codebook_size", Config.codebook_size), [], []
-        for s, (source, sample) in enumerate(zip(sources, samples, strict=True)):
+        for source, sample, held_out in zip(sources, samples, validation or [None] * len(sources), strict=True):
             empty = SourceCoder({**source, "levels": [[2]]}, Config([], **config))  # for its normalisation
-            transform, held_out = transform_coding.klt(*empty.chunks_of(sample), tokens), validation and validation[s]
-            spreads = [source["spread"]] if "spread" in source else transform_coding.SPREADS if held_out else [1]
-            found = {spread: transform_coding.fit(transform, tokens, size, spread) for spread in spreads}
-            best = spreads[0]
-            if len(spreads) > 1:
-                held_out = empty.chunks_of(held_out)
-                best = min(spreads, key=lambda spread: found[spread].error(*held_out))
-            fits.append(found[best])
-            described.append({**source, "spread": best, "levels": found[best].levels})
+            transform = transform_coding.klt(*empty.chunks_of(sample), tokens)
+            if "spread" in source or held_out is None:
+                spread = source.get("spread", 1)
+                found = transform_coding.fit(transform, tokens, size, spread)
+            else:
+                chunks = empty.chunks_of(held_out)
+                tried = {
+                    spread: transform_coding.fit(transform, tokens, size, spread) for spread in transform_coding.SPREADS
+                }
+                spread = min(tried, key=lambda spread: tried[spread].error(*chunks))
+                found = tried[spread]
+            fits.append(found)
+            described.append({**source, "spread": spread, "levels": found.levels})
         model = cls(Config(described, **config))
         for own, found in zip(model.coders, fits, strict=True):
             own.take(found)
