@@ -831,22 +831,23 @@ def test_report_of_a_run_and_of_new_data(this, tmp_path, capsys):
     """On the run's own split its MSE is what training logged; on data that is new, under whatever name, all episodes
     count but those that the run was trained on."""
     folder, out = write_npz(tmp_path / "a", [30] * 12), tmp_path / "run"
-    assert this.train.main([*flags(folder, out), "--val-stride", "3"]) == 0
-    more = ["--random-tuples", 300, "--val-stride", 3, "--device", "cpu", "--register-steps", 2]
-    words = ["--checkpoint", out / "checkpoints" / "last", *more]
-    assert this.evaluate.main([*map(str, words)]) == 0
-    found = json.loads((out / "report" / "report.json").read_text())["sources"]["a"]
-    assert found["reconstruction"]["mse"] == pytest.approx(log_of(out)[-1]["val/a/mse"], rel=1e-3)
-    assert found["robustness"]["random_tuples_failed"] == 0
-    assert {row["method"].split(",")[0] for row in found["table"]} >= {"this", "closed form", "FAST", "256 bins"}
-    assert (out / "report" / "figures" / "rate_distortion.png").exists()
+    assert this.train.main(flags(folder, out, "--val-stride", 3)) == 0
+
+    def report(name, *data):
+        words = ["--checkpoint", out / "checkpoints" / "last", "--out", tmp_path / name, *data, "--device", "cpu"]
+        more = ["--random-tuples", 300, "--val-stride", 3, "--register-steps", 2]
+        assert this.evaluate.main([str(word) for word in [*words, *more]]) == 0
+        return json.loads((tmp_path / name / "report.json").read_text())["sources"][name]
+
+    own = report("a")
+    assert own["reconstruction"]["mse"] == pytest.approx(log_of(out)[-1]["val/a/mse"], rel=1e-3)
+    assert own["robustness"]["random_tuples_failed"] == 0
+    assert {row["method"].split(",")[0] for row in own["table"]} >= {"this", "closed form", "FAST", "256 bins"}
+    assert (tmp_path / "a" / "figures" / "rate_distortion.png").exists()
     write_npz(tmp_path / "new", [30] * 5, seed=9)
-    assert this.evaluate.main([*map(str, [*words, "--data", f"b={tmp_path / 'new'}", "--out", tmp_path / "r"])]) == 0
-    assert json.loads((tmp_path / "r" / "report.json").read_text())["sources"]["b"]["episodes"] == 5
-    assert this.evaluate.main([*map(str, [*words, "--data", f"c={folder}", "--out", tmp_path / "s"])]) == 0
+    assert report("b", "--data", f"b={tmp_path / 'new'}")["episodes"] == 5
+    assert report("c", "--data", f"c={folder}")["episodes"] == own["episodes"]
     assert "episodes are left out: the run was trained on them" in capsys.readouterr().out
-    again = json.loads((tmp_path / "s" / "report.json").read_text())["sources"]["c"]
-    assert again["episodes"] == found["episodes"]
 
 
 # --- real data

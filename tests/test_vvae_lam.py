@@ -822,11 +822,15 @@ def test_labels_are_the_codes_of_the_transitions(this, latents, checkpoint, tmp_
     """Batch size plays no part; a broken recording is named and the others labelled; another model is refused."""
     label = load("vvae_lam", "label").label
     folder, out = shutil.copytree(latents, tmp_path / "data"), tmp_path / "labels"
-    words = ["--checkpoint", str(checkpoint), "--data", str(folder), "--out", str(out), "--device", "cpu"]
     with H5(folder / "r2.h5", "a") as file:
         file["embeddings"][1] = np.nan
-    assert label.main([*words, "--batch-size", "4"]) == 1
-    assert "left out" in capsys.readouterr().out
+
+    def run(checkpoint, *more):
+        words = ["--checkpoint", checkpoint, "--data", folder, "--out", out, "--device", "cpu", *more]
+        return label.main([str(word) for word in words]), capsys.readouterr().out
+
+    code, said = run(checkpoint, "--batch-size", 4)
+    assert code == 1 and "left out" in said and "r2.h5" in said
     found, about = labels_of(out / "shard-000000.tar"), json.loads((out / "labels.json").read_text())
     assert sorted(found) == ["r0", "r1", "r3", "r4", "r5"]
     sizes = {name: about[name] for name in ("code_seq_len", "codebook_size", "code_dim", "gap")}
@@ -838,11 +842,12 @@ def test_labels_are_the_codes_of_the_transitions(this, latents, checkpoint, tmp_
         assert np.array_equal(labels["codes"], model.encode(x)) and labels["valid"].all() and labels["gap"] == 1
         distance = np.square(codebook - labels["vectors"][:, :, None]).sum(3)  # the vectors are in the codebook's units
         assert np.array_equal(distance.argmin(2), labels["codes"])
-    assert label.main(words) == 0 and "6 were there already" in capsys.readouterr().out
+    code, said = run(checkpoint)
+    assert code == 0 and "6 were there already" in said
     nn.init.normal_(model.quantizer.codebook)
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(DataError, match="holds labels of another model"):
-        label.main(["--checkpoint", str(tmp_path / "other"), *words[2:]])
+        run(tmp_path / "other")
 
 
 def test_labels_of_videos_stand_at_the_frames_that_end_a_latent(this, checkpoint, tmp_path):
@@ -1122,32 +1127,35 @@ def test_videos_become_latents_and_back(recordings, encode, vaes, tmp_path, caps
     (tmp_path / "videos" / "sub").mkdir(parents=True)
     source = write_video(encode, tmp_path / "videos" / "sub" / "a b.mp4")
     (tmp_path / "videos" / "broken.mp4").write_bytes(b"no video")
-    out = tmp_path / "latents"
-    words = ["--data", str(tmp_path / "videos"), "--vae", str(vaes / "cogvideox"), "--out", str(out), "--device", "cpu"]
-    assert encode.main(words) == 1
-    said = capsys.readouterr().out
+
+    def run(out, *more):
+        """What is said; exit code 1, because of broken.mp4."""
+        words = ["--data", tmp_path / "videos", "--vae", vaes / "cogvideox", "--out", out, "--device", "cpu", *more]
+        assert encode.main([str(word) for word in words]) == 1
+        return capsys.readouterr().out
+
+    said = run(tmp_path / "latents")
     assert "20 frames, but AutoencoderKLCogVideoX takes 8 k: --tail drop leaves out the last 4" in said
-    assert "broken.mp4: not a readable video" in said and not list(out.rglob("*.h5"))
-    for tail, chunks in (("drop", 2), ("repeat", 3)):
-        here = [*words[:5], str(tmp_path / tail), *words[6:], "--tail", tail]
-        assert encode.main(here) == 1  # broken.mp4
+    assert "broken.mp4: not a readable video" in said and not list((tmp_path / "latents").rglob("*.h5"))
+    for tail, chunks, dropped, repeated in (("drop", 2, 4, 0), ("repeat", 3, 0, 4)):
+        run(tmp_path / tail, "--tail", tail)
         recording = recordings.inspect(tmp_path / tail / "sub" / "a b.h5")
         assert (recording.chunks, recording.chunk_frames, recording.shape) == (chunks, 2, (16, 4, 4))
         about = recording.attributes
         assert about["vae"] == "AutoencoderKLCogVideoX" and about["fps"] == pytest.approx(2.5) and not about["causal"]
-        assert (about["frames_dropped"], about["frames_repeated"]) == ((4, 0) if tail == "drop" else (0, 4))
-        assert recording.frame_index().tolist() == [7, 15, 19][:chunks] and about["frames"] == 20
-        assert encode.main(here) == 1 and "0 videos encoded, 1 left out, 1 were there" in capsys.readouterr().out
+        assert (about["frames"], about["frames_dropped"], about["frames_repeated"]) == (20, dropped, repeated)
+        assert recording.frame_index().tolist() == [7, 15, 19][:chunks]
+        assert "0 videos encoded, 1 left out, 1 were there" in run(tmp_path / tail, "--tail", tail)
+    with pytest.raises(DataError, match="there already, with tail drop"):
+        run(tmp_path / "drop", "--tail", "repeat")
     one, (rate, images) = encode.open_vae(vaes / "cogvideox"), read(encode, source)
     assert (round(rate, 3), len(images)) == (10, 20)
     expected = torch.cat([one.encode(images[:8]), one.encode(images[8:16])]).numpy()
     recording = recordings.inspect(tmp_path / "drop" / "sub" / "a b.h5")
     np.testing.assert_allclose(recording.read([0, 1]), expected[1::2], rtol=2e-3, atol=2e-3)
-    with pytest.raises(DataError, match="there already, with tail drop"):
-        encode.main([*words[:5], str(tmp_path / "drop"), *words[6:], "--tail", "repeat"])
-    video = tmp_path / "decoded.mp4"
-    assert encode.main(["--decode", str(recording.path), "--vae", str(vaes / "cogvideox"), "--out", str(video)]) == 0
-    assert len(read(encode, video)[1]) == 16
+    words = ["--decode", recording.path, "--vae", vaes / "cogvideox", "--out", tmp_path / "decoded.mp4"]
+    assert encode.main([str(word) for word in words]) == 0
+    assert len(read(encode, tmp_path / "decoded.mp4")[1]) == 16
 
 
 def test_rollouts_decode_as_one_video_at_the_true_rate(encode, vaes, tmp_path):
