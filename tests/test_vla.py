@@ -131,9 +131,9 @@ def test_clips_are_joined_with_their_labels(this, tmp_path):
     codes, vectors, valid = this.sources.read_latents(clip, source.labels)
     with tarfile.open(folder / "a.tar") as tar:
         frames = np.load(io.BytesIO(tar.extractfile("k0.frames.npy").read()))
-    drawn = []
+    drawn, batches = [], this.data.Batches([(clip, source)], None, SimpleNamespace(image_size=16))
     for row in rng.permutation(6):
-        sample = this.data.take(clip, source, int(row), SimpleNamespace(image_size=16))
+        sample = batches.take(clip, source, int(row))
         drawn += [t for t in range(6) if np.array_equal(sample["image"], frames[t])]
         assert np.array_equal(sample["codes"], codes[drawn[-1]]) and valid[drawn[-1]]
         assert np.array_equal(sample["vectors"], vectors[drawn[-1]])
@@ -313,7 +313,7 @@ def test_a_chunk_ends_with_its_episode(this, home):
     clip = source.train[0]
     actions = clip.array("actions.npy")
     config = SimpleNamespace(image_size=32, action=SimpleNamespace(action_dim=2, chunk_size=4, state_dim=2))
-    sample = this.data.take(clip, source, len(clip) - 2, config)
+    sample = this.data.Batches([(clip, source)], None, config).take(clip, source, len(clip) - 2)
     assert np.array_equal(sample["actions"][:2], actions[-2:]) and sample["mask"].tolist() == [True, True, False, False]
     assert np.array_equal(sample["state"], clip.array("state.npy")[-2])
 

@@ -140,30 +140,6 @@ def shift_and_jitter(image, draw, strength=1.0):
     return (grey + saturation * (x - grey)).clip(0, 255).astype(np.uint8)
 
 
-def take(clip, source, row, config, latents_of=read_latents):
-    """The sample of one frame as a dict of arrays; source.kind says what it teaches."""
-    sample = {}
-    if source.kind == "latents":
-        codes, vectors, valid = latents_of(clip, source.labels)
-        rows = np.flatnonzero(valid)
-        row = rows[row * len(rows) // num_rows(clip, source.labels)]  # all valid rows are drawn alike
-        sample |= dict(codes=codes[row], vectors=vectors[row])
-    else:
-        recorded, A = clip.array("actions.npy"), config.action.action_dim
-        if recorded.shape[1] != A:
-            raise DataError(f"{clip}: {recorded.shape[1]} action dims, expected {A}")
-        steps = row + np.arange(config.action.chunk_size)
-        sample |= dict(actions=recorded[np.minimum(steps, len(recorded) - 1)], mask=steps < len(recorded))
-        if S := config.action.state_dim:
-            state = clip.array("state.npy")
-            if state is None or state.shape[1] != S:
-                raise DataError(f"{clip}: {0 if state is None else state.shape[1]} state dims, expected {S}")
-            sample["state"] = state[row]
-    texts = clip.meta.get("instructions")  # paraphrases
-    texts = texts if isinstance(texts, list) and texts else [clip.meta["instruction"]]
-    return sample | dict(image=clip.frames(config.image_size, [row])[0], instruction=[*map(str, texts)])
-
-
 class Batches(Dataset):
     """What training and validation batches share. pool: (clip, its source); ends: rows up to and with each clip."""
 
@@ -177,12 +153,34 @@ class Batches(Dataset):
         number = int(np.searchsorted(self.ends, frame, side="right"))
         clip, source = self.pool[number]
         try:
-            row = int(frame - self.ends[number]) + num_rows(clip, source.labels)
-            return take(clip, source, row, self.config, self.latents_of)
+            return self.take(clip, source, int(frame - self.ends[number]) + num_rows(clip, source.labels))
         except (OSError, DataError) as error:
             if str(clip) not in self.broken:
                 print(f"skipping a clip: {error}", flush=True)
             self.broken.add(str(clip))
+
+    def take(self, clip, source, row):
+        """The sample of one frame as a dict of arrays; source.kind says what it teaches."""
+        sample, config = {}, self.config
+        if source.kind == "latents":
+            codes, vectors, valid = self.latents_of(clip, source.labels)
+            rows = np.flatnonzero(valid)
+            row = rows[row * len(rows) // num_rows(clip, source.labels)]  # all valid rows are drawn alike
+            sample |= dict(codes=codes[row], vectors=vectors[row])
+        else:
+            recorded, A = clip.array("actions.npy"), config.action.action_dim
+            if recorded.shape[1] != A:
+                raise DataError(f"{clip}: {recorded.shape[1]} action dims, expected {A}")
+            steps = row + np.arange(config.action.chunk_size)
+            sample |= dict(actions=recorded[np.minimum(steps, len(recorded) - 1)], mask=steps < len(recorded))
+            if S := config.action.state_dim:
+                state = clip.array("state.npy")
+                if state is None or state.shape[1] != S:
+                    raise DataError(f"{clip}: {0 if state is None else state.shape[1]} state dims, expected {S}")
+                sample["state"] = state[row]
+        texts = clip.meta.get("instructions")  # paraphrases
+        texts = texts if isinstance(texts, list) and texts else [clip.meta["instruction"]]
+        return sample | dict(image=clip.frames(config.image_size, [row])[0], instruction=[*map(str, texts)])
 
     def latents_of(self, clip, labels):
         """read_latents; the last 300 clips' are kept, as opening an archive takes longer than decoding an image."""
