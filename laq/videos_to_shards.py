@@ -271,16 +271,11 @@ def video_of(entry, recording, frames, whole, args):
     first = next(frames, None)
     if first is None:
         return b"", 0
-    frames, size = itertools.chain([first], frames), size_for(first, args.height)
+    frames, scale = itertools.chain([first], frames), min(1, args.height / first.height)
+    size = tuple(max(2, 2 * round(side * scale / 2)) for side in (first.width, first.height))  # h264 wants even sides
     if recording.copy and whole and size == (first.width, first.height) and not args.recode:
         return Path(entry.path).read_bytes(), sum(1 for _ in frames)
     return encode(frames, size, recording.fps, args.crf)
-
-
-def size_for(frame, height):
-    """(width, height) of the clip: at most so high, the same shape, sides even as h264 wants them."""
-    scale = min(1, height / frame.height)
-    return tuple(max(2, 2 * round(side * scale / 2)) for side in (frame.width, frame.height))
 
 
 def checked(frames):

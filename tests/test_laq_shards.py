@@ -626,24 +626,21 @@ def test_twins(laq, tmp_path):
         (["--data", "d={data}", "d={data}"], "two sources are called d"),
         (["--data", "d={data}/nowhere"], "nowhere: no such file or folder"),
         (["--data", "d={empty}"], "nothing to read: no videos, pictures, LeRobotDataset or tfrecords"),
+        (["--data", "d={old}"], "codebase_version is v1.6, expected v2.x or v3.x"),
+        (["--data", "d={bare}"], "no 'features'"),
     ],
 )
 def test_wrong_flags(laq, tmp_path, words, message):
-    """A mistyped flag is an error before anything is written."""
+    """A mistyped flag, or a folder that cannot be read, is an error before anything is written."""
     write_video(tmp_path / "data/a.mp4", grey(range(3)))
     (tmp_path / "empty").mkdir()
+    lerobot_info(tmp_path / "old", "v1.6", CAMERAS)
+    (tmp_path / "bare/meta").mkdir(parents=True)
+    (tmp_path / "bare/meta/info.json").write_text('{"codebase_version": "v2.1", "fps": 10}')
+    paths = {name: tmp_path / name for name in ("data", "empty", "old", "bare")}
     with pytest.raises(DataError, match=message):
-        run(laq, tmp_path / "out", *(word.format(data=tmp_path / "data", empty=tmp_path / "empty") for word in words))
+        run(laq, tmp_path / "out", *(word.format(**paths) for word in words))
     assert not (tmp_path / "out").exists()
-
-
-def test_old_lerobot(laq, tmp_path):
-    lerobot_info(tmp_path, "v1.6", CAMERAS)
-    with pytest.raises(DataError, match="codebase_version is v1.6, expected v2.x or v3.x"):
-        run(laq, tmp_path / "out", "--data", f"d={tmp_path}")
-    (tmp_path / "meta/info.json").write_text('{"codebase_version": "v2.1", "fps": 10}')
-    with pytest.raises(DataError, match="no 'features'"):
-        run(laq, tmp_path / "out", "--data", f"d={tmp_path}")
 
 
 # --- stops

@@ -166,15 +166,11 @@ def test_what_cannot_teach_is_left_out_and_named(this, tmp_path):
         (dict(vectors=np.full((6, 2, 3), np.nan, np.float32)), "NaN"),
         (dict(valid=np.zeros(6, bool)), "within one scene"),
         (dict(codebook=[[0.0]]), "codebook has shape"),
-        (dict(gap="x"), "labels.json"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(this, tmp_path, about, message):
+    folder, labels = write(this, tmp_path / "d"), write_labels(this, tmp_path / "l", **about)
     with pytest.raises(DataError, match=message):
-        folder = write(this, tmp_path / "d")
-        labels = write_labels(this, tmp_path / "l", **{k: v for k, v in about.items() if k != "gap"})
-        if "gap" in about:
-            (labels / "labels.json").write_text(json.dumps(dict(gap="x")))
         this.data.describe_latents([read(this, folder, labels)[0]])
 
 
@@ -190,6 +186,9 @@ def test_broken_labels_and_shards_are_named_and_passed_over(this, tmp_path):
     assert len(source.train) == 3 and "c.tar" in said
     with pytest.raises(DataError, match="labels.json.*not there"):
         read(this, folder, folder)
+    (labels / "labels.json").write_text('{"gap": "x"}')
+    with pytest.raises(DataError, match="labels.json: needs codebook_size"):
+        read(this, folder, labels)
 
 
 def test_robots_of_different_rates_are_trained_together(this, tmp_path):

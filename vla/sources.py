@@ -32,7 +32,8 @@ def named_paths(words):
     pairs = []
     for word in words:
         name, equals, path = word.partition("=")
-        pairs.append((name, path) if equals and not Path(word).exists() else (Path(word).resolve().name, word))
+        named = equals and "/" not in name and not Path(word).exists()
+        pairs.append((name, path) if named else (Path(word).resolve().name, word))
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         raise DataError(f"--data: two sources are called {max(names, key=names.count)}: write NAME=PATH")
