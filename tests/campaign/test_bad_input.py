@@ -207,7 +207,7 @@ def robomimic_with_images(this, home):
         file["data/demo_0/obs/camera"] = np.zeros((20, 8, 8, 3), np.uint8)
         file["data"].attrs["env_args"] = json.dumps(dict(env_kwargs=dict(control_freq=10)))
     read = getattr(this, "readers.hdf5").list_hdf5
-    return [home / "a.hdf5"], lambda: [ref.load(None) for ref in read("a", [home / "a.hdf5"], None, lambda text: None)]
+    return [home / "a.hdf5"], lambda: [ref.load(None) for ref in read("a", [home / "a.hdf5"], None)]
 
 
 @reader("pi05_finetune", "readers.dataset")
