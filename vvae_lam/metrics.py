@@ -97,18 +97,19 @@ def advice(numbers, K, probes=None):
     numbers: of reconstruction_metrics and codebook_metrics; probes: of evaluate.py.
     """
     codes, first = ((probes or {}).get(name, {}) for name in ("codes", "first_frame"))
-    score = "r2" if "r2" in codes else "accuracy"
+    score, flow = "r2" if "r2" in codes else "accuracy", "flow_r2" in numbers
     if numbers["relative_mse"] >= 1:
         return "not good enough: predictions are worse than the frame before: train longer, or with a smaller --lr"
     if numbers["code_sensitivity"] < ENOUGH_SENSITIVITY:
         known = f"code_sensitivity {numbers['code_sensitivity']:.3f}, wanted {ENOUGH_SENSITIVITY}"
-        cure = "train longer" + (", or with --flow" if "flow_r2" not in numbers else "")
+        cure = "train longer" if flow else "train longer, or with --flow"
         return f"not good enough: other codes would do nearly as well ({known}): {cure}"
     if numbers["codebook_perplexity"] < K / 2:
         share = f"a perplexity of {numbers['codebook_perplexity']:.1f} of {K} codes"
         return f"not good enough: {share}: more data, or a smaller --codebook-dim"
     if codes and codes.get(f"{score}_low", codes[score]) <= first[score]:
-        return f"good predictions, but the codes tell no more of the motion than the first frame ({score}): try --flow"
+        cure = "more data" if flow else "try --flow"
+        return f"good predictions, but the codes tell no more of the motion than the first frame ({score}): {cure}"
     return "good enough to label with, by these numbers" + ("" if codes else "; evaluate.py tells of the motion")
 
 

@@ -34,8 +34,8 @@ def named_paths(words):
     return pairs
 
 
-def find_files(folder):
-    """HDF5 files below a folder, sorted; links to folders are followed, hidden files are left out."""
+def find_files(folder, suffixes=(".h5", ".hdf5")):
+    """Files below a folder with these suffixes, sorted; links to folders are followed, hidden files are left out."""
     found, seen = [], set()
     for where, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
@@ -44,7 +44,7 @@ def find_files(folder):
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(where, n) for n in names if n.lower().endswith((".h5", ".hdf5")) and not n.startswith(".")]
+        found += [Path(where, n) for n in names if n.lower().endswith(suffixes) and not n.startswith(".")]
     return sorted(found)
 
 

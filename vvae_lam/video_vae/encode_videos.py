@@ -35,12 +35,13 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # as a script: the folder and common.py come first on the path
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
+from sources import find_files
 from train import setup
 from video_vae.vae import open_vae
 
 import common
 
-VIDEOS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mts"}
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mts", ".webm")
 MATRICES = {1: 1, 9: 9, 10: 9}  # a video's tag of its colour matrix -> swscale's number; others are BT.601 (5)
 
 
@@ -102,12 +103,10 @@ def find_videos(root):
         return [Video(root, root.stem)]
     shards = [root] if root.is_file() else sorted(p for p in root.glob("*.tar") if p.name[0] != ".")
     found = [video for shard in shards for video in videos_of(shard)]
-    for where, folders, names in os.walk(root, followlinks=True) if not found else ():
-        folders[:] = [name for name in folders if name[0] != "."]
-        files = [Path(where, n) for n in names if Path(n).suffix.lower() in VIDEOS and n[0] != "."]
-        found += [Video(file, str(file.relative_to(root).with_suffix(""))) for file in files]
     if not found:
-        raise common.DataError(f"--data {root}: no videos ({', '.join(sorted(VIDEOS))}) and no shards (*.tar)")
+        found = [Video(file, str(file.relative_to(root).with_suffix(""))) for file in find_files(root, VIDEOS)]
+    if not found:
+        raise common.DataError(f"--data {root}: no videos ({', '.join(VIDEOS)}) and no shards (*.tar)")
     found.sort(key=lambda video: video.name)
     for one, two in zip(found, found[1:], strict=False):
         if one.name == two.name:
