@@ -122,6 +122,24 @@ def label(model, clip, pieces, gap, amp):
     return {"__key__": clip.key, "latents.npz": npz(codes=codes.numpy(), vectors=vectors.numpy(), gap=gap, valid=valid)}
 
 
+def samples(model, clips, source, args, amp, count):
+    """The samples of a label shard; what becomes of the clips is added to `count`."""
+    pieces = Pieces(clips, model.config.image_size, args.batch_size)
+    stream = iter(DataLoader(pieces, None, num_workers=args.workers, worker_init_fn=common.ignore_signals))
+    for clip in clips:
+        own, gap = itertools.islice(stream, -(-len(clip) // args.batch_size)), source.gap(clip)
+        try:
+            yield label(model, clip, own, gap, amp)
+        except common.DataError as error:
+            count["broken"] += 1
+            tqdm.write(f"skipping a clip: {error}")
+            collections.deque(own, 0)  # the rest of its pieces
+            continue
+        count["clips"] += 1
+        count["short"] += len(clip) <= gap
+        count["pairs"] += max(0, len(clip) - gap)
+
+
 def main(argv=None):
     args = parse(argv)
     rank, world, device = setup(args)
@@ -142,28 +160,10 @@ def main(argv=None):
     there = len(shards[rank::world]) - len(mine)
     for number, shard in enumerate(tqdm(mine, "shards", disable=not (rank == 0 and sys.stderr.isatty())), 1):
         clips = read_shard(shard, tqdm.write)
-        pieces = Pieces(clips, model.config.image_size, args.batch_size)
-        stream = iter(DataLoader(pieces, None, num_workers=args.workers, worker_init_fn=common.ignore_signals))
-
-        def samples(clips=clips, stream=stream):
-            for clip in clips:
-                own, gap = itertools.islice(stream, -(-len(clip) // args.batch_size)), source.gap(clip)
-                try:
-                    yield label(model, clip, own, gap, amp)
-                except common.DataError as error:
-                    count["broken"] += 1
-                    tqdm.write(f"skipping a clip: {error}")
-                    collections.deque(own, 0)  # the rest of its pieces
-                    continue
-                count["clips"] += 1
-                count["short"] += len(clip) <= gap
-                count["pairs"] += max(0, len(clip) - gap)
-
-        write_shard(out / shard.name, samples())
+        write_shard(out / shard.name, samples(model, clips, source, args, amp, count))
         if rank == 0 and not sys.stderr.isatty():
-            print(
-                f"shard {number}/{len(mine)}  {shard.name}  {count['clips']} clips, {count['pairs']} pairs", flush=True
-            )
+            done = f"{count['clips']} clips, {count['pairs']} pairs"
+            print(f"shard {number}/{len(mine)}  {shard.name}  {done}", flush=True)
     totals = common.mean(count | dict(there=there), dict.fromkeys([*count, "there"], 1))
     totals = {name: round(value * world) for name, value in totals.items()}
     if rank == 0:
