@@ -86,6 +86,7 @@ def load_norms(folder):
     try:
         metadata = json.loads((folder / "metadata.json").read_text())
         with np.load(folder / "norms.npz", allow_pickle=False) as arrays:
+            arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
             action = {name: arrays[f"action.{name}"] for name in STATS}
             keys = metadata["proprio_keys"]
             proprio = {key: {name: arrays[f"proprio.{key}.{name}"] for name in STATS} for key in keys}

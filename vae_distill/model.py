@@ -279,8 +279,10 @@ def read_config(folder):
         hidden = [*config.encoder_hidden_sizes, *config.decoder_hidden_sizes, *config.prior_hidden_sizes]
         if any(type(size) is not int or not 0 <= size < 10**6 for size in [*sizes, *hidden]):
             raise ValueError("a size is no size")
+        if not isinstance(config.teacher.get("walker_config", {}), dict):
+            raise ValueError("walker_config is no table")
         return config
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: not the configuration of a student ({error})") from None
 
 
@@ -313,4 +315,4 @@ def read_npz(path):
             raise ValueError("a member is no array")
         return found
     except Exception as error:  # for a broken file numpy raises tokenize, zip, zlib and syntax errors
-        raise DataError(f"{path}: not readable as arrays ({error})") from None
+        raise DataError(f"{path}: not readable as arrays ({str(error)[:150]})") from None

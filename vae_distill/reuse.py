@@ -43,12 +43,16 @@ def parse(argv=None):
     add("--task", choices=["reach", "follow"], default="reach", help="the new task")
     add("--env-steps", default=500_000, help="control steps in all, per seed", **whole)
     add("--seeds", default=5, help="runs of each kind", **whole)
+    both = dict(nargs=2, type=float, default=[1.0, 1.0], metavar=("LATENT", "RAW"))
+    add("--std", help="standard deviation of an untrained policy's actions: try several, it decides much", **both)
     add("--out", metavar="DIR", help="folder to write into; without it RUN/reuse")
     add("--physics", choices=["mjx", "mujoco"], help="as in train.py; without it the run's")
     add("--compile-cache", default="runs/compiled", metavar="DIR", help="where compiled programs are kept")
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error("--seeds must be above 0")
+    if min(args.std) <= 0:
+        parser.error("--std must be above 0")
     if args.env_steps < NUM_ENVS * UNROLL:
         parser.error(f"--env-steps must be at least {NUM_ENVS * UNROLL}, those of one update")
     args.out = args.out or str(Path(args.checkpoint).resolve().parents[1] / "reuse")
@@ -127,6 +131,7 @@ class ActorCritic(nn.Module):
     """obs (B N) -> mean (B A) and log standard deviation (A,) of the action, value (B)."""
 
     action_size: int
+    std: float  # of an untrained policy's actions
 
     @nn.compact
     def __call__(self, x):
@@ -136,7 +141,7 @@ class ActorCritic(nn.Module):
                 y = nn.tanh(nn.Dense(WIDTH, kernel_init=nn.initializers.lecun_normal())(y))
             return nn.Dense(out, kernel_init=nn.initializers.normal(scale))(y)
 
-        log_std = self.param("log_std", nn.initializers.zeros, (self.action_size,))
+        log_std = self.param("log_std", nn.initializers.constant(np.log(self.std)), (self.action_size,))
         return mlp(self.action_size, 0.001), log_std, mlp(1, 0.1)[..., 0]
 
 
@@ -156,9 +161,9 @@ class Transition(NamedTuple):
 class PPO:
     """One seed's run: `train` collects, estimates advantages and learns, over and over. kind: latent or raw."""
 
-    def __init__(self, task, kind, updates):
+    def __init__(self, task, kind, updates, std):
         self.task, self.kind, self.updates, self.student = task, kind, updates, task.student
-        self.net = ActorCritic(self.student.config.latent_dim if kind == "latent" else task.env.model.nu)
+        self.net = ActorCritic(self.student.config.latent_dim if kind == "latent" else task.env.model.nu, std)
         lr = optax.linear_schedule(LR, 0.0, updates * EPOCHS * MINIBATCHES)
         self.opt = optax.chain(optax.clip_by_global_norm(MAX_NORM), optax.adam(lr, eps=1e-5))
 
@@ -275,8 +280,8 @@ def main(argv=None):
         raise common.DataError("the student's walker has a free root: these tasks are for an arm with a fixed base")
     task = Task(args.task, env, clips, student)
     keys, curves, per_update = jax.random.split(jax.random.key(0), args.seeds), {}, NUM_ENVS * UNROLL
-    for kind in ("latent", "raw"):
-        run = PPO(task, kind, args.env_steps // per_update)
+    for kind, std in zip(("latent", "raw"), args.std, strict=True):
+        run = PPO(task, kind, args.env_steps // per_update, std)
         curves[kind] = np.asarray(jax.jit(jax.vmap(run.train, (0, None)))(keys, params))
         print(f"{args.task}, {kind} actions: reward {curves[kind][:, -10:].mean():.3f}", flush=True)
     result = compare(curves, per_update)

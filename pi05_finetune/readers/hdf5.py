@@ -1,5 +1,6 @@
 """HDF5 of robosuite and robomimic (`data/demo_*`) and of ALOHA (`action`, `observations`, one file per episode)."""
 
+import contextlib
 import functools
 import io
 import json
@@ -36,13 +37,15 @@ def list_hdf5(source, files, rate):
     return episodes
 
 
+@contextlib.contextmanager
 def opened(file):
     check_file(file)
     try:
-        return h5py.File(file)
+        with h5py.File(file) as h5:
+            yield h5
     except BlockingIOError:
         raise DataError(f"{file}: another process has it open for writing: close it there first") from None
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise DataError(f"{file}: not a whole HDF5 file ({short(error)})") from None
 
 
@@ -113,7 +116,7 @@ def read_demo(source, file, path, rate, keys):
                     episode.vectors[key] = as_rows(numbers(item, file), key)
     except DataError as error:
         raise DataError(f"{file}, {path}: {error}".replace(f"{file}, {path}: {file}", str(file))) from None
-    except (OSError, KeyError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise DataError(f"{file}, {path}: {short(error)}") from None
     episode.id = Path(path).name or file.stem
     trim(episode, episode.vectors)

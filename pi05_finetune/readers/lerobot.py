@@ -66,7 +66,8 @@ class LeRobot:
             self.fps, self.features = float(self.info["fps"]), self.info["features"]
             self.is_v3 = self.info["codebase_version"].startswith("v3")
             self.video_keys = [key for key, feature in self.features.items() if feature["dtype"] == "video"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self.names = {key: flat_names(feature) for key, feature in self.features.items()}
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path}: not the description of a LeRobotDataset ({short(error)})") from None
         self.action = next((key for key in ("action", "actions") if key in self.features), None)
         if self.action is None:
@@ -122,12 +123,15 @@ class LeRobot:
 
     def file_of(self, row, key=None):
         """The data file of an episode, or the video of one of its cameras."""
-        index, template = row["episode_index"], self.info["video_path" if key else "data_path"]
+        index, template = row["episode_index"], "video_path" if key else "data_path"
         part = f"videos/{key}" if key else "data"
-        values = dict(video_key=key, episode_index=index, episode_chunk=index // self.info.get("chunks_size", 1000))
-        if self.is_v3:
-            values |= dict(chunk_index=row[f"{part}/chunk_index"], file_index=row[f"{part}/file_index"])
-        path = self.root / template.format(**values)
+        try:
+            values = dict(video_key=key, episode_index=index, episode_chunk=index // self.info.get("chunks_size", 1000))
+            if self.is_v3:
+                values |= dict(chunk_index=row[f"{part}/chunk_index"], file_index=row[f"{part}/file_index"])
+            path = self.root / self.info[template].format(**values)
+        except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise DataError(f"{self.root / 'meta'}: no {template} of episode {index} ({short(error)})") from None
         if not path.exists():
             raise MissingFile(f"{path}: not there (a partial copy?)")
         try:
@@ -183,15 +187,12 @@ def list_lerobot(source, root):
     data = LeRobot(root)
     if not data.rows:
         raise DataError(f"--data {root}: meta lists no episodes")
-    actions = flat_names(data.features[data.action])
-    vectors = {key: flat_names(data.features[name]) for key, name in data.keys.items()}
-    vectors = {key: names for key, names in vectors.items() if names}
-    return [
-        EpisodeRef(
-            source, str(row["episode_index"]), functools.partial(read_lerobot, source, data, row), actions, vectors
-        )
-        for row in data.rows
-    ]
+    vectors = {key: data.names[name] for key, name in data.keys.items() if data.names[name]}
+    names, refs = data.names[data.action], []
+    for row in data.rows:
+        read = functools.partial(read_lerobot, source, data, row)
+        refs.append(EpisodeRef(source, str(row["episode_index"]), read, names, vectors))
+    return refs
 
 
 def read_lerobot(source, data, row, keys):
