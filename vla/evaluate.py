@@ -42,21 +42,16 @@ def parse(argv=None):
     add("--labels", nargs="+", metavar="DIR", help="their label shards: measure latents, not commands")
     add("--out", metavar="DIR", help="folder of the report; without it RUN/report")
     add("--instruction", metavar="TEXT", help="for clips, or an environment, that have none")
-    add("--stride", default=1, help="frames between two that are measured", **whole)
+    add("--stride", default=1, help="measure every N-th frame", **whole)
     add("--env", metavar="NAME", help=f"closed loop: {environments.NAMES}")
     add("--tasks", nargs="+", default=[], metavar="NAME", help="only these tasks of --env")
     add("--episodes", default=20, help="closed-loop episodes of each task", **whole)
     add("--limit", default=0, help="steps after which an episode has failed; 0: the environment's own", **whole)
     add("--pixels", default=0, help="side of the environment's images; 0: its own", **whole)
-    add("--image-key", metavar="KEY", help="of the observation of a gymnasium id; without it env.render()")
-    add("--state-key", metavar="KEY", help="of the observation of a gymnasium id")
-    add(
-        "--n-action-steps",
-        default=1,
-        help="commands of a chunk that are carried out before the next forward pass",
-        **whole,
-    )
-    add("--temporal-ensemble-coeff", type=float, metavar="X", help="average overlapping chunks, see policy.py")
+    add("--image-key", metavar="KEY", help="the image in a gymnasium observation; without it env.render()")
+    add("--state-key", metavar="KEY", help="the state in a gymnasium observation")
+    add("--n-action-steps", default=1, help="commands of a chunk that are carried out before the next chunk", **whole)
+    add("--temporal-ensemble-coeff", type=float, metavar="X", help="average chunks by exp(-X i), oldest first")
     add("--videos", default=6, help="episodes to show in rollouts.mp4", **whole)
     add("--batch-size", default=64, help="frames, or episodes, at a time", **whole)
     add("--wandb", metavar="PROJECT", help="also log the closed loop to this Weights & Biases project")

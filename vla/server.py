@@ -41,13 +41,8 @@ def parse(argv=None):
     add("--policy", default=str(HERE / "policy.py"), metavar="FILE", help="python file with a class Policy")
     add("--host", default="127.0.0.1", metavar="NAME", help="0.0.0.0 lets other machines in; there is no password")
     add("--port", type=int, default=8000, metavar="N", help="0 takes a free one")
-    add(
-        "--image-key",
-        nargs="+",
-        default=["observation/image"],
-        metavar="KEY",
-        help="of the request: uint8 (H, W, 3); CAMERA=KEY for a policy of several cameras",
-    )
+    images = "of the request: uint8 (H, W, 3); CAMERA=KEY for a policy of several cameras"
+    add("--image-key", nargs="+", default=["observation/image"], metavar="KEY", help=images)
     add("--state-key", default="observation/state", metavar="KEY", help="of the request: (S,), if the policy reads it")
     add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
     return parser.parse_args(argv)

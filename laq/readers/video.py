@@ -46,9 +46,9 @@ def entries(source, root, files, grouped):
         episode, camera = relative(stem, root), ""
         if grouped:
             episode, _, camera = episode.rpartition("/")
-        groups = series[path] if folder else {None: None}
-        if min(map(len, groups.values()), default=0) < 2 if folder else True:
-            groups = {None: None}  # names that tell no series: all pictures are one
+        groups = [None]  # a video, or pictures whose names tell no series: all are one
+        if folder and min(map(len, series[path].values())) > 1:
+            groups = list(series[path])
         for group in groups:
             name = "-".join(part for part in (camera, group if len(groups) > 1 else "") if part) or "video"
             more = dict(camera=name, column=group, actions="delta")
