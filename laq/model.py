@@ -4,9 +4,9 @@
     first frame + codes -> decoder: the first frame's tokens attend to the codes -> second frame
 
 What differs from the publication: patches are embedded by a small convolution, and the second frame's also see what
-changed and a coarse optical flow by block matching, so that motion is there to be used from the first step; position
-comes from depthwise convolutions alone (PEG); tokens are averaged before the codes, so that a motion means the same
-everywhere.
+changed and a coarse optical flow by block matching. The codes also get the flow directly and have to tell it: that
+carries over from a few recordings to new ones. Position comes from depthwise convolutions alone (PEG); tokens are
+averaged before the codes, so that a motion means the same everywhere.
 
 Letters: B batch, G grid (image_size / patch), T = G^2 tokens, D width, N code positions, K codes, A action dims.
 """
@@ -24,6 +24,7 @@ from torch import nn
 from common import DataError, load
 
 FLOW_SIDE, FLOW_REACH = 64, 5  # optical flow: found in pictures of at most so many pixels, up to so many of them
+FLOW_GRID = 8  # of the flow that the codes tell, with `flow_weight`
 MOVED = 0.05  # a pixel that changes by more, of 1, has moved: `motion_weight`
 ACTION_WEIGHT = 0.01  # of the labelled pairs' loss: ten times as much drowns the pixels, and nothing is learned
 
@@ -38,6 +39,7 @@ class LAQConfig:
     codebook_size: int = 8  # K: codes to choose from, at each position
     code_dim: int = 32  # width of a position's vector before quantization
     motion_weight: float = 0.0  # w in the loss mean((1 + w [pixel moved]) error^2)
+    flow_weight: float = 0.0  # w in the loss + w (flow told by the codes - flow)^2; they then get it directly, too
     action_dim: int = 0  # A of the supervised head on labelled pairs (LAOM, arXiv 2502.00379); 0: none
 
 
@@ -199,6 +201,9 @@ class LAQ(nn.Module):
         self.temporal = nn.ModuleList(TemporalBlock(c.dim) for _ in range(c.depth))
         self.squeeze = nn.Sequential(nn.LayerNorm(c.dim), nn.Linear(c.dim, 128), nn.GELU())
         self.to_codes = nn.Linear(128, code_width, bias=False)
+        self.flow_grid, flow = 4 * c.image_size // c.patch, 2 * FLOW_GRID**2
+        self.from_flow = nn.Linear(flow, code_width, bias=False) if c.flow_weight else None
+        self.to_flow = nn.Linear(code_width, flow) if c.flow_weight else None
         self.quantizer = Quantizer(c.code_seq_len, c.codebook_size, c.code_dim)
         self.decoder_stem = Stem(3, c.patch, width, c.dim)
         self.from_codes = nn.Linear(c.code_dim, c.dim)
@@ -218,31 +223,28 @@ class LAQ(nn.Module):
             x = block(x)
         return x
 
-    def encode_pair(self, first, second, tokens1, tokens2):
+    def encode_pair(self, first, second, tokens1, tokens2, flow=None):
         """Two frames (B 3 S S) and their tokens -> vectors d (B N code_dim), float32, as the quantizer takes them."""
-        flow = F.interpolate(
-            block_flow(first, second, 4 * self.config.image_size // self.config.patch), first.shape[2:]
-        )
-        x = tokens2 + self.change_stem(torch.cat([first, 2 * (second - first), flow], 1))[1]
+        flow = block_flow(first, second, self.flow_grid) if flow is None else flow
+        change = torch.cat([first, 2 * (second - first), F.interpolate(flow, first.shape[2:])], 1)
+        x = tokens2 + self.change_stem(change)[1]
         for block in self.temporal:
             x = block(x, tokens1)
         change = self.squeeze(x) - self.squeeze(tokens1)
-        return rearrange(self.to_codes(change.mean(1)), "b (n d) -> b n d", n=self.config.code_seq_len).float()
+        d = self.to_codes(change.mean(1))
+        if self.from_flow is not None:
+            d = d + self.from_flow(F.adaptive_avg_pool2d(flow, FLOW_GRID).flatten(1))
+        return rearrange(d, "b (n d) -> b n d", n=self.config.code_seq_len).float()
 
     # --- decoder
 
-    def decode_tokens(self, first, z):
-        """First frames and z (B N code_dim) -> the first frame's fine features, decoder tokens (B T D)."""
+    def decode_frame(self, first, z):
+        """First frames (B 3 S S) and z (B N code_dim) -> second frames, not clamped."""
         fine, x = self.decoder_stem(first)
         codes = self.from_codes(z) + self.code_embed
         for block in self.decoder:
             x = block(x, codes)
-        return fine, x
-
-    def decode_frame(self, first, z):
-        """First frames (B 3 S S) and z (B N code_dim) -> second frames, not clamped."""
-        fine, tokens = self.decode_tokens(first, z)
-        return first + self.head(tokens, fine, z.flatten(1)).float()
+        return first + self.head(x, fine, z.flatten(1)).float()
 
     # --- training
 
@@ -250,11 +252,16 @@ class LAQ(nn.Module):
         """frames (B 2 3 S S) in [0, 1]; with an action head also actions (B A), has_actions (B,) -> (loss, metrics)."""
         first, second = batch["frames"].unbind(1)
         tokens = self.encode_frame(torch.cat([first, second])).chunk(2)
-        z, _ = self.quantizer(self.encode_pair(first, second, *tokens))
+        flow = block_flow(first, second, self.flow_grid)
+        z, _ = self.quantizer(self.encode_pair(first, second, *tokens, flow))
         error = (self.decode_frame(first, z) - second).square()
         moved = (first - second).abs().amax(1, keepdim=True) > MOVED
         loss = ((1 + self.config.motion_weight * moved) * error).mean()
         metrics = dict(mse=error.mean(), mse_copy=(first - second).square().mean())
+        if self.to_flow is not None:
+            flow = F.adaptive_avg_pool2d(flow, FLOW_GRID).flatten(1)
+            metrics["flow_mse"] = (self.to_flow(z.flatten(1)).float() - flow).square().mean()
+            loss = loss + self.config.flow_weight * metrics["flow_mse"]
         if self.action_head is not None:
             target = (batch["actions"] - self.action_mean) / self.action_std
             off = (self.action_head(z.flatten(1)).float() - target).square().mean(1)
@@ -295,9 +302,8 @@ class LAQ(nn.Module):
     @torch.no_grad()
     def encode(self, first, second):
         """Frames (B 3 S S) in [0, 1] -> codes (B N) int64, vectors (B N code_dim) before quantization, float32."""
-        return self.quantizer.encode(
-            self.encode_pair(first, second, self.encode_frame(first), self.encode_frame(second))
-        )
+        d = self.encode_pair(first, second, self.encode_frame(first), self.encode_frame(second))
+        return self.quantizer.encode(d)
 
     @torch.no_grad()
     def encode_clip(self, parts, gap):
@@ -335,13 +341,10 @@ class LAQ(nn.Module):
 
     def load_pretrained(self, folder):
         """Weights of a checkpoint folder, whose configuration must be this model's."""
-        theirs, ours = read_config(folder), self.config
-        for field in dataclasses.fields(LAQConfig):
-            if field.name != "motion_weight" and getattr(theirs, field.name) != getattr(ours, field.name):
-                raise DataError(
-                    f"{folder}: its {field.name} is {getattr(theirs, field.name)}, this model's "
-                    f"{getattr(ours, field.name)}"
-                )
+        theirs = dataclasses.asdict(read_config(folder))
+        for name, ours in dataclasses.asdict(self.config).items():
+            if name != "motion_weight" and theirs[name] != ours:
+                raise DataError(f"{folder}: its {name} is {theirs[name]}, this model's {ours}")
         try:
             self.load_state_dict(load(Path(folder) / "pytorch_model.bin"))
         except (RuntimeError, LookupError, TypeError, AttributeError) as error:

@@ -71,6 +71,7 @@ def parse(argv=None):
     add("--weight-decay", default=0.01, help="AdamW weight decay of matrices", **real)
     add("--clip", default=1.0, help="largest norm of the gradient", **real)
     add("--motion-weight", default=0.0, help="extra weight of pixels that change", **real)
+    add("--flow-weight", default=3.0, help="weight of the optical flow, which the codes have to tell; 0: none", **real)
     add("--label-share", default=0.0, help="share of the episodes whose actions are seen (LAOM); 0: none", **real)
     add("--quantize-after", default=0.25, help="code sensitivity at which quantization starts; -1: at step 20", **real)
     add("--seed", default=0, help="of weights, batches, augmentation and noise", **whole)
@@ -99,7 +100,8 @@ def parse(argv=None):
     for name in f"{positive} batch_size lr clip steps accum log_every eval_every save_every keep".split():
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
-    for name in "jitter val_share workers lr_end warmup weight_decay motion_weight label_share seed".split():
+    zero = "jitter val_share workers lr_end warmup weight_decay motion_weight flow_weight label_share seed"
+    for name in zero.split():
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     if max(args.crop, args.jitter, args.val_share, args.label_share) > 1:
@@ -199,7 +201,7 @@ def main(argv=None):
         lines = restore_split(sources, common.read_json(checkpoint / "data.json"))
     else:
         mean, std = action_moments(sources, args.label_share)
-        sizes = "image_size patch dim depth code_seq_len codebook_size code_dim motion_weight".split()
+        sizes = "image_size patch dim depth code_seq_len codebook_size code_dim motion_weight flow_weight".split()
         config = LAQConfig(**{name: getattr(args, name) for name in sizes}, action_dim=len(mean))
         model, lines = LAQ(config), []
         model.action_mean.copy_(mean)

@@ -199,15 +199,15 @@ def test_first_prediction_is_the_first_frame(this):
 @pytest.mark.parametrize("quantizing, action_dim", [(False, 0), (True, 0), (True, 3)])
 def test_gradients_reach_every_parameter(this, quantizing, action_dim):
     """Unlike in the released code, which needs find_unused_parameters for its dead ones."""
-    model = tiny(this, motion_weight=2.0, action_dim=action_dim)
+    model = tiny(this, motion_weight=2.0, flow_weight=1.0, action_dim=action_dim)
     model = start(model, pairs(64, seed=1)) if quantizing else model.train()
     model(dict(frames=pairs(8), actions=torch.randn(8, 3), has_actions=torch.ones(8)))[0].backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
 
 
-def test_loss_with_motion_weight_and_labels_is_what_the_docstring_says(this):
-    model = tiny(this, motion_weight=3.0, action_dim=2).eval()
+def test_loss_with_all_its_terms_is_what_the_docstring_says(this):
+    model = tiny(this, motion_weight=3.0, flow_weight=2.0, action_dim=2).eval()
     model.action_mean[:], model.action_std[:] = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0])
     first, second = pairs().unbind(1)
     batch = dict(frames=torch.stack([first, second], 1), actions=torch.randn(6, 2))
@@ -219,7 +219,9 @@ def test_loss_with_motion_weight_and_labels_is_what_the_docstring_says(this):
         ((model.action_head(z[b].flatten()) - (batch["actions"][b] - model.action_mean) / model.action_std) ** 2).mean()
         for b in (0, 2, 3)
     ]
-    want = ((1 + 3 * moved) * error).mean() + this.model.ACTION_WEIGHT * sum(off) / 6
+    flow = F.adaptive_avg_pool2d(this.model.block_flow(first, second, 16), 8)
+    told = (model.to_flow(z.flatten(1)) - flow.flatten(1)).square().mean()
+    want = ((1 + 3 * moved) * error).mean() + 2 * told + this.model.ACTION_WEIGHT * sum(off) / 6
     torch.testing.assert_close(model(batch)[0], want)
 
 

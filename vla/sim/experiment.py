@@ -199,8 +199,9 @@ class Experiment:
         if arm == "given":
             return Path(self.args.labels).resolve()
         flags = dict(data=f"web={videos}", gap=4, image_size=self.pixels, patch=self.pixels // 4, dim=96, depth=2)
-        flags |= dict(code_seq_len=4, codebook_size=8, motion_weight=10, steps=self.args.laq_steps, batch_size=32)
-        flags |= dict(lr=1e-3, warmup=50, log_every=100, eval_every=200, save_every=200, resume=True)
+        flags |= dict(code_seq_len=4, codebook_size=8, motion_weight=10, flow_weight=0, batch_size=32)
+        flags |= dict(steps=self.args.laq_steps, lr=1e-3, warmup=50, log_every=100, eval_every=200, save_every=200)
+        flags |= dict(resume=True)
         where = dict(device=self.args.device)
         laq = self.run(f"laq-{videos.name}-{seed}", "laq/train.py", seed=seed, **flags, **where)
         flags = dict(checkpoint=laq / "checkpoints" / "best", data=videos)
