@@ -178,15 +178,17 @@ def scores(true, guess, episode, draws=1000):
     """R2 of a probe's predictions (n A), with 95 % intervals from `draws` bootstraps over episodes.
 
     r2: mean over the dims that move; r2_weighted: all dims together, each weighing as much as it moves; r2_per_dim:
-    None for a dim that does not move.
+    None for a dim that does not move. In a draw of episodes in which a dim rests, it counts as moving a tenth as much
+    as in all: else one such episode makes the interval endless.
     """
     names = np.unique(episode)
     left = np.stack([np.square(guess - true)[episode == e].sum(0) for e in names])  # E A
     total = np.stack([np.square(true - true.mean(0))[episode == e].sum(0) for e in names])
     moves = total.sum(0) > 1e-8 * np.square(true).sum(0).clip(1e-12)
+    least = (total.sum(0) / 10).clip(1e-12)
 
     def r2(rows):
-        a, b = left[rows].sum(-2), total[rows].sum(-2).clip(1e-12)
+        a, b = left[rows].sum(-2), total[rows].sum(-2).clip(least)
         dims = 1 - a[..., moves] / b[..., moves]
         return dims, dims.mean(-1), 1 - a.sum(-1) / b.sum(-1)
 

@@ -950,6 +950,8 @@ def test_probe_leaves_episodes_out(metrics):
     found = metrics.probe(x, classes, episodes)
     assert found["accuracy"] > 0.8 and found["accuracy_low"] <= found["accuracy"] <= found["accuracy_high"]
     assert found["chance"] == pytest.approx(torch.bincount(classes).max().item() / 300)
+    rests = torch.where((episodes > 0)[:, None], noise(300, 3, seed=4), 0.0)  # in a third of the episodes
+    assert metrics.probe(x, rests, episodes.clamp(max=2))["r2_low"] > -2
     one = metrics.probe(x, x @ linear, torch.zeros(300, dtype=torch.int64))  # one episode: blocks in time
     assert one["r2"] > 0.99 and "r2_low" not in one
     tested = episodes < 2

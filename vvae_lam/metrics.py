@@ -182,7 +182,9 @@ def probe(features, actions, episodes, tested=None, strengths=(1.0, 10.0, 100.0,
 
     def scores(total):
         """Sums (..., 2, A) of errors and of what they are compared with -> {score: (...)}."""
-        per_dim, (error, whole) = 1 - total[..., 0, :] / total[..., 1, :].clamp(min=1e-12), total.sum(-1).unbind(-1)
+        least = each.sum(0)[1].clamp(min=1e-11) / 10  # for draws of episodes in which a dim rests
+        per_dim = 1 - total[..., 0, :] / torch.maximum(total[..., 1, :], least)
+        error, whole = total.sum(-1).unbind(-1)
         if classes:
             return dict(accuracy=per_dim.mean(-1))
         return dict(r2=per_dim.mean(-1), r2_weighted=1 - error / whole.clamp(min=1e-12), r2_per_dim=per_dim)
