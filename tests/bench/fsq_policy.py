@@ -5,7 +5,7 @@ Run:
   python tests/bench/fsq_policy.py --out runs/fsq_policy
 
 One small causal transformer learns all ten tasks from 20 demonstrations each. It predicts a chunk of actions as this
-folder's tokens, as FAST's, as 256 bins, or regresses it: same network, steps and batches. Then it acts in fresh
+folder's tokens (scored by their digits), as FAST's, as 256 bins, or regresses it: same network, steps and batches. Then it acts in fresh
 episodes. Prints a table; what OUT holds already is not done again. Half an hour on one core.
 
 Letters: B batch, T steps of a chunk, A action dims, N tokens, D width.
@@ -130,6 +130,7 @@ class Ours:
             subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
         self.model = fsq_vqvae.model.FSQVQVAE.from_pretrained(out / "checkpoints" / "best")
         self.vocabulary, self.length = self.model.config.codebook_size, self.model.num_tokens
+        self.levels = self.model.sources[0]["levels"]
 
     def encode(self, chunks):
         return self.model.encode(chunks)
@@ -207,6 +208,56 @@ def measure(codec, chunks, followed, rng, tuples=1_000_000):
 # --- the policy
 
 
+def digits(levels, vocabulary):
+    """Which digits each token is made of: 0 or 1, (N, V, S), S the levels of a place in all; and which are tokens.
+
+    levels: of each place's coefficients. A token is their levels in one number, the first coefficient's first.
+    """
+    sizes = [math.prod(of_token) for of_token in levels]
+    made_of = torch.zeros(len(levels), vocabulary, max(map(sum, levels)))
+    for n, of_token in enumerate(levels):
+        code, first, radix = torch.arange(sizes[n]), 0, 1
+        for level in of_token:
+            made_of[n, code, first + code // radix % level] = 1
+            first, radix = first + level, radix * level
+    return made_of, torch.arange(vocabulary) < torch.tensor(sizes)[:, None]
+
+
+class Whole(nn.Module):
+    """A vector and a score of its own for each token."""
+
+    def __init__(self, codec):
+        super().__init__()
+        self.vectors, self.scores = nn.Embedding(codec.vocabulary, WIDTH), nn.Linear(WIDTH, codec.vocabulary)
+
+    def embed(self, tokens, n):
+        """tokens (B,) at place n -> (B, D)."""
+        return self.vectors(tokens)
+
+    def logits(self, h, n):
+        """h (B, D) -> (B, V)."""
+        return self.scores(h)
+
+
+class Digits(nn.Module):
+    """A token's vector and score are the sums of those of its digits: 1024 tokens are some thirty digits."""
+
+    def __init__(self, codec):
+        super().__init__()
+        made_of, is_token = digits(codec.levels, codec.vocabulary)
+        self.register_buffer("made_of", made_of)  # N V S
+        self.register_buffer("outside", torch.where(is_token, 0.0, -torch.inf))  # N V
+        N, _, S = made_of.shape
+        self.vectors = nn.Parameter(torch.randn(N, S, WIDTH))
+        self.scores = nn.ModuleList(nn.Linear(WIDTH, S) for _ in range(N))
+
+    def embed(self, tokens, n):
+        return self.made_of[n][tokens] @ self.vectors[n]
+
+    def logits(self, h, n):
+        return self.scores[n](h) @ self.made_of[n].T + self.outside[n]
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -234,19 +285,23 @@ class Policy(nn.Module):
         self.register_buffer("mean", torch.from_numpy(mean))
         self.register_buffer("std", torch.from_numpy(std))
         self.observe = nn.Sequential(nn.Linear(len(mean), WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
-        self.token = nn.Embedding(1 if codec is None else codec.vocabulary, WIDTH)
+        self.token = nn.Linear(WIDTH, A) if codec is None else (Digits if hasattr(codec, "levels") else Whole)(codec)
         self.position = nn.Parameter(torch.randn(self.length, WIDTH) * 0.02)
         self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
         self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, A if codec is None else codec.vocabulary)
 
     def forward(self, inputs, tokens):
         """inputs (B, 49), tokens (B, N - 1) -> what follows the observation and each token, (B, N, outputs)."""
-        h = torch.cat([self.observe((inputs - self.mean) / self.std)[:, None], self.token(tokens.clamp(min=0))], 1)
-        h = h + self.position[: h.shape[1]]
+        h = [self.observe((inputs - self.mean) / self.std)]
+        for n, token in enumerate(tokens.clamp(min=0).T):
+            h.append(torch.zeros_like(h[0]) if self.codec is None else self.token.embed(token, n))
+        h = torch.stack(h, 1) + self.position[: len(h)]
         for block in self.blocks:
             h, _ = block(h)
-        return self.head(self.norm(h))
+        h = self.norm(h)
+        if self.codec is None:
+            return self.token(h)
+        return torch.stack([self.token.logits(h[:, n], n) for n in range(h.shape[1])], 1)
 
     def loss(self, inputs, targets):
         """Mean absolute error, or bits of a chunk's tokens (targets (B, N), -1 after their end)."""
@@ -269,8 +324,8 @@ class Policy(nn.Module):
             h = h + self.position[n]
             for i, block in enumerate(self.blocks):
                 h, past[i] = block(h, past[i])
-            tokens.append(self.head(self.norm(h))[:, 0].argmax(-1))
-            h = self.token(tokens[-1])[:, None]
+            tokens.append(self.token.logits(self.norm(h)[:, 0], n).argmax(-1))
+            h = self.token.embed(tokens[-1], n)[:, None]
         return self.codec.decode(torch.stack(tokens, 1).numpy())
 
 
@@ -365,8 +420,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/fsq_policy"), help="folder [runs/fsq_policy]")
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, help="what the policies predict [all]")
     parser.add_argument("--tokens", type=int, default=8, help="of ours, per chunk [8]")
-    parser.add_argument("--codebook-size", type=int, default=64, help="codes of one of our tokens [64]")
-    parser.add_argument("--steps", type=int, default=800, help="training steps of each policy [800]")
+    parser.add_argument("--codebook-size", type=int, default=1024, help="codes of one of our tokens [1024]")
+    parser.add_argument("--steps", type=int, default=2400, help="training steps of each policy [2400]")
     parser.add_argument("--seeds", type=int, default=3, help="policies of each arm [3]")
     parser.add_argument("--episodes", type=int, default=5, help="fresh episodes of each task and seed [5]")
     args = parser.parse_args()
