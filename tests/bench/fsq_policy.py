@@ -4,9 +4,9 @@ Run:
   pip install --no-deps metaworld; pip install gymnasium mujoco imageio tokenizers
   python tests/bench/fsq_policy.py --out runs/fsq_policy
 
-One small causal transformer learns all ten tasks from 20 demonstrations each. It predicts a chunk of actions as this
-folder's tokens (scored by their digits), as FAST's, as 256 bins, or regresses it: same network, steps and batches. Then it acts in fresh
-episodes. Prints a table; what OUT holds already is not done again. Half an hour on one core.
+One small causal transformer learns all ten tasks from 20 demonstrations each. It predicts a chunk of actions as tokens
+of fsq_vqvae (scored by their digits), as FAST's, as 256 bins, or regresses it: same network, steps and batches. Then it
+acts in fresh episodes. Prints a table; what OUT holds already is not done again. Half an hour on one core.
 
 Letters: B batch, T steps of a chunk, A action dims, N tokens, D width.
 """
