@@ -13,7 +13,6 @@ it and run it again: it goes on.
 Writes OUT/table.md, tasks.md and results.json; OUT/logs has each stage's output.
 """
 
-import ctypes
 import functools
 import json
 import os
@@ -50,7 +49,11 @@ ARMS = dict(
     other_vpt="inverse dynamics from the same demonstrations label another robot's videos",
 )
 MOST_DEMOS, HELD_OUT = 10, 2  # demonstrations per task; those after the first N are held out, and two at least
-LIBC = ctypes.CDLL(None)
+# Linux: a stage that is started so is killed when the experiment dies, even by kill -9; else its folder stays locked.
+# prctl(PR_SET_PDEATHSIG, SIGKILL) by the stage itself: preexec_fn is not safe where there are threads.
+TIED = """import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"""
 
 
 def parse(argv=None):
@@ -95,11 +98,6 @@ class Stopped(Exception):
     """A signal, or a stage that failed, ends the experiment."""
 
 
-def die_with_parent():
-    """Linux: this process is killed when its parent dies, even by kill -9. Else its folder stays locked."""
-    LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 class Experiment:
     """Makes the numbers of the table: `number`, from several threads at once.
 
@@ -139,13 +137,12 @@ class Experiment:
         return self.once(name, functools.partial(self.launch, script, flags))
 
     def launch(self, script, flags, folder):
-        words = [sys.executable, ROOT / script]
+        words = [sys.executable, *["-c", TIED] * (sys.platform == "linux"), ROOT / script]
         for flag, value in (dict(out=folder) | flags).items():
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [f"--{flag.replace('_', '-')}", *values]
         file = self.out / "logs" / f"{folder.name}.log"
         options = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
-        options |= dict(preexec_fn=die_with_parent) if sys.platform == "linux" else {}
         with self.slots, open(file, "ab") as log:
             if self.stopped:
                 raise Stopped
