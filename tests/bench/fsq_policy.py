@@ -130,7 +130,6 @@ class Ours:
             subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
         self.model = fsq_vqvae.model.FSQVQVAE.from_pretrained(out / "checkpoints" / "best")
         self.vocabulary, self.length = self.model.config.codebook_size, self.model.num_tokens
-        self.levels = self.model.sources[0]["levels"]
 
     def encode(self, chunks):
         return self.model.encode(chunks)
@@ -208,19 +207,19 @@ def measure(codec, chunks, followed, rng, tuples=1_000_000):
 # --- the policy
 
 
-def digits(levels, vocabulary):
+def digits(coder, vocabulary):
     """Which digits each token is made of: 0 or 1, (N, V, S), S the levels of a place in all; and which are tokens.
 
-    levels: of each place's coefficients. A token is their levels in one number, the first coefficient's first.
+    coder: the tokenizer's SourceCoder.
     """
-    sizes = [math.prod(of_token) for of_token in levels]
-    made_of = torch.zeros(len(levels), vocabulary, max(map(sum, levels)))
+    levels, codes = coder.source["levels"], torch.arange(vocabulary)
+    unpacked = coder.unpack(codes[:, None].expand(-1, len(levels))).T  # a row per coefficient, token after token
+    made_of, row = torch.zeros(len(levels), vocabulary, max(map(sum, levels))), 0
     for n, of_token in enumerate(levels):
-        code, first, radix = torch.arange(sizes[n]), 0, 1
-        for level in of_token:
-            made_of[n, code, first + code // radix % level] = 1
-            first, radix = first + level, radix * level
-    return made_of, torch.arange(vocabulary) < torch.tensor(sizes)[:, None]
+        for i in range(len(of_token)):
+            made_of[n, codes, sum(of_token[:i]) + unpacked[row]] = 1
+            row += 1
+    return made_of, codes < torch.tensor([math.prod(of_token) for of_token in levels])[:, None]
 
 
 class Whole(nn.Module):
@@ -244,7 +243,7 @@ class Digits(nn.Module):
 
     def __init__(self, codec):
         super().__init__()
-        made_of, is_token = digits(codec.levels, codec.vocabulary)
+        made_of, is_token = digits(codec.model.coders[0], codec.vocabulary)
         self.register_buffer("made_of", made_of)  # N V S
         self.register_buffer("outside", torch.where(is_token, 0.0, -torch.inf))  # N V
         N, _, S = made_of.shape
@@ -285,7 +284,7 @@ class Policy(nn.Module):
         self.register_buffer("mean", torch.from_numpy(mean))
         self.register_buffer("std", torch.from_numpy(std))
         self.observe = nn.Sequential(nn.Linear(len(mean), WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
-        self.token = nn.Linear(WIDTH, A) if codec is None else (Digits if hasattr(codec, "levels") else Whole)(codec)
+        self.token = nn.Linear(WIDTH, A) if codec is None else (Digits if isinstance(codec, Ours) else Whole)(codec)
         self.position = nn.Parameter(torch.randn(self.length, WIDTH) * 0.02)
         self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
         self.norm = nn.LayerNorm(WIDTH)
