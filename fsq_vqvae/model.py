@@ -286,18 +286,24 @@ class FSQVQVAE(nn.Module):
             text = f"the chunk is decoded from the middle of the training data; give context=: {self.wanted()}"
             warnings.warn(text, stacklevel=3)
             context = own.center.expand(len(indices), own.rows, -1)
-        base, features = own.context(self.context_of(own, context, len(indices)))
-        with torch.autocast(indices.device.type, enabled=False):
-            values = own.values(own.unpack(indices))
+        values = own.values(own.unpack(indices))
+        actions = self.decode_values(values, source, context, closed_form)
+        actions = actions[0] if single else actions
+        return actions.cpu().numpy() if array else actions
+
+    @torch.no_grad()
+    def decode_values(self, values, source=None, context=None, closed_form=False):
+        """Coefficients (B, K), such as the means of a policy's digits, -> actions (B, T, A). The rest: see `decode`."""
+        own = self.coder_of(source)
+        base, features = own.context(self.context_of(own, context, len(values)))
+        with torch.autocast(values.device.type, enabled=False):
             x = own.reconstruct(values, features)
             if own.use_network and not closed_form:
                 training = self.training
                 self.eval()
                 x = x + own.leave(self.trunk(own.enter(torch.cat([values / own.deviation, features], 1)))) @ own.span
                 self.train(training)
-        actions = (rearrange(x, "b (t a) -> b t a", a=own.dims) + base[:, None]) * own.scale + own.center
-        actions = actions[0] if single else actions
-        return actions.cpu().numpy() if array else actions
+        return (rearrange(x, "b (t a) -> b t a", a=own.dims) + base[:, None]) * own.scale + own.center
 
     # --- files
 

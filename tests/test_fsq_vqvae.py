@@ -205,6 +205,19 @@ def test_any_tuple_of_any_integer_type_decodes(this):
     assert torch.is_tensor(tensor) and np.array_equal(tensor, expected)
 
 
+@pytest.mark.parametrize("condition", CONTEXT)
+def test_means_of_coefficients_decode_to_means_of_chunks(this, condition):
+    """What a policy executes that is unsure between two tuples of tokens lies half-way (closed form)."""
+    model, tokens = tokenizer(this, condition), torch.tensor([[3, 200, 7], [900, 5, 61]])
+    context = sample(smooth(1), condition)["context"]
+    chunks = model.decode(tokens, context=context)
+    own = model.coders[0]
+    mean = own.values(own.unpack(tokens)).mean(0, keepdim=True)
+    decoded = model.decode_values(mean, context=context)
+    torch.testing.assert_close(decoded, chunks.mean(0, keepdim=True), atol=1e-5, rtol=1e-5)
+    assert (chunks[0] - chunks[1]).abs().max() > 0.1
+
+
 def test_padding_content_never_changes_tokens(this):
     model = tokenizer(this, sources=(("arm", 4, 12), ("hand", 2, 6)))
     rng = np.random.default_rng(0)

@@ -240,6 +240,25 @@ def test_every_number_is_made_of_its_own_stages(this, tmp_path, monkeypatch):
         assert begun[f"test-{arm}-0-5"]["checkpoint"].parts[-3] == policy
 
 
+def test_tasks_without_demonstrations_have_videos_and_tests(this, tmp_path, monkeypatch, capsys):
+    experiment, begun = this.experiment, {}
+    monkeypatch.setattr(
+        experiment.Experiment, "launch", lambda self, script, flags, folder: begun.update({folder.name: flags})
+    )
+    for module, name in ((experiment.tiny, "build"), (experiment, "report")):
+        monkeypatch.setattr(module, name, lambda *words, **more: None)
+    words = f"--out {tmp_path} --arms vpt --seeds 0 --demos 5 --tasks door-open drawer-open --demo-tasks drawer-open"
+    assert experiment.Experiment(experiment.parse(words.split())).table() == 0
+    both = ["door-open", "drawer-open"]
+    assert begun["videos"]["tasks"] == begun["test-vpt-0-5"]["tasks"] == both
+    assert begun["demos-0"]["tasks"] == ["drawer-open"]
+    task = [*this.metaworld.TASKS].index("drawer-open")
+    assert begun["stage3-vpt-0-5"]["val_episodes"] == f"{1000 * task + 5}-{1000 * task + 11}"
+    with pytest.raises(SystemExit):
+        experiment.parse([*words.split(), "--tasks", "door-open"])
+    assert "--demo-tasks must be some of --tasks" in capsys.readouterr().err
+
+
 def test_an_experiment_goes_on_where_it_was(this, tmp_path, monkeypatch):
     """A failing stage is one line with the end of its log; the next call runs only what is missing, in order."""
     experiment, log, script, codes = this.experiment, tmp_path / "order", tmp_path / "stage.py", dict(a=0, b=3, c=0)

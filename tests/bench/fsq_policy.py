@@ -5,8 +5,10 @@ Run:
   python tests/bench/fsq_policy.py --out runs/fsq_policy
 
 One small causal transformer learns all ten tasks from 20 demonstrations each. It predicts a chunk of actions as tokens
-of fsq_vqvae (scored by their digits), as FAST's, as 256 bins, or regresses it: same network, steps and batches. Then it
-acts in fresh episodes. Prints a table; what OUT holds already is not done again. Half an hour on one core.
+of fsq_vqvae, as FAST's, as 256 bins, or regresses it: same network, steps and batches. Then it acts in fresh episodes.
+Our tokens and bins are predicted in two ways: all digits at once, with soft targets, and their mean is executed; or
+(autoregressive) token after token, the likeliest each. Prints a table; what OUT holds already is not done again. An
+hour on one core.
 
 Letters: B batch, T steps of a chunk, A action dims, N tokens, D width.
 """
@@ -34,7 +36,8 @@ NOISE, MEMORY, PERIOD, DISTURBED = 0.5, 0.7, 24, 8  # the expert is pushed off i
 TRAIN, HELD_OUT = 20, 4  # demonstrations of each task
 T, A, EXECUTE = 8, 4, 4  # a chunk, and how much of it is executed before the next
 WIDTH, DEPTH, HEADS, BATCH, LR = 64, 2, 4, 64, 2e-3
-ARMS = ["ours", "FAST", "regression", "256 bins"]
+ARMS = ["ours", "256 bins", "regression", "ours, autoregressive", "256 bins, autoregressive", "FAST"]
+SMOOTH = 0.75  # width of a soft target, in steps between levels, as arXiv 2403.03950 recommends
 
 
 # --- the world
@@ -114,7 +117,9 @@ def read(folder, numbers):
     return np.float32(np.concatenate(inputs)), np.concatenate(chunks), np.concatenate(followed)
 
 
-# --- tokens: `vocabulary`, `length`, encode(chunks) -> (B, N) padded with -1, decode(tokens) -> chunks, valid (B,)
+# --- tokens: `vocabulary`, `length`, encode(chunks) -> (B, N) padded with -1, decode(tokens) -> chunks, valid (B,);
+# where a token is made of digits: `levels` of the digits of each token, `points` of each digit (K of them),
+# digits(tokens) -> (B, K), chunks(values (B, K)) -> chunks
 
 
 class Ours:
@@ -130,6 +135,10 @@ class Ours:
             subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
         self.model = fsq_vqvae.model.FSQVQVAE.from_pretrained(out / "checkpoints" / "best")
         self.vocabulary, self.length = self.model.config.codebook_size, self.model.num_tokens
+        coder = self.model.coders[0]
+        self.levels, self.digits = coder.source["levels"], coder.unpack
+        counts = [count for of_token in self.levels for count in of_token]
+        self.points = [points[:count] for points, count in zip(coder.points, counts, strict=True)]
 
     def encode(self, chunks):
         return self.model.encode(chunks)
@@ -137,12 +146,23 @@ class Ours:
     def decode(self, tokens):
         return self.model.decode(tokens), np.ones(len(tokens), bool)
 
+    def chunks(self, values):
+        return self.model.decode_values(values).numpy()
+
 
 class Bins:
     vocabulary, length = 255, T * A
 
     def __init__(self):
         self.bins = fsq_vqvae.baselines.Bins(T, A)
+        middles = torch.tensor((self.bins.edges[1:] + self.bins.edges[:-1]) / 2, dtype=torch.float32)
+        self.levels, self.points = [[self.vocabulary]] * self.length, [middles] * self.length
+
+    def digits(self, tokens):
+        return tokens
+
+    def chunks(self, values):
+        return values.view(-1, T, A).numpy()
 
     def encode(self, chunks):
         return self.bins.encode(chunks)
@@ -207,13 +227,10 @@ def measure(codec, chunks, followed, rng, tuples=1_000_000):
 # --- the policy
 
 
-def digits(coder, vocabulary):
-    """Which digits each token is made of: 0 or 1, (N, V, S), S the levels of a place in all; and which are tokens.
-
-    coder: the tokenizer's SourceCoder.
-    """
-    levels, codes = coder.source["levels"], torch.arange(vocabulary)
-    unpacked = coder.unpack(codes[:, None].expand(-1, len(levels))).T  # a row per coefficient, token after token
+def digits(codec):
+    """Which digits each token is made of: 0 or 1, (N, V, S), S the levels of a place in all; and which are tokens."""
+    levels, codes, vocabulary = codec.levels, torch.arange(codec.vocabulary), codec.vocabulary
+    unpacked = codec.digits(codes[:, None].expand(-1, len(levels))).T  # a row per coefficient, token after token
     made_of, row = torch.zeros(len(levels), vocabulary, max(map(sum, levels))), 0
     for n, of_token in enumerate(levels):
         for i in range(len(of_token)):
@@ -243,7 +260,7 @@ class Digits(nn.Module):
 
     def __init__(self, codec):
         super().__init__()
-        made_of, is_token = digits(codec.model.coders[0], codec.vocabulary)
+        made_of, is_token = digits(codec)
         self.register_buffer("made_of", made_of)  # N V S
         self.register_buffer("outside", torch.where(is_token, 0.0, -torch.inf))  # N V
         N, _, S = made_of.shape
@@ -255,6 +272,41 @@ class Digits(nn.Module):
 
     def logits(self, h, n):
         return self.scores[n](h) @ self.made_of[n].T + self.outside[n]
+
+
+class Parallel(nn.Module):
+    """All digits of a chunk at once. What is executed is the mean of the levels' points.
+
+    The targets are soft, since a neighbouring level is nearly right (HL-Gauss, Farebrother 2024, arXiv 2403.03950).
+    """
+
+    def __init__(self, codec):
+        super().__init__()
+        self.codec, K, L = codec, len(codec.points), max(map(len, codec.points))
+        self.scores = nn.ModuleList(nn.Linear(WIDTH, sum(of_token)) for of_token in codec.levels)
+        points, soft = torch.zeros(K, L), torch.zeros(K, L, L)
+        for k, own in enumerate(codec.points):
+            width = SMOOTH * (own[-1] - own[0]).clamp(min=1e-6) / max(1, len(own) - 1)
+            points[k, : len(own)] = own
+            distance = (own[:, None] - own) / width
+            soft[k, : len(own), : len(own)] = torch.softmax(-0.5 * distance.square(), 1)
+        self.register_buffer("points", points)
+        self.register_buffer("soft", soft)  # true level, level
+
+    def log_probabilities(self, h):
+        """h (B, N, D) -> (B, K, L); levels that a digit does not have are impossible."""
+        L, rows = self.points.shape[1], []
+        for n, of_token in enumerate(self.codec.levels):
+            rows += self.scores[n](h[:, n]).split(of_token, 1)
+        return torch.stack([F.pad(row, (0, L - row.shape[1]), value=-1e9) for row in rows], 1).log_softmax(2)
+
+    def loss(self, h, digits):
+        """Cross-entropy in nats per chunk; digits (B, K)."""
+        soft = self.soft[torch.arange(digits.shape[1]), digits]  # B K L
+        return -(soft * self.log_probabilities(h)).sum((1, 2)).mean()
+
+    def mean(self, h):
+        return (self.log_probabilities(h).exp() * self.points).sum(2)
 
 
 class Block(nn.Module):
@@ -276,48 +328,54 @@ class Block(nn.Module):
 
 
 class Policy(nn.Module):
-    """A causal transformer over the observation and the tokens so far. Regression: T empty tokens, A numbers each."""
+    """A causal transformer over the observation and the tokens so far.
 
-    def __init__(self, codec, mean, std):
+    Regression (codec None) and `parallel` see empty tokens: T of A numbers each, or all digits.
+    """
+
+    def __init__(self, codec, mean, std, parallel=False):
         super().__init__()
-        self.codec, self.length = codec, T if codec is None else codec.length
+        self.codec, self.length, self.parallel = codec, T if codec is None else codec.length, parallel
         self.register_buffer("mean", torch.from_numpy(mean))
         self.register_buffer("std", torch.from_numpy(std))
         self.observe = nn.Sequential(nn.Linear(len(mean), WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
-        self.token = nn.Linear(WIDTH, A) if codec is None else (Digits if isinstance(codec, Ours) else Whole)(codec)
+        heads = (Parallel, Parallel) if parallel else (Digits, Whole)
+        self.token = nn.Linear(WIDTH, A) if codec is None else heads[not isinstance(codec, Ours)](codec)
         self.position = nn.Parameter(torch.randn(self.length, WIDTH) * 0.02)
         self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
         self.norm = nn.LayerNorm(WIDTH)
 
-    def forward(self, inputs, tokens):
-        """inputs (B, 49), tokens (B, N - 1) -> what follows the observation and each token, (B, N, outputs)."""
+    def hidden(self, inputs, tokens=None):
+        """inputs (B, 49), tokens (B, N - 1), or None: empty ones -> (B, N, D)."""
         h = [self.observe((inputs - self.mean) / self.std)]
-        for n, token in enumerate(tokens.clamp(min=0).T):
-            h.append(torch.zeros_like(h[0]) if self.codec is None else self.token.embed(token, n))
+        if tokens is None:
+            h += [torch.zeros_like(h[0])] * (self.length - 1)
+        else:
+            h += [self.token.embed(token, n) for n, token in enumerate(tokens.clamp(min=0).T)]
         h = torch.stack(h, 1) + self.position[: len(h)]
         for block in self.blocks:
             h, _ = block(h)
-        h = self.norm(h)
-        if self.codec is None:
-            return self.token(h)
-        return torch.stack([self.token.logits(h[:, n], n) for n in range(h.shape[1])], 1)
+        return self.norm(h)
 
     def loss(self, inputs, targets):
-        """Mean absolute error, or bits of a chunk's tokens (targets (B, N), -1 after their end)."""
+        """Mean absolute error of chunks; or nats of the digits; or bits of the tokens (B, N), -1 after their end."""
         if self.codec is None:
-            empty = torch.zeros(len(inputs), self.length - 1, dtype=torch.int64)
-            return (self(inputs, empty) - targets).abs().mean()
+            return (self.token(self.hidden(inputs)) - targets).abs().mean()
+        if self.parallel:
+            return self.token.loss(self.hidden(inputs), self.codec.digits(targets))
         targets = targets[:, : int((targets >= 0).sum(1).max())]
-        logits = self(inputs, targets[:, :-1])
+        h = self.hidden(inputs, targets[:, :-1])
+        logits = torch.stack([self.token.logits(h[:, n], n) for n in range(h.shape[1])], 1)
         nats = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="sum")
         return nats / math.log(2) / len(inputs)
 
     @torch.no_grad()
     def chunk(self, inputs):
-        """inputs (B, 49) -> chunks (B, T, A) and whether each was one; the likeliest token at each place."""
-        if self.codec is None:
-            empty = torch.zeros(len(inputs), self.length - 1, dtype=torch.int64)
-            return self(inputs, empty).numpy(), np.ones(len(inputs), bool)
+        """inputs (B, 49) -> chunks (B, T, A) and whether each was one."""
+        if self.codec is None or self.parallel:
+            h = self.hidden(inputs)
+            chunks = self.codec.chunks(self.token.mean(h)) if self.parallel else self.token(h).numpy()
+            return chunks, np.ones(len(inputs), bool)
         h, past, tokens = self.observe((inputs - self.mean) / self.std)[:, None], [None] * DEPTH, []
         for n in range(self.length):
             h = h + self.position[n]
@@ -328,11 +386,11 @@ class Policy(nn.Module):
         return self.codec.decode(torch.stack(tokens, 1).numpy())
 
 
-def train(codec, inputs, chunks, steps, seed, blind=False):
+def train(codec, inputs, chunks, steps, seed, parallel=False, blind=False):
     """A policy, or with `blind` a prior of the tokens, which sees no observation."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    policy = Policy(codec, inputs.mean(0), inputs.std(0) + 1e-3)
+    policy = Policy(codec, inputs.mean(0), inputs.std(0) + 1e-3, parallel)
     inputs = torch.from_numpy(inputs) * (not blind)
     targets = torch.from_numpy(chunks if codec is None else codec.encode(chunks))
     opt = torch.optim.AdamW(policy.parameters(), LR, (0.9, 0.95), weight_decay=0.05)
@@ -403,10 +461,10 @@ class Results:
         return self.read()[key]
 
 
-def one_policy(codec, data, held_out, envs, args, seed):
-    policy = train(codec, *data[:2], args.steps, seed)
+def one_policy(codec, parallel, data, held_out, envs, args, seed):
+    policy = train(codec, *data[:2], args.steps, seed, parallel)
     successes, broken = roll_out(policy, envs, args.episodes)
-    bits = None if codec is None else bits_of(policy, *held_out[:2])
+    bits = None if codec is None or parallel else bits_of(policy, *held_out[:2])
     return dict(successes=successes.sum(0).tolist(), broken=broken, bits=bits)
 
 
@@ -431,42 +489,47 @@ def main():
     data, held_out = read(demos, range(TRAIN)), read(demos, range(TRAIN, TRAIN + HELD_OUT))
     print(f"{len(TASKS) * TRAIN} demonstrations, {len(data[1])} chunks of {T} x {A}", flush=True)
     envs = [open_world(task) for task in TASKS]
-    ours = f"ours, {args.tokens} of {args.codebook_size}"
+    ours = f"{args.tokens} of {args.codebook_size}"
     makers = {
-        "ours": lambda: Ours(demos, args.out / ours, args.tokens, args.codebook_size),
+        "ours": lambda: Ours(demos, args.out / f"ours, {ours}", args.tokens, args.codebook_size),
         "FAST": lambda: Fast(data[1]),
         "256 bins": Bins,
         "regression": lambda: None,
     }
-    names = {arm: ours if arm == "ours" else arm for arm in args.arms}
-    codecs, results = {arm: makers[arm]() for arm in args.arms}, Results(args.out / "results.json")
+    kinds = {arm: arm.partition(",")[0] for arm in args.arms}  # of tokens
+    codecs = {kind: makers[kind]() for kind in dict.fromkeys(kinds.values())}
+    names, results = (
+        {arm: arm.replace("ours", f"ours, {ours}") for arm in args.arms},
+        Results(args.out / "results.json"),
+    )
     runs = {arm: [] for arm in args.arms}
     for seed in range(args.seeds):
         for arm, name in names.items():
-            words = codecs[arm], data, held_out, envs, args, seed
+            words = codecs[kinds[arm]], arm in ("ours", "256 bins"), data, held_out, envs, args, seed
             runs[arm].append(results.get(f"{name}, seed {seed}", one_policy, *words))
     episodes = args.episodes * len(TASKS)
-    print("\n| predicts | success, 95 % | of each seed | chunks that did not decode | " + ", ".join(TASKS) + " |")
-    print("| --- | ---: | ---: | ---: | --- |")
+    print(
+        "\n| predicts | success, 95 % | of each seed | bits | chunks that did not decode | " + ", ".join(TASKS) + " |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | --- |")
     for arm, name in names.items():
         won = np.array([run["successes"] for run in runs[arm]])  # seeds, tasks
         low, high = interval(won.sum(), args.seeds * episodes)
         cells = [name, f"{won.sum() / args.seeds / episodes:.1%} [{low:.1%}, {high:.1%}]"]
         cells.append(" ".join(f"{n:.0%}" for n in won.sum(1) / episodes))
+        bits = [run["bits"] for run in runs[arm]]
+        cells.append("" if bits[0] is None else f"{np.mean(bits):.0f}")
         cells.append(f"{np.mean([run['broken'] for run in runs[arm]]):.2%}")
         cells.append(" ".join(f"{n:.0%}" for n in won.mean(0) / args.episodes))
         print("| " + " | ".join(cells) + " |", flush=True)
-    print(
-        "\n| tokens | per chunk | bits | bits, prior | bits, policy | MSE | one flipped | does not decode | overlap |",
-        end="",
-    )
-    print(" random ones that do not decode |\n| --- " + "| ---: " * 9 + "|")
-    for arm, name in names.items():
-        if codecs[arm] is not None:
-            told = results.get(f"{name}, tokens", measure, codecs[arm], *held_out[1:], np.random.default_rng(0))
-            prior = results.get(f"{name}, prior", one_prior, codecs[arm], data, held_out, args)["bits"]
-            bits = np.mean([run["bits"] for run in runs[arm]])
-            cells = [name, f"{told['tokens']:.3g}", *(f"{x:.0f}" for x in (told["bits"], prior, bits))]
+    print("\n| tokens | per chunk | bits | bits, prior | MSE | one flipped | does not decode | overlap |", end="")
+    print(" random ones that do not decode |\n| --- " + "| ---: " * 8 + "|")
+    for kind, codec in codecs.items():
+        if codec is not None:
+            name = kind.replace("ours", f"ours, {ours}")
+            told = results.get(f"{name}, tokens", measure, codec, *held_out[1:], np.random.default_rng(0))
+            prior = results.get(f"{name}, prior", one_prior, codec, data, held_out, args)["bits"]
+            cells = [name, f"{told['tokens']:.3g}", *(f"{x:.0f}" for x in (told["bits"], prior))]
             cells += [f"{told['mse']:.2g}", f"{told['mse_one_flipped']:.2g}", f"{told['invalid_one_flipped']:.1%}"]
             print("| " + " | ".join([*cells, f"{told['overlap']:.0%}", f"{told['invalid_random']:.4%}"]) + " |")
 

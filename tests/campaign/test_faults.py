@@ -135,12 +135,16 @@ def test_sigterm_under_torchrun(tmp_path):
 
 
 def close(a, b):
-    """Assert that two curves agree: other numbers of processes add in another order."""
+    """Assert that two curves agree: other numbers of processes add in another order.
+
+    The last bit can choose another code, and move a body's contacts: counts of codes, and rewards, may differ by 1 %.
+    """
     assert list(a) == list(b)
     for step in a:
         assert a[step].keys() == b[step].keys()
         for name, value in a[step].items():
-            assert value == pytest.approx(b[step][name], rel=2e-3, abs=2e-4), f"step {step}, {name}"
+            rel = 1e-2 if "perplexity" in name or name.endswith("reward") else 2e-3
+            assert value == pytest.approx(b[step][name], rel=rel, abs=2e-4), f"step {step}, {name}"
 
 
 def ranks_agree(folder, scratch, worlds):

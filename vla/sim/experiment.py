@@ -68,6 +68,7 @@ def parse(argv=None):
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="seeds of everything but the videos")
     add("--demos", nargs="+", type=int, default=[2, 5, 10], metavar="N", help="demonstrations per task")
     add("--tasks", nargs="+", choices=metaworld.TASKS, default=[*metaworld.TASKS], metavar="NAME", help="of metaworld")
+    add("--demo-tasks", nargs="+", metavar="NAME", help="tasks with demonstrations, if not all; the others have videos")
     add("--videos", default=50, help="videos per task", **whole)
     add("--laq-steps", default=1200, help="steps of the tokenizer", **whole)
     add("--steps", default=1500, help="steps of stage 2", **whole)
@@ -81,6 +82,9 @@ def parse(argv=None):
         args.tasks, args.seeds, args.demos = ["door-open", "button-press-topdown", "window-close"], [0], [2]
         args.arms = ["latents", "scratch", "scratch_long", "actions"]
         args.videos, args.laq_steps, args.steps, args.tune_steps, args.episodes = 25, 600, 600, 400, 10
+    args.demo_tasks = args.demo_tasks or args.tasks
+    if not set(args.demo_tasks) <= set(args.tasks) or (args.env != "metaworld" and args.demo_tasks != args.tasks):
+        parser.error("--demo-tasks must be some of --tasks, with --env metaworld")
     if max(args.demos) > MOST_DEMOS:
         parser.error(f"--demos must be at most {MOST_DEMOS}")
     if ("given" in args.arms) != bool(args.labels):
@@ -173,13 +177,13 @@ class Experiment:
         """Demonstrations, more than any arm trains on."""
         name, count, flags = f"demos-{seed}", (MOST_DEMOS + HELD_OUT) * self.per_task, dict(seed=f"1{seed}")
         if self.metaworld:
-            flags |= dict(tasks=self.args.tasks, episodes=count, out=self.out / name / "robot")
+            flags |= dict(tasks=self.args.demo_tasks, episodes=count, out=self.out / name / "robot")
             return self.run(name, "vla/sim/metaworld.py", **flags) / "robot"
         return self.run(name, "vla/demo.py", videos=1, demonstrations=count, **flags) / "robot"
 
     def held_out(self, demos):
         """The demonstrations after the first `demos` of each task, as --val-episodes takes them."""
-        tasks = [list(metaworld.TASKS).index(task) for task in self.args.tasks] if self.metaworld else [0]
+        tasks = [list(metaworld.TASKS).index(task) for task in self.args.demo_tasks] if self.metaworld else [0]
         first, last = demos * self.per_task, (MOST_DEMOS + HELD_OUT) * self.per_task - 1
         return ",".join(f"{1000 * task + first}-{1000 * task + last}" for task in tasks)
 
