@@ -162,42 +162,53 @@ def read_lerobot(folder, action_key=None):
     if action is None:
         raise DataError(f"{info}: no feature {' or '.join(wanted)}; --action-key names one of {', '.join(features)}")
     state = next((key for key in STATE_KEYS if key in features), None)
-    parts = {}
+    parts = {}  # episode: its parts in file after file
     for path in files(folder / "data", "parquet"):
         check_file(path)
-        try:
-            schema = pyarrow.parquet.read_schema(path).names
-            missing = [key for key in (action, "episode_index", "frame_index") if key not in schema]
-            if missing:
-                raise ValueError(f"no column `{missing[0]}`, only {', '.join(schema)}")
-            keys = [action, "episode_index", "frame_index", *(k for k in (state, "timestamp") if k in schema)]
-            table = pyarrow.parquet.read_table(path, columns=keys)
-            columns = dict(actions=matrix(table, action), state=matrix(table, state) if state in keys else None)
-            columns["time"] = table["timestamp"].to_numpy() if "timestamp" in keys else None
-            episodes, frames = table["episode_index"].to_numpy(), table["frame_index"].to_numpy()
-        except (pyarrow.ArrowException, OSError, ValueError, AttributeError) as error:
-            raise DataError(f"{path}: not the parquet file of a LeRobotDataset ({error})") from None
-        for episode in np.unique(episodes):
-            rows = episodes == episode
-            own = {key: None if value is None else value[rows] for key, value in columns.items()}
-            parts.setdefault(int(episode), []).append((frames[rows], own, path))
+        for episode, *part in read_parquet(path, action, state):
+            parts.setdefault(episode, []).append((*part, path))
     found = Recording(names=flat_names(features.get(action, {})), state_names=flat_names(features.get(state, {})))
     for episode in sorted(parts):
-        where, columns = f"{parts[episode][-1][2]}, episode {episode}", {}
-        frames = np.concatenate([frames for frames, _, _ in parts[episode]])
-        order = np.argsort(frames, kind="stable")
-        if (np.diff(frames[order]) != 1).any():
-            raise DataError(f"{where}: frames are missing or repeated (frame_index is not consecutive)")
-        for key in ("actions", "state", "time"):
-            values = [own[key] for _, own, _ in parts[episode]]
-            if len({None if v is None else v.shape[1:] for v in values}) > 1:
-                raise DataError(f"{where}: `{key}` has another width than in the file before")
-            columns[key] = None if values[0] is None else np.concatenate(values)[order]
+        where = f"{parts[episode][-1][-1]}, episode {episode}"
+        columns = join_parts(parts[episode], where)
         rate = rate_of(columns["time"], where) if columns["time"] is not None else None
         if rate and abs(rate / fps - 1) > 0.1:
             raise DataError(f"{where}: `timestamps` give {rate:.3g} Hz, but {info} says fps {fps:g}")
         found.add(str(episode), columns["actions"], columns["state"], fps)
     return found
+
+
+def read_parquet(path, action, state):
+    """Yields (episode, frame_index (T,), columns) of each episode in a file; columns: actions, state, time or None."""
+    try:
+        schema = pyarrow.parquet.read_schema(path).names
+        missing = [key for key in (action, "episode_index", "frame_index") if key not in schema]
+        if missing:
+            raise ValueError(f"no column `{missing[0]}`, only {', '.join(schema)}")
+        keys = [action, "episode_index", "frame_index", *(k for k in (state, "timestamp") if k in schema)]
+        table = pyarrow.parquet.read_table(path, columns=keys)
+        columns = dict(actions=matrix(table, action), state=matrix(table, state) if state in keys else None)
+        columns["time"] = table["timestamp"].to_numpy() if "timestamp" in keys else None
+        episodes, frames = table["episode_index"].to_numpy(), table["frame_index"].to_numpy()
+    except (pyarrow.ArrowException, OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: not the parquet file of a LeRobotDataset ({error})") from None
+    for episode in np.unique(episodes):
+        rows = episodes == episode
+        yield int(episode), frames[rows], {k: None if v is None else v[rows] for k, v in columns.items()}
+
+
+def join_parts(parts, where):
+    """The columns of an episode that lies in one or several files, in the order of its frames."""
+    frames, joined = np.concatenate([frames for frames, _, _ in parts]), {}
+    order = np.argsort(frames, kind="stable")
+    if (np.diff(frames[order]) != 1).any():
+        raise DataError(f"{where}: frames are missing or repeated (frame_index is not consecutive)")
+    for key in parts[0][1]:
+        values = [columns[key] for _, columns, _ in parts]
+        if len({None if v is None else v.shape[1:] for v in values}) > 1:
+            raise DataError(f"{where}: `{key}` has another width than in the file before")
+        joined[key] = None if values[0] is None else np.concatenate(values)[order]
+    return joined
 
 
 def dataset(h5, key):

@@ -113,23 +113,8 @@ class Imitation:
         self.q0, self.v0 = (7, 6) if self.free else (0, 0)
 
         self.joints = self.ids("joint", names["joint_names"]) - int(self.free)
-        body, ends = (self.ids("body", names[key]) for key in ("body_names", "end_eff_names"))
         self.root = self.root_body(names.get("torso_name"))
-        known = len(clips.bodies) or clips.xpos.shape[2]
-        extra = self.model.nbody - known
-        self.shift = int(extra == 1 and self.free) if body_shift == "auto" else int(body_shift)
-        if self.shift:
-            # both sides one body further: the reference by the model's id, the model by the next one
-            self.body, self.end = (np.minimum(i + 1, self.model.nbody - 1) for i in (body, ends))
-            of_body, of_end = (np.minimum(i, known - 1) for i in (body, ends))
-        else:
-            self.body, self.end = body, ends
-            order = clips.bodies or [self.model.body(i).name for i in range(extra, self.model.nbody)]
-            unknown = [n for n in (*names["body_names"], *names["end_eff_names"]) if n not in order]
-            if unknown:
-                raise DataError(f"--data: the clips have no body {unknown[0]!r}, which the teacher tracks")
-            of_body, of_end = ([order.index(n) for n in names[key]] for key in ("body_names", "end_eff_names"))
-        self.appendages = ends
+        of_body, of_end = self.match_bodies(names, clips, body_shift)
         self.reference = dict(
             qpos=clips.qpos, qvel=clips.qvel, body=clips.xpos[:, :, of_body], end=clips.xpos[:, :, of_end],
             length=clips.length.astype(np.int32),
@@ -139,6 +124,24 @@ class Imitation:
             raise DataError(f"--data: clip {short[0]} is shorter than the {self.ahead + 2} frames that a step needs")
         last = int(clips.length.max()) - self.ahead - 1
         self.longest = -(-last * self.frames_per_step.denominator // self.frames_per_step.numerator)  # control steps
+
+    def match_bodies(self, names, clips, body_shift):
+        """Sets the tracked bodies (`body`, `end`, `appendages`); returns where these two are in clips.xpos."""
+        body, ends = (self.ids("body", names[key]) for key in ("body_names", "end_eff_names"))
+        known = len(clips.bodies) or clips.xpos.shape[2]
+        extra = self.model.nbody - known
+        self.appendages = ends
+        self.shift = int(extra == 1 and self.free) if body_shift == "auto" else int(body_shift)
+        if self.shift:
+            # both sides one body further: the reference by the model's id, the model by the next one
+            self.body, self.end = (np.minimum(i + 1, self.model.nbody - 1) for i in (body, ends))
+            return [np.minimum(i, known - 1) for i in (body, ends)]
+        self.body, self.end = body, ends
+        order = clips.bodies or [self.model.body(i).name for i in range(extra, self.model.nbody)]
+        unknown = [n for n in (*names["body_names"], *names["end_eff_names"]) if n not in order]
+        if unknown:
+            raise DataError(f"--data: the clips have no body {unknown[0]!r}, which the teacher tracks")
+        return [[order.index(n) for n in names[key]] for key in ("body_names", "end_eff_names")]
 
     def with_reference(self, reference):
         """The same task with these arrays, traced or on a device, in place of its own `reference`."""
