@@ -339,14 +339,14 @@ class LAQ(nn.Module):
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
         torch.save(self.state_dict(), folder / "pytorch_model.bin")
 
-    def load_pretrained(self, folder):
-        """Weights of a checkpoint folder, whose configuration must be this model's."""
+    def load_pretrained(self, folder, assign=False):
+        """Weights of a checkpoint folder, whose configuration must be this model's. assign: see load_state_dict."""
         theirs = dataclasses.asdict(read_config(folder))
         for name, ours in dataclasses.asdict(self.config).items():
             if name != "motion_weight" and theirs[name] != ours:
                 raise DataError(f"{folder}: its {name} is {theirs[name]}, this model's {ours}")
         try:
-            self.load_state_dict(load(Path(folder) / "pytorch_model.bin"))
+            self.load_state_dict(load(Path(folder) / "pytorch_model.bin"), assign=assign)
         except (RuntimeError, LookupError, TypeError, AttributeError) as error:
             text = (str(error) or type(error).__name__).splitlines()[0][:150]
             raise DataError(f"{folder}/pytorch_model.bin: not the weights of its config.json ({text})") from None
@@ -355,7 +355,13 @@ class LAQ(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """The model of a checkpoint folder, in eval mode. Never runs code from the files."""
-        return cls(read_config(folder)).load_pretrained(folder).eval()
+        config = read_config(folder)
+        try:
+            with torch.device("meta"):  # sizes of a broken config take no memory
+                model = cls(config)
+        except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # sizes that are none
+            raise DataError(f"{folder}/config.json: no model can be built from it ({error})") from None
+        return model.load_pretrained(folder, assign=True).eval()
 
 
 def read_config(folder):
@@ -365,10 +371,10 @@ def read_config(folder):
         config = LAQConfig(**json.loads(path.read_text()))
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            if not isinstance(value, field.type) and not (field.type is float and isinstance(value, int)):
-                raise TypeError(f"{field.name} is {value!r}")
-            if field.type is int and not (field.name == "action_dim" and value == 0) and not 1 <= value <= 65536:
-                raise ValueError(f"{field.name} is {value}")
+            least, most = int(field.name != "action_dim"), 1000 if field.name == "depth" else 65536
+            whole = type(value) is int and least <= value <= most
+            if not whole and not (field.type is float and type(value) in (int, float)):
+                raise ValueError(f"{field.name} is {value!r}")
         return config
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: not a configuration of LAQ ({error})") from None

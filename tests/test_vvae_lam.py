@@ -215,10 +215,15 @@ def test_checkpoint_round_trip_and_what_it_refuses(this, tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="cannot be loaded"):
         this.model.VVAELatentActionVQVAE.from_pretrained(tmp_path)
-    for text, message in (('{"colour": 1}', "not a configuration"), ('{"patch": "x"}', "no model can be built")):
+    for text in ('{"colour": 1}', '{"patch": "x"}', '{"patch": 0}', '{"encoder_depth": 100000}', '{"num_heads": true}'):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match="config.json: not a configuration"):
             this.model.VVAELatentActionVQVAE.from_pretrained(tmp_path)
+    tiny(this).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(embed_dim=65536)))  # 50 GB of weights
+    with pytest.raises(DataError, match="cannot be loaded into this model"):
+        this.model.VVAELatentActionVQVAE.from_pretrained(tmp_path)
 
 
 # --- codebook

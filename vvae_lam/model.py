@@ -12,7 +12,7 @@ transformers, S code positions (codes per transition), K codes in a codebook.
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -282,15 +282,18 @@ class VVAELatentActionVQVAE(nn.Module):
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
         torch.save(self.state_dict(), folder / "pytorch_model.bin")
 
-    def load_pretrained(self, folder):
-        """Weights of a checkpoint folder whose configuration is this model's; DataError if it is not."""
+    def load_pretrained(self, folder, assign=False):
+        """Weights of a checkpoint folder whose configuration is this model's; DataError if it is not.
+
+        assign: put the file's tensors in place of this model's, which may have no memory (device "meta").
+        """
         own = asdict(self.config)
         for name, value in asdict(read_config(folder)).items():
             if name not in MAY_DIFFER and not np.array_equal(value, own[name]):
                 raise DataError(f"{folder}: {name} is {value}, but {own[name]} here")
         path = Path(folder) / "pytorch_model.bin"
         try:
-            self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=assign)
         except Exception as error:  # for a corrupt file torch raises struct.error, IndexError and a dozen more
             reason = (str(error) or type(error).__name__).splitlines()[0][:150]
             raise DataError(f"{path}: cannot be loaded into this model ({reason})") from None
@@ -301,16 +304,22 @@ class VVAELatentActionVQVAE(nn.Module):
         """The model of a checkpoint folder, in eval mode. Never runs code from the files."""
         config = read_config(folder)
         try:
-            model = cls(config)
-        except (TypeError, ValueError, RuntimeError) as error:  # sizes that are none
+            with torch.device("meta"):  # a config that does not fit its weights takes no memory
+                cls(config).load_pretrained(folder, assign=True)
+        except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # sizes that are none
             raise DataError(f"{folder}/config.json: no model can be built from it ({error})") from None
-        return model.load_pretrained(folder).eval()
+        return cls(config).load_pretrained(folder).eval()
 
 
 def read_config(folder):
     """The Config of a checkpoint folder."""
     path = Path(folder) / "config.json"
     try:
-        return Config(**json.loads(path.read_text()))
+        config = Config(**json.loads(path.read_text()))
+        for field in fields(config):
+            value, most = getattr(config, field.name), 1000 if field.name.endswith("depth") else 65536
+            if field.type is int and (type(value) is not int or not 1 <= value <= most):
+                raise ValueError(f"{field.name} is {value!r}")
+        return config
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: not a configuration of VVAELatentActionVQVAE ({error})") from None
