@@ -125,7 +125,7 @@ def read_npz(folder, paths):
             raise
         except Exception as error:  # numpy and zipfile raise a dozen kinds for a broken file
             text = "it holds Python objects" if "pickle" in str(error) else str(error) or type(error).__name__
-            raise DataError(f"{path}: not readable as npz ({text})") from None
+            raise DataError(f"{path}: not readable as npz ({text[:150]})") from None
     return found
 
 

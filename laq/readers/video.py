@@ -105,7 +105,7 @@ def sidecar_rows(entry, notes):
             if not rows:
                 notes.append(f"no actions or state in {path.name}, which holds {', '.join(arrays)}")
     except Exception as error:  # numpy and zipfile raise a dozen kinds for a broken file
-        raise DataError(f"{path}: expected the arrays actions and state ({error})") from None
+        raise DataError(f"{path}: expected the arrays actions and state ({str(error)[:150]})") from None
     return {name: as_rows(f"{path}: {name}", values) for name, values in rows.items()}
 
 

@@ -287,9 +287,9 @@ class Parallel(nn.Module):
         points, soft = torch.zeros(K, L), torch.zeros(K, L, L)
         for k, own in enumerate(codec.points):
             width = SMOOTH * (own[-1] - own[0]).clamp(min=1e-6) / max(1, len(own) - 1)
-            points[k, : len(own)] = own
             distance = (own[:, None] - own) / width
-            soft[k, : len(own), : len(own)] = torch.softmax(-0.5 * distance.square(), 1)
+            soft[k, : len(own), : len(own)] = targets = torch.softmax(-0.5 * distance.square(), 1)
+            points[k, : len(own)] = torch.linalg.solve(targets, own)  # so that the mean of a target is its own point
         self.register_buffer("points", points)
         self.register_buffer("soft", soft)  # true level, level
 

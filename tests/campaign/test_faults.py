@@ -19,6 +19,7 @@ from conftest import FOLDERS, ROOT, free_port, launch, weights_of
 from faults import FAULTS
 from tiny_runs import ENV, LOADERS, Server, assert_same, broken, curve, flags, until
 
+COUNTED = ("codebook", "perplexity", "reward", "joint_error")  # which codes are in use; episodes of a simulation
 OTHERS = [name for name in FOLDERS if name != "fsq_vqvae"]
 
 
@@ -137,13 +138,13 @@ def test_sigterm_under_torchrun(tmp_path):
 def close(a, b):
     """Assert that two curves agree: other numbers of processes add in another order.
 
-    The last bit can choose another code, and move a body's contacts: counts of codes, and rewards, may differ by 1 %.
+    The last bit can choose another code, and change what a body does next: COUNTED may differ by 5 %.
     """
     assert list(a) == list(b)
     for step in a:
         assert a[step].keys() == b[step].keys()
         for name, value in a[step].items():
-            rel = 1e-2 if "perplexity" in name or name.endswith("reward") else 2e-3
+            rel = 5e-2 if any(part in name for part in COUNTED) else 2e-3
             assert value == pytest.approx(b[step][name], rel=rel, abs=2e-4), f"step {step}, {name}"
 
 
