@@ -286,9 +286,9 @@ class Parallel(nn.Module):
         self.scores = nn.ModuleList(nn.Linear(WIDTH, sum(of_token)) for of_token in codec.levels)
         points, soft = torch.zeros(K, L), torch.zeros(K, L, L)
         for k, own in enumerate(codec.points):
-            width = SMOOTH * (own[-1] - own[0]).clamp(min=1e-6) / max(1, len(own) - 1)
-            distance = (own[:, None] - own) / width
-            soft[k, : len(own), : len(own)] = targets = torch.softmax(-0.5 * distance.square(), 1)
+            steps = torch.arange(len(own))
+            targets = torch.softmax(-0.5 * ((steps[:, None] - steps) / SMOOTH).square(), 1)
+            soft[k, : len(own), : len(own)] = targets
             points[k, : len(own)] = torch.linalg.solve(targets, own)  # so that the mean of a target is its own point
         self.register_buffer("points", points)
         self.register_buffer("soft", soft)  # true level, level
