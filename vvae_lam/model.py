@@ -306,9 +306,9 @@ class VVAELatentActionVQVAE(nn.Module):
         try:
             with torch.device("meta"):  # a config that does not fit its weights takes no memory
                 cls(config).load_pretrained(folder, assign=True)
+            return cls(config).load_pretrained(folder).eval()
         except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # sizes that are none
             raise DataError(f"{folder}/config.json: no model can be built from it ({error})") from None
-        return cls(config).load_pretrained(folder).eval()
 
 
 def read_config(folder):
