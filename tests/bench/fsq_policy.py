@@ -339,8 +339,8 @@ class Policy(nn.Module):
         self.register_buffer("mean", torch.from_numpy(mean))
         self.register_buffer("std", torch.from_numpy(std))
         self.observe = nn.Sequential(nn.Linear(len(mean), WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
-        heads = (Parallel, Parallel) if parallel else (Digits, Whole)
-        self.token = nn.Linear(WIDTH, A) if codec is None else heads[not isinstance(codec, Ours)](codec)
+        head = Parallel if parallel else Digits if isinstance(codec, Ours) else Whole
+        self.token = nn.Linear(WIDTH, A) if codec is None else head(codec)
         self.position = nn.Parameter(torch.randn(self.length, WIDTH) * 0.02)
         self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
         self.norm = nn.LayerNorm(WIDTH)
@@ -498,19 +498,15 @@ def main():
     }
     kinds = {arm: arm.partition(",")[0] for arm in args.arms}  # of tokens
     codecs = {kind: makers[kind]() for kind in dict.fromkeys(kinds.values())}
-    names, results = (
-        {arm: arm.replace("ours", f"ours, {ours}") for arm in args.arms},
-        Results(args.out / "results.json"),
-    )
+    names = {arm: arm.replace("ours", f"ours, {ours}") for arm in args.arms}
+    results = Results(args.out / "results.json")
     runs = {arm: [] for arm in args.arms}
     for seed in range(args.seeds):
         for arm, name in names.items():
             words = codecs[kinds[arm]], arm in ("ours", "256 bins"), data, held_out, envs, args, seed
             runs[arm].append(results.get(f"{name}, seed {seed}", one_policy, *words))
     episodes = args.episodes * len(TASKS)
-    print(
-        "\n| predicts | success, 95 % | of each seed | bits | chunks that did not decode | " + ", ".join(TASKS) + " |"
-    )
+    print(f"\n| predicts | success, 95 % | of each seed | bits | chunks that did not decode | {', '.join(TASKS)} |")
     print("| --- | ---: | ---: | ---: | ---: | --- |")
     for arm, name in names.items():
         won = np.array([run["successes"] for run in runs[arm]])  # seeds, tasks
