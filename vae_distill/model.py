@@ -311,8 +311,9 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = dict(arrays)
-        if not all(isinstance(array, np.ndarray) for array in found.values()):
-            raise ValueError("a member is no array")
+        wrong = [name for name, x in found.items() if not isinstance(x, np.ndarray) or x.dtype.kind not in "biuf"]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is no array of numbers")
         return found
     except Exception as error:  # for a broken file numpy raises tokenize, zip, zlib and syntax errors
         raise DataError(f"{path}: not readable as arrays ({str(error)[:150]})") from None
