@@ -219,6 +219,9 @@ def test_checkpoint_round_trip_and_what_it_refuses(this, tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(DataError, match="config.json: not a configuration"):
             this.model.VVAELatentActionVQVAE.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"mean": ["x"]}')
+    with pytest.raises(DataError, match="no model can be built"):
+        this.model.VVAELatentActionVQVAE.from_pretrained(tmp_path)
     tiny(this).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | dict(embed_dim=65536)))  # 50 GB of weights
