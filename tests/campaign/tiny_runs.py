@@ -30,7 +30,7 @@ ENV = dict(OMP_NUM_THREADS="1", MPLBACKEND="Agg", WANDB_MODE="offline", HF_HUB_O
 
 
 def flags(folder, long=False):
-    """Flags of a run of the folder's demo: 12 steps (vvae_lam 24, codes begin at 20), or 120 (fsq_vqvae, fast, 1500)."""
+    """Flags of a run of the demo: 12 steps (vvae_lam 24, codes begin at 20), or 120 (fsq_vqvae, fast, 1500)."""
     more = ("--steps 1500" if folder == "fsq_vqvae" else "--steps 120") if long else ""
     return f"{LONG if long else SHORT} {TINY[folder]} {more}".split()
 
