@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import DataError, ignore_signals
 
+MOST_VALUES = 20_000  # of a chunk: the closed form squares them
+
 
 @dataclass
 class Source:
@@ -96,8 +98,9 @@ def read_source(name, path, size="1s", action_key=None):
     if size.endswith("s") and fps is None:
         raise DataError(f"--data {name}: its files do not tell the rate; give --chunk {name}=STEPS")
     chunk = round(float(size[:-1]) * fps) if size.endswith("s") else int(size)
-    if chunk < 1:
-        raise DataError(f"--chunk {size}: less than one step of {name}")
+    values = chunk * found.actions[0].shape[1]
+    if not 0 < values <= MOST_VALUES:
+        raise DataError(f"--chunk {size}: {values} values of {name}; expected one step or more, {MOST_VALUES} at most")
     states, remark = readers.pair_state(found)
     return Source(
         name=name,

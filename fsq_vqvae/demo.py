@@ -4,13 +4,14 @@ Run:
   python fsq_vqvae/demo.py --out runs/demo/fsq_vqvae
 """
 
-import argparse
 import json
-import os
-import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+import common
 
 ABOUT = dict(version=1, episodes=80, rate=20, joints=7, seed=0)
 
@@ -36,31 +37,32 @@ def episode(rng, rest):
 
 
 def write(folder):
-    """Write the data unless it is there already. A half-written folder is never left behind."""
-    folder = Path(folder)
+    """Write the data unless it is there already, all of it or nothing. Other files in the folder are an error."""
+    folder = Path(folder).resolve()
     about = folder / "demo.json"
-    if about.exists() and json.loads(about.read_text()) == ABOUT:
+    if about.exists() and common.read_json(about) == ABOUT:
         return
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # two first starts at once
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if folder.is_file() or (any(folder.glob("*")) and not about.exists()):
+        raise common.DataError(f"{folder}: is there, and is no demo's data; give another folder")
     rng = np.random.default_rng(ABOUT["seed"])
     rest = np.array([0, -0.8, 0, 1.6, 0, 0.8, 0])
-    for number in range(ABOUT["episodes"]):
-        actions = episode(rng, rest)
-        timestamps = np.arange(len(actions)) / ABOUT["rate"]
-        np.savez(temporary / f"episode_{number:03d}.npz", actions=actions, timestamps=timestamps)
-    (temporary / about.name).write_text(json.dumps(ABOUT))
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        temporary.rename(folder)
-    except OSError:  # the other start was faster, its data is the same
-        shutil.rmtree(temporary)
+    with common.atomic(folder, folder=True) as made:
+        for number in range(ABOUT["episodes"]):
+            actions = episode(rng, rest)
+            timestamps = np.arange(len(actions)) / ABOUT["rate"]
+            np.savez(made / f"episode_{number:03d}.npz", actions=actions, timestamps=timestamps)
+        (made / about.name).write_text(json.dumps(ABOUT))
+
+
+def main(argv=None):
+    parser = common.ArgumentParser(__doc__)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; another demo's data are replaced")
+    write(parser.parse_args(argv).out)
+    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder to write; replaced if it holds another demo's data"
-    )
-    write(parser.parse_args().out)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

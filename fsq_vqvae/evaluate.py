@@ -40,6 +40,8 @@ def parse(argv=None):
     for name in ("val_stride", "random_tuples"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if args.register_steps < 0:
+        parser.error("--register-steps must not be negative")
     folder = Path(args.checkpoint).resolve()
     if args.out is None and folder.parent.name != "checkpoints":
         parser.error("--out is needed: the checkpoint does not lie in RUN/checkpoints")
@@ -141,15 +143,17 @@ same first row. 256 bins clip to [-1, 1], FAST to its training range."""
 def main(argv=None):
     args = parse(argv)
     model = FSQVQVAE.from_pretrained(args.checkpoint).to(setup(args)[2])
-    everything, examples = {}, {}
+    out, everything, examples = Path(args.out), {}, {}
+    try:
+        (out / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise common.DataError(f"--out {out}: {error.strerror}") from None
     for known, source, sample in open_sources(args, model):
         results, shown = measure(model, known, source, sample, args)
         everything[source.name] = results
         examples |= shown
         print(f"{source.name}: {results['chunks']} chunks", *table_of(results), sep="\n", flush=True)
 
-    out = Path(args.out)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in dict(
         rate_distortion=figures.rate_distortion({name: results["table"] for name, results in everything.items()}),
         reconstruction=figures.reconstruction(examples),

@@ -318,6 +318,8 @@ class FSQVQVAE(nn.Module):
     def from_pretrained(cls, folder):
         """The model of a checkpoint folder, in eval mode. Never runs code from the files."""
         path, weights = Path(folder) / "config.json", Path(folder) / "pytorch_model.bin"
+        if not path.exists():
+            raise DataError(f"{folder}: holds no config.json; expected a folder such as RUN/checkpoints/best")
         try:
             config = Config(**json.loads(path.read_text(encoding="utf-8")))
             with torch.device("meta"):  # sizes of a broken config take no memory

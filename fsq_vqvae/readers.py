@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from common import DataError
+from common import DataError, warn
 
 SUFFIXES = dict(npz=(".npz",), parquet=(".parquet",), hdf5=(".hdf5", ".h5", ".hdf"))
 STATE_KEYS = ("observation.state", "state", "obs.state", "observations/qpos", "obs/joint_states")
@@ -39,29 +39,39 @@ class Recording:
 
     def add(self, identity, actions, state=None, rate=None):
         self.ids.append(identity)
-        self.actions.append(np.asarray(actions, np.float32))
-        self.states.append(None if state is None else np.asarray(state, np.float32))
+        self.actions.append(as_float32(actions, "actions"))
+        self.states.append(None if state is None else as_float32(state, "state"))
         self.rates += [rate] if rate else []
+
+
+def as_float32(array, name):
+    array = np.asarray(array)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"its {name} are {array.dtype}, expected numbers")
+    return array.astype(np.float32)
 
 
 # --- files
 
 
 def files(folder, kind):
-    """Files below `folder` with a suffix of the kind, in whatever case, sorted; links to folders are followed."""
-    found, seen = [], set()
+    """Files of a kind below `folder` (or it itself, a file), sorted; links are followed, each folder is read once."""
+    found, seen = [folder] if folder.is_file() else [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        folders[:] = [name for name in folders if not name.startswith(".")] if real not in seen else []
-        seen.add(real)
-        found += [Path(root, n) for n in names if n.lower().endswith(SUFFIXES[kind]) and not n.startswith(".")]
-    return sorted(found)
+        first = os.path.realpath(root) not in seen
+        seen.add(os.path.realpath(root))
+        folders[:] = [name for name in folders if first and not name.startswith(".")]
+        found += [Path(root, name) for name in names if first and not name.startswith(".")]
+    return sorted(path for path in found if path.name.lower().endswith(SUFFIXES[kind]))
 
 
 def check_file(path):
-    """Name a file that is empty, or a Git LFS pointer in place of the data."""
-    with open(path, "rb") as file:
-        start = file.read(40)
+    """Name a file that is empty, a link to nothing, or a Git LFS pointer in place of the data."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(40)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
     if not start:
         raise DataError(f"{path}: the file is empty; copy it again")
     if start.startswith(b"version https://git-lfs"):
@@ -119,8 +129,12 @@ def read_npz(folder, paths):
                     raise DataError(f"{path}: has no array `actions`, only {', '.join(arrays)}")
                 actions = arrays["actions"]
                 state = next((arrays[key] for key in STATE_KEYS if key in arrays), None)
-                rate = rate_of(arrays["timestamps"], path) if "timestamps" in arrays else None
-                found.add(str(path.relative_to(folder).with_suffix("")), actions, state, rate)
+                times = arrays.get("timestamps")
+                if times is not None and times.size != len(actions):
+                    raise DataError(f"{path}: {times.size} `timestamps`, but {len(actions)} actions")
+                rate = None if times is None else rate_of(times, path)
+                identity = path.stem if path == folder else str(path.relative_to(folder).with_suffix(""))
+                found.add(identity, actions, state, rate)
         except DataError:
             raise
         except Exception as error:  # numpy and zipfile raise a dozen kinds for a broken file
@@ -134,8 +148,8 @@ def flat_names(feature):
     names = feature.get("names")
     names = next(iter(names.values()), None) if isinstance(names, dict) else names
     names = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], list) else names
-    size = int(np.prod(feature.get("shape", [0])))
-    return list(map(str, names)) if isinstance(names, list) and len(names) == size else None
+    one_each = isinstance(names, list) and list(np.ravel(feature.get("shape"))) == [len(names)]
+    return list(map(str, names)) if one_each else None
 
 
 def matrix(table, key):
@@ -154,9 +168,13 @@ def read_lerobot(folder, action_key=None):
     info = folder / "meta" / "info.json"
     description = read_json(info)
     try:
-        fps, features = float(description["fps"]), dict(description.get("features") or {})
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{info}: no readable `fps` ({error})") from None
+        fps, features = float(description["fps"]), description.get("features") or {}
+        features = {key: dict(feature) for key, feature in features.items()}
+        expected = int(description.get("total_episodes") or 0)
+        if not 0 < fps < 1e6:
+            raise ValueError(f"fps is {fps}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{info}: no readable `fps` and `features` ({error})") from None
     wanted = [action_key] if action_key else ["action", "actions"]
     action = next((key for key in wanted if key in features), None if features else wanted[0])
     if action is None:
@@ -175,6 +193,8 @@ def read_lerobot(folder, action_key=None):
         if rate and abs(rate / fps - 1) > 0.1:
             raise DataError(f"{where}: `timestamps` give {rate:.3g} Hz, but {info} says fps {fps:g}")
         found.add(str(episode), columns["actions"], columns["state"], fps)
+    if len(parts) < expected:
+        warn(f"{folder}: {len(parts)} of {expected} episodes are there (a partial copy?)")
     return found
 
 
@@ -189,6 +209,8 @@ def read_parquet(path, action, state):
         table = pyarrow.parquet.read_table(path, columns=keys)
         columns = dict(actions=matrix(table, action), state=matrix(table, state) if state in keys else None)
         columns["time"] = table["timestamp"].to_numpy() if "timestamp" in keys else None
+        if table["episode_index"].null_count:
+            raise ValueError("`episode_index` is empty in some rows")
         episodes, frames = table["episode_index"].to_numpy(), table["frame_index"].to_numpy()
     except (pyarrow.ArrowException, OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: not the parquet file of a LeRobotDataset ({error})") from None
@@ -240,13 +262,15 @@ def read_hdf5(folder, paths):
                 if "data" not in h5:
                     raise KeyError(f"it holds {', '.join(h5)}")
                 settings = str(h5["data"].attrs.get("env_args", h5["data"].attrs.get("env_info", "")))
-                rate = re.search(r'"control_freq": *([\d.]+)', settings)
+                rate = re.search(r'"control_freq": *(\d+\.?\d*)', settings)
                 rate = float(rate[1]) if rate and float(rate[1]) > 0 else None
                 for name in sorted(h5["data"], key=lambda name: [int(n) for n in re.findall(r"\d+", name)]):
                     demo = h5["data"][name]
+                    if "actions" not in demo:
+                        raise KeyError(f"{name} holds {', '.join(demo) or 'nothing'}")
                     state = next((dataset(demo, key) for key in STATE_KEYS if key in demo), None)
                     found.add(prefix + name, dataset(demo, "actions"), state, rate)
-        except (OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        except (OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             text = str(error)
             text += "; it is open elsewhere, or set HDF5_USE_FILE_LOCKING=FALSE" if "lock" in text else ""
             hint = "expected data/demo_N/actions, or ALOHA's action and observations"
@@ -297,15 +321,16 @@ def read(path, action_key=None):
     path = fetch(str(path)[4:]) if str(path).startswith("hub:") else Path(path)
     if not path.exists():
         raise DataError(f"--data {path}: no such file or folder")
-    hdf5 = [path] if path.is_file() else files(path, "hdf5")
+    hdf5, npz = files(path, "hdf5"), files(path, "npz")
     if (path / "meta" / "info.json").exists():
         found = read_lerobot(path, action_key)
-    elif hdf5:
-        found = read_hdf5(path, hdf5)
+    elif hdf5 and npz:
+        raise DataError(f"--data {path}: holds {npz[0].name} and {hdf5[0].name}; name the files or folder of one kind")
     else:
-        found = read_npz(path, files(path, "npz"))
+        found = read_hdf5(path, hdf5) if hdf5 else read_npz(path, npz)
     if not found.ids:
-        there = sorted({name.suffix or name.name for name in path.iterdir() if not name.name.startswith(".")})[:8]
+        names = [path] if path.is_file() else path.iterdir()
+        there = sorted({name.suffix or name.name for name in names if not name.name.startswith(".")})[:8]
         expected = "*.npz, meta/info.json of LeRobot, or *.hdf5"
         raise DataError(f"--data {path}: no episodes (expected {expected}; there is {', '.join(there) or 'nothing'})")
     check(found, path)

@@ -41,7 +41,7 @@ def held_out_ids(words, ids):
         first, dash, last = word.partition("-")
         if word in ids:
             named = {word}
-        elif first.isdigit() and (last.isdigit() if dash else True):
+        elif first.isdecimal() and (last.isdecimal() if dash else True):
             named = {identity for identity, n in number.items() if int(first) <= n <= int(last or first)}
         else:
             named = set()
@@ -77,8 +77,25 @@ def restore_split(sources, split):
     """Hold out what the checkpoint held out, in place. Returns a line for each source that has changed since."""
     lines = []
     for source in sources:
-        before = split.get(source.name, dict(episodes=0, held_out=[]))
+        before = split.get(source.name, dict(episodes=0, held_out=[], trained_on=[]))
         source.validation = np.isin(source.ids, before["held_out"])
-        if before["episodes"] != len(source.ids):
-            lines.append(f"{source.name}: {len(source.ids)} episodes, {before['episodes']} when the run began")
+        now = split_of([source])[source.name]
+        if now != before:
+            new = len(set(now["trained_on"]) - set(before["trained_on"]))
+            text = f"{now['episodes']} episodes, {before['episodes']} when the run began; it was not trained on {new}"
+            lines.append(f"{source.name}: {text}")
     return lines
+
+
+def in_order(sources, before):
+    """The sources in the order of a checkpoint's (dicts, see Config); DataError if they are others."""
+    there = {source.name: source for source in sources}
+    if set(there) != {known["name"] for known in before}:
+        names = ", ".join(known["name"] for known in before)
+        raise DataError(f"--resume: the run's data are called {names}, not {', '.join(there)}; --init takes in others")
+    for known in before:
+        source = there[known["name"]]
+        here, then = (source.chunk, source.actions.shape[1]), (known["chunk"], known["action_dim"])
+        if here != then:
+            raise DataError(f"--resume: chunks of {source.name} (steps, dims) are {here}, those of the run {then}")
+    return [there[known["name"]] for known in before]

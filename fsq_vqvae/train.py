@@ -26,7 +26,7 @@ import demo
 import figures
 from data import TrainBatches, describe, read_sources, train_loader, validation_batches
 from model import CONTEXT, FSQVQVAE
-from split import restore_split, split_of
+from split import in_order, restore_split, split_of
 
 import common
 
@@ -92,13 +92,13 @@ def parse(argv=None):
     for name in f"{positive} log_every eval_every save_every keep".split():
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
-    for name in "mix val_share workers lr_end warmup weight_decay seed".split():
+    for name in "mix val_share workers dropout lr_end warmup weight_decay seed".split():
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     if not 2 <= args.codebook_size < 2**63:
         parser.error(f"--codebook-size {args.codebook_size}: expected 2 to 2^63 - 1, what an int64 index can count")
-    if not 0 <= args.dropout < 1:
-        parser.error(f"--dropout {args.dropout}: expected 0 to below 1")
+    if not (args.dropout < 1 and args.val_share < 1):
+        parser.error("--dropout and --val-share must be below 1")
     micro_steps = args.accum * int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % micro_steps:
         parser.error(f"--batch-size {args.batch_size} is no multiple of {micro_steps} (micro-steps x processes)")
@@ -229,6 +229,7 @@ def main(argv=None):
 
     # --- data
     if checkpoint:
+        sources = in_order(sources, model.sources)
         for line in restore_split(sources, common.read_json(checkpoint / "data.json")):
             log.say(line)
     batches = TrainBatches(sources, args.batch_size, args.seed, args.accum, rank, world, args.mix, context)

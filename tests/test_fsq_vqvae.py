@@ -401,6 +401,7 @@ def test_every_format_reads_to_the_same_episodes(this, tmp_path):
             h5[f"data/demo_{i}/actions"] = actions.astype(np.float64)
     os.symlink(tmp_path / "npz", tmp_path / "linked")
     os.symlink(tmp_path / "npz", tmp_path / "outer" / "link")
+    os.symlink(tmp_path / "npz", tmp_path / "npz" / "again")  # a link back: each folder is read once
     for folder in (tmp_path / "npz", tmp_path / "v30" / "data" / "chunk-000", tmp_path / "aloha"):
         for file in list(folder.iterdir()):
             (folder / f"._{file.name}").write_bytes(b"\0\5\26\7Mac OS X")
@@ -411,10 +412,11 @@ def test_every_format_reads_to_the_same_episodes(this, tmp_path):
         assert source.length.tolist() == [12, 7, 15]
         assert source.fps == (pytest.approx(fps) if fps else None)
     for name in "ab":  # files of one name in two folders are two episodes
-        shutil.copytree(tmp_path / "npz", tmp_path / "two" / name)
+        shutil.copytree(tmp_path / "npz", tmp_path / "two" / name, ignore=shutil.ignore_patterns("again"))
     assert this.data.read_source("x", tmp_path / "two", "5").ids == [f"{name}/{i}" for name in "ab" for i in range(3)]
     flat = write_lerobot(tmp_path / "flat", {"file-000.parquet": [(0, 0, a[:, :1])]}, flat=True)  # of one dim
     np.testing.assert_array_equal(this.readers.read(flat).actions[0], a[:, :1])
+    np.testing.assert_array_equal(this.readers.read(tmp_path / "npz" / "1.npz").actions, [b])
 
 
 def test_state_is_paired_with_the_action_by_names(this, tmp_path):
@@ -470,6 +472,13 @@ def nan_at(step, dim):
             lambda f: np.savez(f / "ep01.npz", actions=np.zeros((9, 3)), timestamps=np.zeros(9)),
             "ep01.npz: `timestamps`",
         ),
+        (lambda f: np.savez(f / "ep01.npz", actions=np.zeros((9, 3)) + 1j), "ep01.npz: .*complex128, expected numbers"),
+        (
+            lambda f: np.savez(f / "ep01.npz", actions=np.zeros((9, 3)), timestamps=np.arange(4)),
+            "ep01.npz: 4 `timestamps`, but 9 actions",
+        ),
+        (lambda f: os.symlink("gone.npz", f / "ep02.npz"), "ep02.npz: No such file"),
+        (lambda f: (f / "a.hdf5").write_text("x"), "holds ep00.npz and a.hdf5"),
         (lambda f: write_npz(f, [9] * 3, rate=0.01), "seconds"),
         (lambda f: write_npz(f, [9] * 3, rate=1e-8), "seconds"),
         (lambda f: write_npz(f, [9], rate=30), "10 Hz and of 30 Hz"),
@@ -484,7 +493,7 @@ def test_broken_npz_is_named(this, tmp_path, damage, message):
         this.readers.read(folder)
 
 
-def test_broken_parquet_is_named(this, tmp_path):
+def test_broken_parquet_is_named(this, tmp_path, capsys):
     actions = np.zeros((9, 3), np.float32)
     files = {"file-000.parquet": [(0, 0, actions)], "file-001.parquet": [(1, 0, actions)]}
     folder = write_lerobot(tmp_path / "a", files)
@@ -494,6 +503,10 @@ def test_broken_parquet_is_named(this, tmp_path):
         (lambda: pyarrow.parquet.write_table(pyarrow.table(dict(other=[1.0])), file), "no column `action`, only other"),
         (lambda: file.write_text("version https://git-lfs.github.com/spec/v1"), "file-001.parquet: a Git LFS pointer"),
         (lambda: (folder / "meta" / "info.json").write_text("{"), "info.json: not readable as JSON"),
+        *(
+            (lambda x=x: (folder / "meta" / "info.json").write_text(json.dumps(x)), "info.json: no readable `fps`")
+            for x in (dict(fps=float("nan")), dict(fps=0), dict(fps=10, features=dict(action=None)))
+        ),
     ):
         damage()
         with pytest.raises(DataError, match=message):
@@ -502,6 +515,15 @@ def test_broken_parquet_is_named(this, tmp_path):
         this.readers.read(write_lerobot(tmp_path / "b", {"f.parquet": [(0, 0, actions), (0, 11, actions)]}))
     with pytest.raises(DataError, match="10 Hz, but .*info.json says fps 50"):
         this.readers.read(write_lerobot(tmp_path / "c", files, fps=50))
+    info = write_lerobot(tmp_path / "partial", files) / "meta" / "info.json"
+    info.write_text(json.dumps(dict(fps=10, total_episodes=5, features=dict(action=dict(shape=None, names=["x"])))))
+    assert len(this.readers.read(tmp_path / "partial").ids) == 2
+    assert "2 of 5 episodes are there" in capsys.readouterr().err
+    table = pyarrow.parquet.read_table(file := tmp_path / "partial" / "data" / "chunk-000" / "file-000.parquet")
+    empty = pyarrow.array([None] * len(table), pyarrow.int64())
+    pyarrow.parquet.write_table(table.set_column(2, "episode_index", empty), file)
+    with pytest.raises(DataError, match="file-000.parquet: .*`episode_index` is empty"):
+        this.readers.read(tmp_path / "partial")
     other = write_lerobot(tmp_path / "d", files, key="action.joint_position")
     with pytest.raises(DataError, match="--action-key names one of action.joint_position"):
         this.readers.read(other)
@@ -512,6 +534,14 @@ def test_broken_hdf5_is_named(this, tmp_path):
     (tmp_path / "x.hdf5").write_bytes(b"not hdf5")
     with h5py.File(tmp_path / "y.hdf5", "w") as h5:
         h5["steps"] = np.zeros(3)
+    with h5py.File(tmp_path / "texts.hdf5", "w") as h5:
+        h5["data/demo_0/actions"] = [["a"]]
+    with h5py.File(tmp_path / "lost.hdf5", "w") as h5:
+        h5.create_group("data/demo_7")["obs"] = 1
+    with h5py.File(tmp_path / "none.hdf5", "w") as h5:
+        h5.create_group("data")
+    with pytest.raises(DataError, match="none.hdf5: no episodes"):
+        this.readers.read(tmp_path / "none.hdf5")
     with h5py.File(tmp_path / "z.hdf5", "w") as h5:
         h5.create_dataset("data/demo_0/actions", (100, 3), "f4", chunks=(10, 3))[:50] = 1.0  # its writer died
     layout = h5py.VirtualLayout((20, 3), "f4")
@@ -521,6 +551,8 @@ def test_broken_hdf5_is_named(this, tmp_path):
     for name, message in dict(
         x="not readable",
         y=".*it holds steps",
+        texts=".*expected numbers",
+        lost=".*demo_7 holds obs",
         z="actions was not written to its end",
         v="actions .*sources are missing",
     ).items():
@@ -565,6 +597,8 @@ def test_split_depends_on_the_recording_alone(this, tmp_path):
         (([str(folder), str(folder)], ["5"]), "two sources"),
         (([f"a={folder}"], ["5"], 0.1, ["0-39"]), "none is left"),
         (([f"a={folder}"], ["five"]), "expected steps"),
+        (([f"a={folder}"], ["100000"]), "300000 values of a"),
+        (([f"a={folder}"], ["5"], 0.1, ["²"]), "no episode is called ²"),
     ):
         with pytest.raises(DataError, match=message):
             this.data.read_sources(*words)
@@ -690,6 +724,39 @@ def test_run_resume_and_what_it_leaves(this, tmp_path, capsys):
     this.train.main(flags(folder, two, "--resume", "--steps", 9))
     assert "a: 13 episodes, 8 when the run began" in capsys.readouterr().out
     assert (two / "checkpoints" / "step_0000009" / "config.json").read_bytes() == before
+
+
+def test_resume_knows_the_sources_by_their_names(this, tmp_path):
+    """In another order they train the same model; another name, number of dims or chunk is refused."""
+    a, b, wide = (write_npz(tmp_path / f"$ {i}$", [30] * 8, dims=3 + i // 2, seed=i) for i in range(3))
+    run, other = tmp_path / "run", tmp_path / "other"
+    words = flags(a, run)
+    assert this.train.main([*words[:2], f"b={b}", *words[2:]]) == 0
+    shutil.copytree(run, other, symlinks=True)
+    for out, data in ((run, (f"a={a}", f"b={b}")), (other, (f"b={b}", f"a={a}"))):
+        assert this.train.main(["--data", *data, *flags(a, out, "--resume", "--steps", 9)[2:]]) == 0
+    assert equal(weights(run), weights(other))
+    for data, more, message in (
+        ((f"b={b}",), (), "called a, b, not b"),
+        ((f"a={wide}", f"b={b}"), (), r"chunks of a .*are \(8, 4\), those of the run \(8, 3\)"),
+        ((f"a={a}", f"b={b}"), ("--chunk", 5), r"chunks of a .*are \(5, 3\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            this.train.main(["--data", *data, *flags(a, run, "--resume", *more)[2:]])
+    words = flags(a, tmp_path / "named after its folder")
+    assert this.train.main(["--data", str(a), *words[2:]]) == 0  # $ begins no formula in the figures
+
+
+def test_the_demo_replaces_nothing_but_a_demo(this, tmp_path, capsys):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("x")
+    for path in ("thesis", "thesis/chapter", "thesis/chapter/x"):
+        with pytest.raises(DataError, match="no demo's data|cannot be written"):
+            this.train.demo.write(tmp_path / path)
+    assert (tmp_path / "thesis" / "chapter").read_text() == "x"
+    with pytest.raises(SystemExit):
+        this.train.parse(["--data", "x", "--val-share", "5"])
+    assert "--val-share must be below 1" in capsys.readouterr().err
 
 
 def test_accumulation_and_amp_train_the_same_model(this, tmp_path):
