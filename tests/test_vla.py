@@ -166,6 +166,8 @@ def test_what_cannot_teach_is_left_out_and_named(this, tmp_path):
         (dict(vectors=np.full((6, 2, 3), np.nan, np.float32)), "NaN"),
         (dict(valid=np.zeros(6, bool)), "within one scene"),
         (dict(codebook=[[0.0]]), "codebook has shape"),
+        (dict(codes=np.full((6, 2), 1.5)), "float64 codes.*expected whole numbers"),
+        (dict(gap=0), "gap is 0"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(this, tmp_path, about, message):

@@ -103,10 +103,11 @@ def read_labels(folder):
         K, N, C = (int(about[name]) for name in ("codebook_size", "code_seq_len", "code_dim"))
         codebook = np.array(about["codebook"], float)
         codebook = np.stack([codebook] * N) if codebook.ndim == 2 else codebook
-        if codebook.shape != (N, K, C):
-            raise ValueError(f"the codebook has shape {codebook.shape}, expected {(N, K, C)}")
-        sizes = dict(codebook_size=K, code_seq_len=N, code_dim=C)
-        return dict(**sizes, gap=int(about["gap"]), codebook=codebook.tolist())
+        if codebook.shape != (N, K, C) or not np.isfinite(codebook).all():
+            raise ValueError(f"the codebook has shape {codebook.shape}, expected {(N, K, C)} finite numbers")
+        if (gap := int(about["gap"])) < 1:
+            raise ValueError(f"gap is {gap}")
+        return dict(codebook_size=K, code_seq_len=N, code_dim=C, gap=gap, codebook=codebook.tolist())
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path}: not there; --labels wants the folder that laq/label.py writes") from None
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -117,11 +118,13 @@ def read_latents(clip, labels):
     """codes (T', N) int64, vectors (T', N, C) float32, valid (T',) bool, False across a cut; T' = T - gap."""
     found, name = clip.archive("latents.npz"), f"{clip.members['latents.npz'][0]}:{clip.key}.latents.npz"
     try:
-        codes, vectors, gap = found["codes"].astype(np.int64), found["vectors"].astype(np.float32), int(found["gap"])
+        codes, vectors, gap = found["codes"], found["vectors"].astype(np.float32), int(found["gap"])
         valid = found["valid"].astype(bool) if "valid" in found else np.ones(len(codes), bool)
     except (KeyError, ValueError, TypeError) as error:
         raise DataError(f"{name}: needs codes, vectors and gap ({error})") from None
-    shape = max(0, len(clip) - gap), labels["code_seq_len"], labels["code_dim"]
+    if codes.dtype.kind not in "iu" or gap != labels["gap"]:
+        raise DataError(f"{name}: {codes.dtype} codes, gap {gap}; expected whole numbers, gap {labels['gap']}")
+    codes, shape = codes.astype(np.int64), (max(0, len(clip) - gap), labels["code_seq_len"], labels["code_dim"])
     if codes.shape != shape[:2] or vectors.shape != shape or valid.shape != shape[:1]:
         shapes = f"codes {codes.shape}, vectors {vectors.shape}; expected vectors {shape} for a gap of {gap}"
         raise DataError(f"{name}: {shapes}: label these shards again")
