@@ -6,6 +6,8 @@ global batch of a step depends on (seed, step) alone; a rank, a micro-step and a
 Each slot of the batch stays with one clip for a few steps, so that a clip is decoded once for several pairs.
 """
 
+import itertools
+import random
 import sys
 
 import numpy as np
@@ -42,9 +44,25 @@ def between(clip, starts, gap):
     if actions is None:
         return None
     actions = actions.astype(np.float64)
-    if clip.meta.get("actions", "delta") == "delta":
+    kind = clip.meta.get("actions", "delta")
+    if kind not in ("delta", "absolute"):
+        raise DataError(f"{clip}.json: actions {kind}, expected delta or absolute")
+    if kind == "delta":
         actions = np.cumsum(actions, 0) - actions  # what was done before step t
     return (actions[starts + gap] - actions[starts]).astype(np.float32)
+
+
+def read_window(clip, first, gap):
+    """The pairs (t, t + gap) of WINDOW neighbouring starts that cross no cut: starts (n,), {row: frame} of them.
+
+    The window goes round: after the clip's last start comes its first, so that every pair is drawn alike.
+    """
+    starts = np.unique((first + np.arange(WINDOW)) % (len(clip) - gap))
+    rows = np.unique(starts[:, None] + np.arange(gap + 1))  # those in between show the cuts
+    small = to_rgb(THUMB)
+    thumbs, frames = zip(*clip.decode(rows, lambda frame: (small(frame), frame)), strict=True)
+    whole = same_scene(np.stack(thumbs), np.searchsorted(rows, starts), gap)
+    return starts[whole], dict(zip(rows.tolist(), frames, strict=True))
 
 
 def read_pairs(clip, gap, limit, size):
@@ -95,8 +113,8 @@ class TrainPairs(Dataset):
     def read(self, slot, turn):
         """`reuse` pairs of the clip that a slot has in this turn: frames (reuse 2 S S 3), actions, whether known.
 
-        A clip is drawn by its number of pairs, then one of its pairs and a window of WINDOW neighbouring starts around
-        it. The window goes round: after the clip's last start comes its first, so that every pair is drawn alike.
+        A clip is drawn by its number of pairs, then one of its pairs and a window of starts around it. If that pair
+        crosses a cut, or the clip is broken, another clip is drawn.
         """
         draw = np.random.default_rng([self.seed, 1, slot, turn])
         labelled = self.labelled is not None and slot % LABELLED == 0
@@ -105,18 +123,13 @@ class TrainPairs(Dataset):
             source, clip = clips[np.searchsorted(ends, draw.integers(ends[-1]), "right")]
             low, high = source.gaps(clip)
             gap = int(draw.integers(low, min(high, len(clip) - 1) + 1))
-            count = len(clip) - gap
-            start, before = draw.integers(count), draw.integers(WINDOW)
-            starts = np.unique((start - before + np.arange(WINDOW)) % count)
-            rows = np.unique(starts[:, None] + np.arange(gap + 1))
+            start = draw.integers(len(clip) - gap)
+            first = start - draw.integers(WINDOW)
             try:
-                small, square = to_rgb(THUMB), to_rgb(self.size)  # only few frames are wanted in full
-                frames = clip.decode(rows, lambda frame, small=small: (small(frame), frame))
-                whole = same_scene(np.stack([thumb for thumb, _ in frames]), np.searchsorted(rows, starts), gap)
-                good = starts[whole]
-                if start not in good:
+                starts, frames = read_window(clip, first, gap)
+                if start not in starts:
                     continue
-                chosen = draw.choice(good, self.reuse, replace=len(good) < self.reuse)
+                chosen = draw.choice(starts, self.reuse, replace=len(starts) < self.reuse)
                 actions = between(clip, chosen, gap) if labelled else None
             except (OSError, DataError) as error:
                 if str(clip) not in self.broken:
@@ -125,8 +138,9 @@ class TrainPairs(Dataset):
                 continue
             known = actions is not None and actions.shape[1] == self.action_dim
             actions = actions if known else np.zeros((self.reuse, self.action_dim), np.float32)
-            shown = np.searchsorted(rows, np.stack([chosen, chosen + gap], 1))  # reuse 2
-            return np.stack([[square(frames[i][1]) for i in pair] for pair in shown]), actions, known
+            square = to_rgb(self.size)
+            pairs = [[square(frames[s]), square(frames[s + gap])] for s in chosen.tolist()]
+            return np.stack(pairs), actions, known
         raise DataError("50 clips in a row hold no pair to train on: they are broken, or every pair crosses a cut")
 
     def __getitem__(self, item):
@@ -207,14 +221,14 @@ def augment(batch):
 class Validation:
     """About `limit` held-out pairs of a source (this rank's part), read once and kept; iterates over batches of 64.
 
-    In a batch also draw (B N) in [0, 1), which depends on clip and pair alone: random codes are made of it. Clips that
-    cannot be read are named and skipped.
+    Pairs come in a random order, so that the next one is mostly of another clip. Clips that cannot be read are named
+    and skipped.
     """
 
-    def __init__(self, source, size, limit, rank=0, world=1, code_seq_len=1):
+    def __init__(self, source, size, limit, rank=0, world=1):
         each, step = max(1, limit // len(source.validation)), max(1, len(source.validation) // limit)
         self.rows, A = [], action_dim([source])
-        for number, clip in list(enumerate(source.validation[::step]))[rank::world]:
+        for clip in source.validation[::step][rank::world]:
             try:
                 starts, frames, _ = read_pairs(clip, source.gap(clip), each, size)
                 actions = between(clip, starts, source.gap(clip))
@@ -223,43 +237,35 @@ class Validation:
                 continue
             known = actions is not None and actions.shape[1] == A
             actions = actions if known else np.zeros((len(starts), A), np.float32)
-            draw = np.random.default_rng(number).random((len(starts), code_seq_len))
-            self.rows += zip(frames, actions, [known] * len(starts), draw, strict=True)
+            self.rows += zip(frames, actions, [known] * len(starts), strict=True)
+        random.Random(0).shuffle(self.rows)
 
     def __iter__(self):
         for first in range(0, len(self.rows), 64):
             columns = [np.stack(column) for column in zip(*self.rows[first : first + 64], strict=True)]
-            yield dict(zip(("frames", "actions", "has_actions", "draw"), map(torch.from_numpy, columns), strict=True))
-
-
-class Items:
-    """(step, first slot, end) of this rank's micro-batches, each in `parts` parts, one per loader process."""
-
-    def __init__(self, first, steps, accum, rank, world, batch, parts):
-        self.first, self.steps, self.accum, self.rank, self.world = first, steps, accum, rank, world
-        self.batch, self.edges = batch, np.linspace(0, batch, parts + 1).astype(int).tolist()
-
-    def __iter__(self):
-        for step in range(self.first, self.steps):
-            for micro in range(self.accum):
-                start = (micro * self.world + self.rank) * self.batch
-                for a, b in zip(self.edges[:-1], self.edges[1:], strict=True):
-                    yield step, start + a, start + b
+            yield dict(zip(("frames", "actions", "has_actions"), map(torch.from_numpy, columns), strict=True))
 
 
 def prepare_dataloaders(
     sources, batch_size, size, seed=0, steps=1000, first=0, accum=1, rank=0, world=1, workers=0, val_pairs=256,
-    code_seq_len=1, pin_memory=False, **pairs,
+    pin_memory=False, **pairs,
 ):  # fmt: skip
     """(iterator over this rank's micro-batches of the steps first to steps - 1, {source name: Validation})."""
     local, parts = batch_size // (accum * world), max(1, workers)
     if local < parts:
         raise DataError(f"--workers {workers}: a micro-batch has only {local} pairs")
+    edges = np.linspace(0, local, parts + 1).astype(int).tolist()
+
+    def items():  # a micro-batch in parts, one per loader process
+        for step in range(first, steps):
+            for micro in range(accum):
+                start = (micro * world + rank) * local
+                yield from ((step, start + a, start + b) for a, b in itertools.pairwise(edges))
+
     dataset = TrainPairs(sources, size, seed, **pairs)
-    items = Items(first, steps, accum, rank, world, local, parts)
     # a generator of its own: else the loader draws from the one that noise is drawn from
     more = dict(generator=torch.Generator(), worker_init_fn=ignore_signals, pin_memory=pin_memory)
-    stream = iter(DataLoader(dataset, batch_size=None, sampler=items, num_workers=workers, **more))
+    stream = iter(DataLoader(dataset, batch_size=None, sampler=items(), num_workers=workers, **more))
 
     def batches():
         for part in stream:
@@ -267,4 +273,4 @@ def prepare_dataloaders(
             yield {key: torch.cat([piece[key] for piece in (part, *rest)]) for key in part} if rest else part
 
     held = [source for source in sources if source.validation]
-    return batches(), {s.name: Validation(s, size, val_pairs, rank, world, code_seq_len) for s in held}
+    return batches(), {s.name: Validation(s, size, val_pairs, rank, world) for s in held}

@@ -5,7 +5,6 @@ Run:
   python laq/demo.py --out runs/demo/laq_distractors --distractors
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from shards import key_of, npy, write_shard
 
-from common import atomic
+import common
 
 ABOUT = dict(version=1, episodes=240, length=24, pixels=32, fps=5, seed=0)
 STEP, RADIUS, REACH = 0.1, 0.1, 0.08  # of the image's side: one move, a block's radius, the effector's
@@ -90,22 +89,30 @@ def samples(numbers, distractors):
 
 
 def write(folder, distractors=False):
-    """Write the data unless it is there already. A half-written folder is never left behind."""
-    folder, what = Path(folder), ABOUT | dict(distractors=distractors)
+    """Write the data unless it is there already, all of it or nothing. Other files in the folder are an error."""
+    folder, what = Path(folder).resolve(), ABOUT | dict(distractors=distractors)
     about = folder / "demo.json"
-    if about.exists() and json.loads(about.read_text()) == what:
+    if about.exists() and common.read_json(about) == what:
         return
-    with atomic(folder, folder=True) as temporary:
+    if folder.is_file() or (any(folder.glob("*")) and not about.exists()):
+        raise common.DataError(f"{folder}: is there, and is no demo's data; give another folder")
+    with common.atomic(folder, folder=True) as temporary:
         for shard, numbers in enumerate(np.array_split(range(ABOUT["episodes"]), 4)):
             write_shard(temporary / f"shard-{shard:06d}.tar", samples(numbers, distractors))
         (temporary / about.name).write_text(json.dumps(what))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder to write; replaced if it holds another demo's data"
-    )
+def main(argv=None):
+    parser = common.ArgumentParser(__doc__)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; another demo's data are replaced")
     parser.add_argument("--distractors", action="store_true", help="other things move too, and the camera shakes")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     write(args.out, args.distractors)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

@@ -23,7 +23,7 @@ import metrics
 from data import between, read_pairs
 from model import LAQ, block_flow
 from shards import key_of, read_clips
-from sources import Source, fingerprint, named, named_paths, parse_gap
+from sources import Source, fingerprint, make_folder, named, named_paths, parse_gap
 from train import setup
 
 import common
@@ -42,7 +42,6 @@ def parse(argv=None):
     add("--fit-pairs", default=4096, help="pairs of other episodes per source that the probes are fitted on", **whole)
     add("--batch-size", default=64, help="pairs at a time", **whole)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
-    add("--seed", default=0, help="of shuffles", **whole)
     args = parser.parse_args(argv)
     for name in ("pairs", "fit_pairs", "batch_size"):
         if getattr(args, name) < 1:
@@ -164,22 +163,15 @@ def motion_of(motions, states):
 def images(model, pairs, args, device):
     """Reconstruction and codebook on the evaluated pairs: sections of the report; and the share of each code (N K)."""
     codes, errors, K = pairs.codes[pairs.evaluated], [], model.config.codebook_size
-    order, shuffled = np.random.default_rng(args.seed).permutation(len(codes)), np.empty_like(codes)
-    shuffled[order] = codes[np.roll(order, 1)]  # every pair gets another one's codes
+    order = np.random.default_rng(0).permutation(len(codes))  # so that the next pair is any other one
     for i in range(0, len(codes), args.batch_size):
-        part = slice(i, i + args.batch_size)
-        first, second = (to_input(pairs.frames[part, t], device) for t in (0, 1))
-        decoded, other = (model.decode(first, torch.from_numpy(c[part]).to(device)) for c in (codes, shuffled))
-        distances = [(decoded, second), (other, second), (first, second), (decoded, first)]
-        errors.append(torch.stack([(x - y).square().mean((1, 2, 3)) for x, y in distances], 1).cpu())
-    errors = torch.cat(errors).double().numpy()
-    found = metrics.reconstruction_metrics(errors[:, :3])
-    found["nearer_to_the_future"] = float((errors[:, 0] < errors[:, 3]).mean())
-    book = metrics.codebook_metrics(codes, K)
+        first, second = (to_input(pairs.frames[order[i : i + args.batch_size], t], device) for t in (0, 1))
+        errors.append(metrics.assess(model, first, second)[0].cpu())
+    found, book = metrics.reconstruction_metrics(torch.cat(errors).double()), metrics.codebook_metrics(codes, K)
     return dict(reconstruction=found, codebook=book), metrics.histogram(codes, K)
 
 
-def probe(model, pairs, seed):
+def probe(model, pairs):
     """Sections of the report on what the latents tell of the robot's motion; empty without motion."""
     known = np.isfinite(pairs.motion).all(1)
     if pairs.motion.shape[1] == 0 or not known.any():
@@ -192,7 +184,7 @@ def probe(model, pairs, seed):
         "first frame": small[:, 0],
         "pixel difference": small[:, 1] - small[:, 0],
         "optical flow": pairs.flow[known],
-        "shuffled codes": np.random.default_rng(seed).permutation(one_hot),
+        "shuffled codes": np.random.default_rng(0).permutation(one_hot),
     }
     tested = np.unique(episode[pairs.evaluated[known]])
     table, cameras, (fitted, scored) = metrics.probe_tables(features, y, episode, camera.astype(str), tested)
@@ -211,10 +203,8 @@ def summary(name, report, K):
     if "probe" in report:
         r2 = {method: scores["r2_weighted"] for method, scores in report["probe"].items()}
         if None not in r2.values():
-            better = r2["codes"] > max(0, r2["first frame"], r2["pixel difference"])
-            text += (
-                f"; of the motion the codes tell {'more' if better else 'LESS'} than pixels do: R2 {r2['codes']:.2f}"
-            )
+            more = "more" if r2["codes"] > max(0, r2["first frame"], r2["pixel difference"]) else "LESS"
+            text += f"; of the motion the codes tell {more} than pixels do: R2 {r2['codes']:.2f}"
             text += f", first frame {r2['first frame']:.2f}, pixel difference {r2['pixel difference']:.2f}"
     return f"{name}: {text}"
 
@@ -272,6 +262,7 @@ def main(argv=None):
     model = LAQ.from_pretrained(args.checkpoint).to(device)
     if not model.quantizer.quantizing:
         raise common.DataError(f"{args.checkpoint}: quantization has not started, so its codes mean nothing: train on")
+    make_folder(f"{args.out}/figures")
     reports, sheets, K = {}, {}, model.config.codebook_size
     for source, own in open_sources(args):
         pairs = collect(model, source, args, device)
@@ -284,7 +275,7 @@ def main(argv=None):
         which = "held out of the run's own data" if own else "all: the run was not trained on this data"
         found, share = images(model, pairs, args, device)
         report = dict(pairs=int(pairs.evaluated.sum()), episodes=count, which=which, gap=gap)
-        reports[source.name] = report | found | probe(model, pairs, args.seed)
+        reports[source.name] = report | found | probe(model, pairs)
         sheets[source.name] = sheet(model, pairs, share, device)
         print(summary(source.name, reports[source.name], K), flush=True)
     if not reports:
@@ -294,7 +285,6 @@ def main(argv=None):
     probed = {name: report for name, report in reports.items() if "probe" in report}
     if probed:
         drawn["probe"] = figures.probes(probed, BASELINES)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         with common.atomic(out / "figures" / f"{name}.png") as path:
             figure.savefig(path, format="png")

@@ -17,17 +17,14 @@ def curves(log_file):
     """Reconstruction, codebook and meaning over the steps, from log.jsonl."""
     lines = [json.loads(line) for line in log_file.read_text().splitlines()]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    panels = [
-        ("psnr_gain_over_copy", "PSNR gain over a copy of the first frame (dB)", 1),
-        ("usage", "codes in use (%)", 100),
-    ]
-    for axis, (key, label, scale) in zip(figure.subplots(1, 2), panels, strict=True):
+    panels = dict(psnr_gain_over_copy="PSNR gain over a copy of the first frame (dB)", usage="share of codes in use")
+    for axis, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         names = sorted({name for line in lines for name in line if name.endswith(f"/{key}")})
-        for number, name in enumerate(names):
-            points = [(line["step"], scale * line[name]) for line in lines if line.get(name) is not None]
-            axis.plot(
-                *zip(*points, strict=True), marker="o", ms=3, lw=1.2, color=f"C{number}", label=name.split("/")[1]
+        for name in names:
+            steps, values = zip(
+                *((line["step"], line[name]) for line in lines if line.get(name) is not None), strict=True
             )
+            axis.plot(steps, values, marker="o", ms=3, lw=1.2, label=name.split("/")[1])
         axis.set(xlabel="step", ylabel=label, title="higher is better")
         axis.axhline(0, color=TRUE, lw=1)
         if names:
@@ -72,11 +69,9 @@ def codes(examples):
         for axis in row:
             axis.axis("off")
         if position == 0:
-            for axis, key, title in zip(
-                row, ("first", "second", "decoded"), ("frame", "next", "decoded"), strict=False
-            ):
+            for axis, key in zip(row, ("first", "second", "decoded"), strict=False):
                 axis.imshow(example[key], interpolation="nearest")
-                axis.set_title(title, fontsize=7)
+                axis.set_title(key, fontsize=7)
         dims, arrows = mean_motion(example, position)
         share = histogram(example["all_codes"], int(example["all_codes"].max()) + 1)[position]
         for axis, code, image, arrow in zip(
@@ -133,13 +128,8 @@ def probes(reports, baselines):
         values = np.array([scores["r2_weighted"] for scores in table.values()])
         ends = [scores.get("r2_weighted_interval", [scores["r2_weighted"]] * 2) for scores in table.values()]
         bars = np.abs(np.array(ends).reshape(-1, 2).T - values)
-        axis.barh(
-            list(table),
-            values.clip(-0.5),
-            color=[TRUE if name in baselines else MODEL for name in table],
-            xerr=bars,
-            error_kw=dict(lw=1),
-        )
+        colours = [TRUE if name in baselines else MODEL for name in table]
+        axis.barh(list(table), values.clip(-0.5), color=colours, xerr=bars, error_kw=dict(lw=1))
         axis.invert_yaxis()
         axis.axvline(0, color="black", lw=0.8)
         axis.set(title=source, xlabel="R2, dims weighted by their motion (shown from -0.5)", xlim=(-0.55, 1))

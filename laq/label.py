@@ -25,8 +25,8 @@ from tqdm import tqdm
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from data import THUMB, same_scene
 from model import LAQ
-from shards import npz, read_shard, shards_of, to_rgb, write_shard
-from sources import Source, parse_gap
+from shards import npz, open_shard, read_shard, shards_of, to_rgb, write_shard
+from sources import Source, make_folder, parse_gap
 from train import setup
 
 import common
@@ -77,9 +77,19 @@ def agree(out, spec):
         if other:
             raise common.DataError(f"{out} holds labels of another model or gap ({other[0]}): choose another --out")
         return
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with common.atomic(path) as temporary:
         temporary.write_text(json.dumps(spec))
+
+
+def is_there(labels, shard):
+    """Whether the label shard is there already; DataError if it is not one of this shard's clips."""
+    if not labels.exists():
+        return False
+    keys = {clip.key for clip in read_shard(shard, say=lambda text: None)}
+    if any(clip.key not in keys or "latents.npz" not in clip.members for clip in open_shard(labels)):
+        raise common.DataError(f"{labels} is there and holds no labels of {shard}: choose another --out")
+    return True
 
 
 class Pieces(Dataset):
@@ -155,16 +165,15 @@ def main(argv=None):
             raise common.DataError(f"--data {args.data}: no clip of its {len(shards)} shards can be used")
         agree(out, describe(model, args.checkpoint, max(gaps)))
     common.broadcast()  # the other ranks wait for labels.json
-    count = dict(clips=0, pairs=0, short=0, broken=0)
-    mine = [shard for shard in shards[rank::world] if not (out / shard.name).exists()]
-    there = len(shards[rank::world]) - len(mine)
+    mine = [shard for shard in shards[rank::world] if not is_there(out / shard.name, shard)]
+    count = dict(clips=0, pairs=0, short=0, broken=0, there=len(shards[rank::world]) - len(mine))
     for number, shard in enumerate(tqdm(mine, "shards", disable=not (rank == 0 and sys.stderr.isatty())), 1):
         clips = read_shard(shard, tqdm.write)
         write_shard(out / shard.name, samples(model, clips, source, args, amp, count))
         if rank == 0 and not sys.stderr.isatty():
             done = f"{count['clips']} clips, {count['pairs']} pairs"
             print(f"shard {number}/{len(mine)}  {shard.name}  {done}", flush=True)
-    totals = common.mean(count | dict(there=there), dict.fromkeys([*count, "there"], 1))
+    totals = common.mean(count, dict.fromkeys(count, 1))
     totals = {name: round(value * world) for name, value in totals.items()}
     if rank == 0:
         print(f"{out}: {totals['clips']} clips labelled, {totals['pairs']} pairs; {totals['there']} shards were there")

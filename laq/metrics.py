@@ -6,6 +6,7 @@ episodes. Numpy arrays are float64 unless said otherwise.
 
 import numpy as np
 import torch
+from quantizer import all_gather, ranks
 
 LAMBDAS = np.logspace(3, -5, 9)  # of ridge, strongest first: a tie, or nothing to choose by, falls on the safe side
 FOLDS = 3  # of the fitted episodes, to choose lambda
@@ -19,8 +20,31 @@ def psnr(mse):
     return float(-10 * np.log10(max(mse, 1e-10)))
 
 
+@torch.no_grad()
+def assess(model, first, second):
+    """Pairs (B 3 S S) -> errors (B 3), decoded second frames (B 3 S S), codes (B N).
+
+    errors: mean squared error of each second frame decoded from its codes, from shuffled codes (those of the next
+    pair), and of a copy of the first frame.
+    """
+    decoded, shuffled, codes = model.reconstruct(first, second)
+    errors = torch.stack([(x.float() - second).square().mean((1, 2, 3)) for x in (decoded, shuffled, first)], 1)
+    return errors, decoded, codes
+
+
+def code_sensitivity(model, frames, most=64):
+    """How much the decoder relies on its codes, or on its vectors before quantization starts, during training.
+
+    frames (B 2 3 S S) of each rank, of which about `most` are taken in all; every rank has to call this.
+    """
+    model.eval()
+    errors, _, _ = assess(model, *all_gather(frames[: max(1, most // ranks()[1])]).unbind(1))
+    model.train()
+    return reconstruction_metrics(errors.cpu())["code_sensitivity"]
+
+
 def reconstruction_metrics(errors):
-    """errors (n 3): mean squared error of each pair decoded from its codes, from shuffled codes, and of the copy.
+    """errors (n 3) of `assess` -> {mse, psnr, psnr_gain_over_copy, code_sensitivity}, over all pairs.
 
     code_sensitivity: (shuffled - true) / copy; 0 means that the decoder ignores its codes.
     """

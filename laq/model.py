@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from quantizer import Quantizer, all_gather, ranks
+from quantizer import Quantizer
 from torch import nn
 
 from common import DataError, load
@@ -81,11 +81,11 @@ class Stem(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B T D) over context (B T' D); heads of 64 dims, or of D if that is less."""
+    """Multi-head attention of x (B T D) over context (B T' D); D / 64 heads, or fewer where D is no multiple of 64."""
 
     def __init__(self, dim):
         super().__init__()
-        self.heads = max(1, dim // 64)
+        self.heads = next(heads for heads in range(max(1, dim // 64), 0, -1) if dim % heads == 0)
         self.norm = nn.LayerNorm(dim)
         self.q_proj = nn.Linear(dim, dim, bias=False)
         self.kv_proj = nn.Linear(dim, 2 * dim, bias=False)
@@ -270,32 +270,15 @@ class LAQ(nn.Module):
         return loss, dict(loss=loss, **metrics)
 
     @torch.no_grad()
-    def reconstruct(self, first, second, shuffle=False):
-        """Pairs -> second frames in [0, 1] from the first and the codes, codes (B N).
+    def reconstruct(self, first, second):
+        """Pairs -> second frames in [0, 1] decoded from their codes, and from the next pair's codes; codes (B N).
 
-        Before quantization starts the vectors themselves are decoded, as in training. shuffle: with another pair's
-        codes, which may be another rank's: then every rank has to call this.
+        Before quantization starts the vectors themselves are decoded, as in training.
         """
         d = self.encode_pair(first, second, self.encode_frame(first), self.encode_frame(second))
-        if shuffle:
-            d = all_gather(d).roll(1, 0)[ranks()[0] * len(d) :][: len(d)]
         z, codes = self.quantizer(d)
-        return self.decode_frame(first, z).clamp(0, 1), codes
-
-    @torch.no_grad()
-    def code_sensitivity(self, frames):
-        """How much the decoder relies on its codes, over the pairs of all ranks; every rank has to call this.
-
-        (error with shuffled codes - error with the true ones) / error of copying the first frame; 0: not at all.
-        """
-        first, second = frames.unbind(1)
-        training = self.training
-        self.eval()
-        decoded = [self.reconstruct(first, second, shuffle)[0] for shuffle in (False, True)]
-        errors = torch.stack([(x - second).square().mean() for x in (*decoded, first)])
-        true, shuffled, copy = all_gather(errors[None]).mean(0)
-        self.train(training)
-        return ((shuffled - true) / copy.clamp(min=1e-12)).item()
+        decoded, shuffled = (self.decode_frame(first, x).clamp(0, 1) for x in (z, z.roll(1, 0)))
+        return decoded, shuffled, codes
 
     # --- latent actions
 

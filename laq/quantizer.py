@@ -150,13 +150,6 @@ class Quantizer(nn.Module):
         with torch.autocast(codes.device.type, enabled=False):
             return self.restore(pick(self.codebook, codes))
 
-    @torch.no_grad()
-    def sample(self, draw):
-        """draw (B N) in [0, 1) -> random codes (B N), each as frequent as in training."""
-        edges = (self.counts / self.counts.sum(1, keepdim=True)).cumsum(1)
-        codes = torch.searchsorted(edges, draw.T.to(edges.dtype).contiguous()).T
-        return codes.clamp(max=self.shape[1] - 1)
-
     # --- codebooks
 
     @torch.compiler.disable

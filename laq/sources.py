@@ -49,6 +49,14 @@ class Source:
         return about | dict(gap=f"{self.low:g}{unit}-{self.high:g}{unit}", held_out=self.held_out)
 
 
+def make_folder(out):
+    """The folder `out`, made if it is not there; DataError if it cannot be."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--out {out}: {error.strerror}") from None
+
+
 def fingerprint(clips):
     """A number that tells whether the clips are the same, wherever they lie."""
     return zlib.crc32(json.dumps(sorted((clip.key, len(clip)) for clip in clips)).encode())
@@ -99,16 +107,23 @@ def read_sources(data, gap, val_share=0.1, val_episodes=(), say=print):
     held, gap = named(val_episodes, names, "--val-episodes"), named(gap, names, "--gap")
     for name, path in pairs:
         source = Source(name, path, read_clips(path, say=say), *parse_gap(gap.get(name, "0.6s")))
+        rates = {clip.meta["fps"] for clip in source.clips}
+        if len(rates) > 1 and not source.seconds:
+            say(f"warning: {name}: {min(rates):g} to {max(rates):g} frames a second: give --gap in seconds")
         source.split(held_out(source.clips, val_share, held.get(name)))
         sources.append(source)
     return sources
 
 
 def restore_split(sources, specs):
-    """Hold out what the checkpoint held out, in place. Returns a line for each source that has changed since."""
-    lines = []
+    """Hold out what the checkpoint held out, in place. Returns a line for each source that has changed since.
+
+    A source is known by its name, or else by its clips.
+    """
+    lines, known = [], {spec["fingerprint"]: spec for spec in specs.values()}
     for source in sources:
-        before, now = specs.get(source.name, dict(episodes=0, fingerprint=0, held_out=[])), source.spec()
+        now, unknown = source.spec(), dict(episodes=0, fingerprint=0, held_out=[])
+        before = specs.get(source.name) or known.get(now["fingerprint"], unknown)
         source.split(before["held_out"])
         if before["fingerprint"] != now["fingerprint"]:
             episodes = f"{now['episodes']} episodes, {before['episodes']} when the run began"

@@ -25,7 +25,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one f
 import demo
 import figures
 from data import action_moments, augment, prepare_dataloaders
-from metrics import advice, validation_metrics
+from metrics import advice, assess, code_sensitivity, validation_metrics
 from model import LAQ, LAQConfig
 from sources import read_sources, restore_split
 
@@ -34,6 +34,7 @@ import common
 HERE = Path(__file__).resolve().parent
 BETAS = (0.9, 0.99)  # AdamW, as published
 SENSITIVITY_EVERY = 20  # steps between two looks whether quantization can start
+MOST = 1e9  # of any flag
 QUANTIZE_BY = 0.5  # it starts after this share of the steps in any case
 
 
@@ -98,12 +99,14 @@ def parse(argv=None):
         args = parser.parse_args([f"@{HERE / 'demo.args'}", *given], argparse.Namespace(demo=True))
     positive = "reuse crop val_pairs image_size patch dim depth code_seq_len codebook_size code_dim"
     for name in f"{positive} batch_size lr clip steps accum log_every eval_every save_every keep".split():
-        if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
+        if not 0 < getattr(args, name) <= MOST:
+            parser.error(f"--{name.replace('_', '-')} must be above 0 and at most {MOST:g}")
     zero = "jitter val_share workers lr_end warmup weight_decay motion_weight flow_weight label_share seed"
     for name in zero.split():
-        if not 0 <= getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must not be negative")
+        if not 0 <= getattr(args, name) <= MOST:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0 and at most {MOST:g}")
+    if math.isnan(args.quantize_after):
+        parser.error("--quantize-after must be a number")
     if max(args.crop, args.jitter, args.val_share, args.label_share) > 1:
         parser.error("--crop, --jitter, --val-share and --label-share must be at most 1")
     if args.image_size % args.patch or args.patch % 4:
@@ -161,13 +164,10 @@ def validate(model, loaders, device, amp):
     for name, loader in loaders.items():
         rows = []
         for batch in loader:
-            draw = batch.pop("draw").to(device)
             batch = augment({key: value.to(device) for key, value in batch.items()})
             first, second = batch["frames"].unbind(1)
             with amp:
-                decoded, codes = model.reconstruct(first, second)
-                shuffled = model.decode(first, model.quantizer.sample(draw))
-            errors = torch.stack([(x.float() - second).square().mean((1, 2, 3)) for x in (decoded, shuffled, first)], 1)
+                errors, decoded, codes = assess(model, first, second)
             actions = batch["actions"].where(batch["has_actions"][:, None], torch.nan)
             rows.append([x.cpu().numpy() for x in (errors, codes, actions)])
             if name not in examples:
@@ -232,7 +232,7 @@ def main(argv=None):
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # --- data
-    names = "seed steps accum workers val_pairs code_seq_len reuse crop jitter label_share".split()
+    names = "seed steps accum workers val_pairs reuse crop jitter label_share".split()
     options = {name: getattr(args, name) for name in names}
     options |= dict(first=first, rank=rank, world=world, pin_memory=device.type == "cuda")
     batches, validation = prepare_dataloaders(sources, args.batch_size, args.image_size, **options)
@@ -276,7 +276,7 @@ def main(argv=None):
         late = done >= QUANTIZE_BY * args.steps
         if not model.quantizer.quantizing and (late or done % SENSITIVITY_EVERY == 0):
             with amp:
-                sensitivity = model.code_sensitivity(batch["frames"])
+                sensitivity = code_sensitivity(model, batch["frames"])
             if late or sensitivity >= args.quantize_after:
                 model.quantizer.start(args.seed)
                 best = None  # a continuous model's error is not what codes have to beat
@@ -307,11 +307,12 @@ def main(argv=None):
 
     # --- end
     if not stopped:
-        for source in validation:
+        for source in validation if metrics else ():
             found = {name.removeprefix(f"val/{source}/"): value for name, value in metrics.items()}
             log.say(f"{source}: {advice(found, args.codebook_size)}")
         log.say(f"checkpoint: {log.out / 'checkpoints' / ('last' if best is None else 'best')}")
-        log.say(f"figures:    {log.out / 'figures' / 'codes.png'}, curves.png")
+        if "val/mse" in metrics:
+            log.say(f"figures:    {log.out / 'figures' / 'codes.png'}, curves.png")
     log.close()
     if world > 1:
         torch.distributed.barrier()  # torchrun kills rank 0 in its last save if another rank ended 30 s before

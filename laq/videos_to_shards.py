@@ -35,7 +35,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one f
 import readers
 from readers.recording import DAMAGED, KINDS, Entry, check_file, plain, short
 from shards import key_of, npy, open_shard, to_rgb, write_shard
-from sources import named, named_paths
+from sources import make_folder, named, named_paths
 
 import common
 
@@ -79,7 +79,7 @@ def per_source(args, source):
     fps = named(args.fps, names, "--fps").get(source)
     if kind not in (None, *KINDS):
         raise common.DataError(f"--actions {kind}: expected {' or '.join(KINDS)}")
-    if fps is not None and not (re.fullmatch(r"[0-9]*\.?[0-9]+", fps) and float(fps) > 0):
+    if fps is not None and not (re.fullmatch(r"[0-9]*\.?[0-9]+", fps) and 0 < float(fps) < 1e6):
         raise common.DataError(f"--fps {fps}: expected a number above 0")
     return kind, float(fps) if fps else None
 
@@ -119,8 +119,8 @@ def make_plan(args):
         found, notes[source] = readers.entries(source, path, source in args.group_cameras)
         entries, missing[source] = choose(found, args, source)
         if not entries:
-            why = next(iter(missing[source].values()), "no videos, pictures, LeRobotDataset or tfrecords")
-            raise common.DataError(f"--data {source}={path}: nothing to read: {why}")
+            why = list(missing[source].values())[:1] or ["no videos, pictures, LeRobotDataset or tfrecords"]
+            raise common.DataError(f"--data {source}={path}: nothing to read: {'; '.join(why + notes[source])}")
         for first in range(0, len(entries), args.shard_clips):
             name = f"{key_of(source)}-{first // args.shard_clips:06d}"
             shards[name] = [asdict(entry) for entry in entries[first : first + args.shard_clips]]
@@ -140,10 +140,8 @@ def open_plan(args, out):
         if any(out.glob("*.tar")):
             raise common.DataError(f"--out {out}: holds shards but no plan.json: choose another folder")
         plan = make_plan(args)
-        try:
-            (out / "done").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise common.DataError(f"--out {out}: {error.strerror}") from None
+        make_folder(out)
+        (out / "done").mkdir(exist_ok=True)
         common.lock(out)
         write_json(file, plan)
         return plan
@@ -321,7 +319,7 @@ def explain(error, path):
         text = f"not a readable video ({error.strerror})"
     elif not isinstance(error, OSError | ValueError | common.DataError) or not text:
         text = f"{type(error).__name__} {text}"
-    return plain(text if str(Path(path).parent) in text else f"{path}: {text}")
+    return plain(text if text.startswith(Path(path).anchor) else f"{path}: {text}")
 
 
 # --- the summary

@@ -175,6 +175,10 @@ class Perfect:
         error = (ways - second[:, None]).square().mean((2, 3, 4))
         return error.argmin(1, keepdim=True), -error[:, None]
 
+    def reconstruct(self, first, second):
+        codes = self.encode(first, second)[0]
+        return self.decode(first, codes), self.decode(first, codes.roll(1, 0)), codes
+
 
 def report_on(laq, monkeypatch, model, out, *words):
     monkeypatch.setattr(laq.evaluate.LAQ, "from_pretrained", lambda folder: model)
@@ -190,7 +194,7 @@ def test_report_on_a_perfect_model(laq, monkeypatch, tmp_path):
     image, book = found["reconstruction"], found["codebook"]
     assert found["pairs"] == 90 and found["episodes"] == 6
     assert image["psnr"] == pytest.approx(10 * np.log10(255**2 / 32), abs=0.7)  # two frames' noise, clipped a little
-    assert image["psnr_gain_over_copy"] > 15 and image["nearer_to_the_future"] == 1
+    assert image["psnr_gain_over_copy"] > 15
     assert image["code_sensitivity"] == pytest.approx(0.75, abs=0.15)  # a quarter of the shuffled codes are right
     assert book["usage"] == 1 and 3.5 < book["perplexity"] <= 4
     rows = found["probe"]

@@ -67,11 +67,11 @@ class Clip:
             return None
         with self.reading(extension):
             array = np.load(io.BytesIO(self.read(extension)), allow_pickle=False)
-            if array.ndim != 2 or len(array) != len(self) or array.dtype.kind not in "fiu":
+            if array.ndim == 0 or len(array) != len(self) or array.dtype.kind not in "fiu":
                 raise ValueError(f"{array.dtype} {array.shape}, expected {len(self)} rows of numbers")
             if not np.isfinite(array).all():
                 raise ValueError(f"row {np.argwhere(~np.isfinite(array))[0, 0]} holds NaN or infinity")
-        return array.astype(np.float32)
+        return array.reshape(len(self), -1).astype(np.float32)
 
     def archive(self, extension):
         """A .npz member as {name: array}."""
@@ -284,7 +284,7 @@ def open_shard(shard):
     """
     clips = {}
     try:
-        with tarfile.open(shard) as tar:
+        with tarfile.open(shard, "r:") as tar:  # not compressed: members are read at their place in the file
             for member in tar:
                 folder, slash, name = member.name.removeprefix("./").rpartition("/")
                 if not member.isfile() or name.startswith("."):

@@ -142,7 +142,13 @@ def common_part(frames, tables, notes):
 
 def as_rows(name, values):
     """Numbers as (T A) float32, finite."""
-    table = np.asarray(values, np.float32)
+    try:
+        table = np.asarray(values)
+        if table.dtype.kind not in "biuf":
+            raise ValueError(f"{table.dtype} values")
+    except ValueError as error:
+        raise DataError(f"{name}: not rows of numbers ({str(error).partition('.')[0]})") from None
+    table = table.astype(np.float32)
     table = table.reshape(len(table), -1) if table.ndim else table
     if not np.isfinite(table).all():
         raise DataError(f"{name} of row {np.argwhere(~np.isfinite(table))[0, 0]} holds NaN or infinity")

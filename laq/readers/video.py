@@ -86,7 +86,7 @@ def describe(entry):
     entry.more |= told
     if entry.actions not in KINDS:
         raise DataError(f"{facts}: actions {entry.actions}, expected {' or '.join(KINDS)}")
-    if entry.fps is not None and not (isinstance(entry.fps, int | float) and entry.fps > 0):
+    if entry.fps is not None and not (type(entry.fps) in (int, float) and 0 < entry.fps < 1e6):
         raise DataError(f"{facts}: fps {entry.fps}, expected a number above 0")
 
 
@@ -236,6 +236,8 @@ def open_pictures(entry):
 
 def picture(data, name):
     """The bytes of a PNG, JPEG ... -> (H W 3) uint8, turned as its EXIF orientation says."""
+    if not data:
+        raise DataError(f"{name}: no picture in the file")
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
