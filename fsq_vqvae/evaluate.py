@@ -143,12 +143,12 @@ same first row. 256 bins clip to [-1, 1], FAST to its training range."""
 def main(argv=None):
     args = parse(argv)
     model = FSQVQVAE.from_pretrained(args.checkpoint).to(setup(args)[2])
-    out, everything, examples = Path(args.out), {}, {}
+    sources, out, everything, examples = open_sources(args, model), Path(args.out), {}, {}
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise common.DataError(f"--out {out}: {error.strerror}") from None
-    for known, source, sample in open_sources(args, model):
+    for known, source, sample in sources:
         results, shown = measure(model, known, source, sample, args)
         everything[source.name] = results
         examples |= shown

@@ -120,6 +120,8 @@ def read_config(folder):
     path = Path(folder) / "pi05_finetune.json"
     if not path.exists() and (Path(folder) / "policy_preprocessor.json").exists():
         return read_lerobot_config(Path(folder))
+    if not path.exists():
+        raise DataError(f"{folder}: holds no {path.name}; expected a folder such as RUN/checkpoints/best")
     fields = read_json(path)
     if not isinstance(fields, dict) or not {"cameras", "stats", "state_index"} <= set(fields):
         raise DataError(f"{path}: not a configuration of Pi05")

@@ -19,6 +19,7 @@ import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from readers.dataset import data_hash, open_data, split
+from readers.episode import make_folder
 
 import common
 from common import DataError
@@ -238,7 +239,10 @@ def parse(argv=None):
     add("--val-episodes", nargs="+", default=[], metavar="IDS", help="as in train.py")
     add("--relative", nargs="*", metavar="NAME", help="as in train.py")
     add("--chunk", default=50, help="as in train.py; relative actions depend on it", **whole)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 <= args.val_share < 1 or min(args.chunk, 1 if args.max_episodes is None else args.max_episodes) < 1:
+        parser.error("--val-share must be 0 to below 1, --chunk and --max-episodes must be above 0")
+    return args
 
 
 def main(argv=None):
@@ -248,12 +252,9 @@ def main(argv=None):
     state_index = relative_index(args.relative, spec, train)
     norms = compute(spec, train, args.proprio_keys, args.chunk, state_index, args.max_episodes)
     out = Path(args.out)
-    if out.is_dir() and {path.name for path in out.iterdir()} - {"norms.npz", "metadata.json"}:
-        raise DataError(f"--out {out}: holds other files; give the norms a folder of their own")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--out {out}: {error.strerror}") from None
+    if out.is_file() or {path.name for path in out.glob("*")} - {"norms.npz", "metadata.json"}:
+        raise DataError(f"--out {out}: is or holds other files; give the norms a folder of their own")
+    make_folder(out.parent)
     norms.save(out)
     for warning in norms.metadata["warnings"]:
         print(f"warning: {warning}")

@@ -11,6 +11,7 @@ of every vector whose dims have the same names. Episodes whose files are not the
 
 import fnmatch
 import functools
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,7 @@ import yaml
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from data import shrink
 from readers.dataset import list_episodes, select_ids, spec_of
-from readers.episode import MissingFile, control_rate, known_paths, visible
+from readers.episode import MissingFile, control_rate, known_paths, make_folder, visible
 from readers.hdf5 import list_hdf5
 from tqdm import tqdm
 
@@ -43,7 +44,11 @@ def parse(argv=None):
     add("--rate", type=float, metavar="X", help="control rate in Hz, where the data do not tell it")
     add("--image-size", help="shrink images so that their longer side is N", **whole)
     add("--images", action="store_true", help="LeRobotDataset: pictures in the parquet file instead of a video")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("rate", "image_size"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    return args
 
 
 def list_any(path, rate):
@@ -99,6 +104,7 @@ def converted(refs, args):
         except MissingFile as error:
             missing.append(f"{ref.id} ({error})")
             continue
+        episode.check_lengths()
         rate = args.rate or control_rate(episode.timestamps, episode.name)
         episode, ref = reduce(episode, ref, args)
         notes.update(episode.notes)
@@ -119,6 +125,8 @@ def write_npz(out, episodes):
         name = f"{int(ref.id):06d}" if ref.id.isdigit() else ref.id
         tasks = np.array(episode.tasks[0] if len(episode.tasks) == 1 else episode.tasks)
         file = out / "episodes" / f"{name}.npz"
+        if file.exists():
+            raise DataError(f"two episodes are called {name}: convert them into two folders")
         np.savez(file, actions=episode.actions, timestamps=episode.timestamps, task=tasks, **arrays)
         if count == 0:
             spec = {k: v for k, v in vars(spec_of(episode, ref, "converted", rate)).items() if v is not None}
@@ -174,10 +182,7 @@ def main(argv=None):
     if unknown:
         raise DataError(f"--episodes: no episode is called {unknown[0]}; the first one is {refs[0].id}")
     episodes = converted([ref for ref in refs if wanted is None or ref.id in wanted], args)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--out {out}: {error.strerror}") from None
+    make_folder(out.parent)
     with common.atomic(out, folder=True) as folder:
         count = write_npz(folder, episodes) if args.to == "npz" else write_lerobot(folder, episodes, args.images)
         if count == 0:

@@ -233,6 +233,14 @@ class PolicyBatch:
         return self.processor(batch) if self.processor else batch
 
 
+def example(model, loader):
+    """The middle window of a loader: recorded and predicted actions (T, A), names of the dims, rate."""
+    windows, middle = loader.dataset, loader.sampler[len(loader.sampler) // 2]
+    batch = PolicyBatch(windows.spec, model.config.chunk)([windows[middle]])
+    true, predicted = (x[0][batch["mask"][0]].numpy() for x in (batch["action"], model.predict(batch)))
+    return true, predicted, windows.spec.names, windows.spec.control_freq_hz
+
+
 class GlobalBatches:
     """Batch sampler: for each step and micro-step this rank's part of the step's global batch.
 

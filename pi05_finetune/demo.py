@@ -6,7 +6,6 @@ Run:
 
 import json
 import math
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -104,24 +103,20 @@ def episode(rng):
 
 
 def write(folder):
-    """Write the data unless it is there already. A half-written folder is never left behind."""
-    folder = Path(folder)
+    """Write the data unless it is there already, all of it or nothing. Other files in the folder are an error."""
+    folder = Path(folder).resolve()
     metadata = folder / "demo.json"
-    if metadata.exists() and json.loads(metadata.read_text()) == METADATA:
+    if metadata.exists() and common.read_json(metadata) == METADATA:
         return
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # two first starts at once
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "episodes").mkdir(parents=True)
+    if folder.is_file() or (any(folder.glob("*")) and not metadata.exists()):
+        raise common.DataError(f"{folder}: is there, and is no demo's data; give another folder")
     rng = np.random.default_rng(METADATA["seed"])
-    for number in range(METADATA["episodes"]):
-        np.savez(temporary / "episodes" / f"episode_{number:03d}.npz", **episode(rng))
-    shutil.copy(SPEC, temporary / "spec.yaml")
-    (temporary / metadata.name).write_text(json.dumps(METADATA))
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        temporary.rename(folder)
-    except OSError:  # the other start was faster, its data is the same
-        shutil.rmtree(temporary)
+    with common.atomic(folder, folder=True) as made:
+        (made / "episodes").mkdir()
+        for number in range(METADATA["episodes"]):
+            np.savez(made / "episodes" / f"episode_{number:03d}.npz", **episode(rng))
+        shutil.copy(SPEC, made / "spec.yaml")
+        (made / metadata.name).write_text(json.dumps(METADATA))
 
 
 # --- how well a policy does in this world

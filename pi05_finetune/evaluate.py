@@ -29,6 +29,7 @@ from data import EpisodeDataset, PolicyBatch, SequenceConfig
 from policy import Policy
 from readers import libero
 from readers.dataset import open_data
+from readers.episode import make_folder
 from readers.spec import DatasetSpec, load_spec
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -262,11 +263,12 @@ def main(argv=None):
         steps = args.n_action_steps or (libero.N_ACTION_STEPS if suite else None)
         policy = Policy.from_pretrained(args.checkpoint, device, args.tokenizer, n_action_steps=steps)
     if suite:
-        (out / "videos").mkdir(parents=True, exist_ok=True)
+        make_folder(out / "videos")
         loop = libero.closed_loop(policy, suite, args, out / "videos")
         text = libero.report(args, loop)
     else:
         spec, train, held_out = open_episodes(args)
+        make_folder(out / "figures")
         norms = compute(spec, train or held_out).action
         if args.mock_model:
             chunk = read_config(args.checkpoint)["chunk"] if args.checkpoint else args.chunk
@@ -281,7 +283,6 @@ def main(argv=None):
         sources, examples = open_loop(model, spec, held_out, args, chunk, size, norms)
         pictures["episode"] = figures.episodes(examples, chunk)
         text = report(args, loop, sources)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():
         with common.atomic(out / "figures" / f"{name}.png") as path:
             figure.savefig(path, format="png")

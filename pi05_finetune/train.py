@@ -27,7 +27,7 @@ import demo
 import figures
 from checkpoint import load_run, read_config, save_run
 from compute_norms import open_norms, relative_index
-from data import AUGMENT, PolicyBatch, prepare_dataloaders
+from data import AUGMENT, example, prepare_dataloaders
 from model import Pi05, Pi05Config, check_first_step, plan
 from processor import check_tokenizer, write_toy_tokenizer
 from readers.dataset import data_hash, describe, open_data, restore_split, split, split_of
@@ -107,8 +107,8 @@ def parse(argv=None):
     for name in "val_share workers lr_end warmup weight_decay ema seed".split():
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
-    if args.image_size % 14 or args.ema >= 1:
-        parser.error("--image-size must be a multiple of 14, the side of a patch, and --ema below 1")
+    if args.image_size % 14 or args.ema >= 1 or args.val_share >= 1:
+        parser.error("--image-size must be a multiple of 14 (a patch), --ema and --val-share below 1")
     micro_steps = args.accum * int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % micro_steps:
         parser.error(f"--batch-size {args.batch_size} is no multiple of {micro_steps} (micro-steps x processes)")
@@ -155,29 +155,29 @@ def learning_rate(step, args):
 
 @torch.no_grad()
 def validate(model, loaders, device, amp):
-    """Loss per data set over all ranks, with fixed noise and time; a chunk of each. A broken file: no metrics."""
+    """Loss per data set over all ranks, with fixed noise and time, and a window of each, recorded and predicted.
+
+    A held-out file that cannot be read costs the metrics; with --fsdp, where all ranks compute together, the run.
+    """
     model.eval()
-    totals, counts, examples = {}, dict(broken=1), {}
-    with model.use_ema(), amp:
-        for name, loader in loaders.items():
-            try:
+    totals, counts, examples = dict(broken=0), dict(broken=1), {}
+    try:
+        with model.use_ema(), amp:
+            for name, loader in loaders.items():
                 for batch in loader:
-                    key, size = f"val/{name}/loss", len(batch["mask"])
                     loss, _ = model({key: value.to(device) for key, value in batch.items()})
+                    key, size = f"val/{name}/loss", len(batch["mask"])
                     totals[key], counts[key] = totals.get(key, 0.0) + loss.item() * size, counts.get(key, 0) + size
-                if (common.is_main() or model.is_split) and len(loader.sampler):
-                    windows, spec = loader.dataset, loader.dataset.spec
-                    batch = PolicyBatch(spec, model.config.chunk)([windows[loader.sampler[len(loader.sampler) // 2]]])
-                    true, predicted = (x[0][batch["mask"][0]].numpy() for x in (batch["action"], model.predict(batch)))
-                    examples[name] = true, predicted, spec.names, spec.control_freq_hz
-            except common.DataError as error:
-                if model.is_split:  # the other ranks wait for this one's part
-                    raise
-                common.warn(f"held-out data of {name} cannot be read, no validation: {str(error).splitlines()[-1]}")
-                totals["broken"] = 1
+                if len(loader.sampler) and (common.is_main() or model.is_split):
+                    examples[name] = example(model, loader)
+    except common.DataError as error:
+        if model.is_split:
+            raise
+        common.warn(f"held-out data cannot be read, no validation: {str(error).splitlines()[-1]}")
+        totals["broken"] = 1
     model.train()
     metrics = common.mean(totals, counts)
-    if metrics.pop("broken", 0):
+    if metrics.pop("broken"):
         return {}, {}
     metrics["val/loss"] = sum(metrics[f"val/{name}/loss"] for name in loaders) / len(loaders)
     return metrics, examples

@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from compute_norms import CONSTANT
 from readers.dataset import check_episode, find_spec, list_episodes, named_paths
-from readers.episode import MissingFile
+from readers.episode import MissingFile, make_folder
 from tqdm import tqdm
 
 import common
@@ -50,7 +50,10 @@ def parse(argv=None):
     add("--report", required=True, metavar="FILE", help="JSON to write")
     add("--max-episodes", help="look at the first N episodes only", **whole)
     add("--frames", default=8, help="frames per camera and episode that are decoded; 0: none", **whole)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.frames < 0 or (args.max_episodes is not None and args.max_episodes < 1):
+        parser.error("--frames must not be negative, --max-episodes must be above 0")
+    return args
 
 
 # --- one episode: each function yields (rule, text)
@@ -290,7 +293,7 @@ def main(argv=None):
         tasks=sorted({task for episode in episodes for task in episode.tasks}), errors=errors,
         warnings=len(problems) - errors, rules=RULES, problems=problems,
     )  # fmt: skip
-    Path(args.report).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(args.report).parent)
     with common.atomic(args.report) as path:
         path.write_text(json.dumps(report, indent=1, default=str))
     for rule in RULES:

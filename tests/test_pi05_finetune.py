@@ -553,6 +553,9 @@ def test_spec_reads_every_field_of_the_seed(this, tmp_path):
         (dict(action_type="velocity"), "absolute or delta"),
         (dict(clip_actions=True, action_min=None), "clip_actions"),
         (dict(required_obs_keys="camera"), "a list of names"),
+        (dict(action_names="xyz"), "action_names is 'xyz', expected a list of names"),
+        (dict(action_dim=True), "action_dim is True, expected a whole number"),
+        (dict(allow_nan="yes"), "allow_nan is 'yes', expected true or false"),
         (dict(required_obs_keys=["images.top", "top"]), "two cameras of images.top, top have one name"),
         (None, "lacks name, action_dim"),
     ],
@@ -620,6 +623,28 @@ def test_files_are_found_and_others_named(this, tmp_path):
         (data / "episodes" / "ep1.npz").write_bytes(content)
         with refuses(f"ep1.npz: .*{message}"):
             this.dataset.open_data([str(data)])
+    (data / "episodes" / "ep1.npz").unlink()
+    (data / "episodes" / "ep1.npz").symlink_to("gone.npz")
+    with refuses("ep1.npz: No such file"):
+        this.dataset.open_data([str(data)])
+
+
+@pytest.mark.parametrize(
+    "fields, arrays, message",
+    [
+        (None, {"obs.camera": np.zeros((20, 3, 8, 8), np.uint8)}, r"`obs.camera` is uint8 \(20, 3, 8, 8\), expected"),
+        (None, {"obs.camera": np.zeros((20, 8, 8, 3), np.float32)}, "`obs.camera` is float32"),
+        (dict(required_proprio_keys=[]), {}, "Pi05 reads a state"),
+        (dict(proprio_names=["a", "b"]), {}, "2 proprio_names for 3 dims"),
+    ],
+)
+def test_what_pi05_cannot_see_is_named(this, tmp_path, fields, arrays, message):
+    """Pictures in another order or type are not left out in silence; a spec without a state fits no policy."""
+    data = write_data(tmp_path / "d", **{f"e{i}": change(**arrays) for i in range(4 * bool(arrays))})
+    (data / "spec.yaml").unlink() if fields is None else (data / "spec.yaml").write_text(json.dumps(SPEC | fields))
+    with refuses(message):
+        opened(this, data)
+        this.train.main(flags(data, tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -676,6 +701,22 @@ def test_lerobot_reads_to_the_same_arrays(this, tmp_path):
         np.testing.assert_array_equal(episode.vectors["state"], want["obs.joint_pos"])
         np.testing.assert_allclose(episode.timestamps, want["timestamps"])
         assert episode.tasks == tasks and ref.action_names == ["x", "y", "gripper"]
+    for column, row, value, message in (
+        ("frame_index", 3, 9, "frames are missing or repeated"),
+        (
+            "timestamp",
+            slice(None),
+            (np.arange(12) / 50).tolist(),
+            "timestamps tell 50 Hz, but meta/info.json says fps 10",
+        ),
+        ("task_index", 0, 5, "task_index 5 has no text in meta/tasks"),
+    ):
+        odd = shutil.copytree(root, tmp_path / column)
+        columns = pyarrow.parquet.read_table(file := next(odd.glob("data/**/*_000000.parquet"))).to_pydict()
+        columns[column][row] = value
+        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+        with refuses(f"episode_000000.parquet, episode 0: {message}"):
+            this.dataset.open_data([f"x={odd}"])
     next(root.glob("data/**/*_000001.parquet")).unlink()
     spec, train = this.dataset.open_data([f"x={root}"], say=lambda text: None)
     assert [e.id for e in train] == ["0"] and spec.control_freq_hz == 10
@@ -687,9 +728,13 @@ def test_lerobot_reads_to_the_same_arrays(this, tmp_path):
     (root / "meta" / "tasks.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
     with refuses("tasks.jsonl: a Git LFS pointer"):
         this.dataset.list_episodes("x", root)
-    (root / "meta" / "info.json").write_text("{}")
-    with refuses("info.json: not the description"):
-        this.dataset.list_episodes("x", root)
+    info = json.loads((root / "meta" / "info.json").read_text())
+    for text in ("{}", json.dumps(info | dict(fps=float("nan")))):
+        (root / "meta" / "info.json").write_text(text)
+        with refuses("info.json: not the description"):
+            this.dataset.list_episodes("x", root)
+    with refuses("row 3: an image cannot be decoded"):
+        this.episode.decode_image(b"no picture", "row 3")
 
 
 @pytest.fixture(scope="module")
@@ -753,11 +798,13 @@ def test_an_episode_of_v30_is_its_own_frames(this, v30, tmp_path, names):
         (dict(from_timestamp=[0.0, 0.0], to_timestamp=[0.0, 0.0]), "episodes 0 and 1 overlap"),
         (dict(to_timestamp=[1.9, 1.4]), "spans 19 frames .* but the episode has 8 rows"),
         (dict(length=[8, 17]), "6 rows, but meta/episodes says 17"),
+        (dict(episode_index=[0, 0]), "meta/episodes: episode_index is empty or repeated"),
     ],
 )
 def test_spans_that_contradict_the_rows_are_named(this, v30, tmp_path, columns, message):
     root = shutil.copytree(v30[1], tmp_path / "d")
-    retell(root, lambda old: {name: columns.get(name.rpartition("/")[2], values) for name, values in old.items()})
+    told = {2: columns}  # meta/episodes has two rows, the data have more
+    retell(root, lambda old: {k: told.get(len(v), {}).get(k.rpartition("/")[2], v) for k, v in old.items()})
     with refuses(message):
         this.dataset.open_data([str(root)])
 
@@ -882,7 +929,11 @@ def test_split_by_hash_and_by_name(this, tmp_path):
         (padded / "episodes" / f"ep{i}.npz").rename(padded / "episodes" / f"{i + 30:06d}.npz")
     words = [f"a={data}", f"p={padded}"]
     assert held(words, 0, ["31-32"]) == ["p/000031", "p/000032"]
-    for more, message in ((["99"], "no episode is called 99"), (["p=2"], "no episode of p is called 2")):
+    for more, message in (
+        (["99"], "no episode is called 99"),
+        (["99,99", "²"], "no episode is called 99"),
+        (["p=2"], "no episode of p is called 2"),
+    ):
         with refuses(message):
             held(words, 0.1, more)
     wider = write_data(tmp_path / "wider", e1=lambda old: {**old, "obs.joint_pos": old["obs.joint_pos"][:, :2]})
@@ -939,6 +990,8 @@ def test_norms_are_of_training_episodes_and_refuse_other_data(this, tmp_path):
         (tmp_path / "norms" / "mine.txt").write_text("")
         with refuses(message):
             this.compute_norms.main([*words, *more])
+    with refuses("mine.txt: is or holds other files"):
+        this.compute_norms.main([*words[:-1], str(tmp_path / "norms" / "mine.txt")])
     truncate(tmp_path / "norms" / "norms.npz")
     with refuses("not norms.npz and metadata.json"):
         this.compute_norms.load_norms(tmp_path / "norms")
@@ -1200,11 +1253,21 @@ def test_hdf5_of_aloha_and_other_files(this, tmp_path):
             packed.append(np.frombuffer(buffer.getvalue(), np.uint8))
         size = max(map(len, packed))
         h5["observations/images/top"] = np.stack([np.pad(row, (0, size - len(row))) for row in packed])
+        side = h5.create_dataset("observations/images/side", 9, h5py.vlen_dtype(np.uint8))
+        side[:] = np.array(packed, object)
     converted(this, "--data", tmp_path / "aloha", "--rate", 50, "--task", "t", "--to", "npz", "--out", tmp_path / "n")
     (file,) = (tmp_path / "n" / "episodes").glob("*.npz")
     arrays = np.load(file)
     np.testing.assert_array_equal(arrays["obs.qpos"], an_episode(9)["obs.joint_pos"])
     assert np.abs(arrays["obs.images.top"].mean((1, 2, 3)) - 20 * np.arange(9)).max() < 2
+    np.testing.assert_array_equal(arrays["obs.images.side"], arrays["obs.images.top"])
+    shutil.copy(tmp_path / "aloha" / "episode_0.hdf5", tmp_path / "aloha" / "episode_0.h5")
+    with refuses("two episodes are called episode_0"):
+        converted(this, "--data", tmp_path / "aloha", "--rate", 50, "--to", "npz", "--out", tmp_path / "twice")
+    with h5py.File(tmp_path / "aloha" / "episode_0.hdf5", "a") as h5:
+        h5["observations/images/short"] = np.zeros((8, 16, 16, 3), np.uint8)
+    with refuses("8 rows of images.short, but 9 actions"):
+        converted(this, "--data", tmp_path / "aloha", "--rate", 50, "--to", "npz", "--out", tmp_path / "short")
     with h5py.File(tmp_path / "other.hdf5", "w") as h5:
         h5["trajectory"] = np.ones(3)
     (tmp_path / "bad.hdf5").write_bytes(b"not hdf5")
@@ -1310,6 +1373,14 @@ def test_the_demos_demonstrations_succeed(this):
         for action in world.expert(rng):
             world.step(action)
         assert world.success and world.image().shape == (28, 28, 3)
+
+
+def test_the_demo_replaces_nothing_but_a_demo(this, tmp_path):
+    (tmp_path / "chapter").write_text("x")
+    for path in (tmp_path, tmp_path / "chapter", tmp_path / "chapter" / "x"):
+        with refuses("no demo's data|cannot be written"):
+            this.demo.write(path)
+    assert (tmp_path / "chapter").read_text() == "x"
 
 
 def test_policy_predicts_as_the_model_and_refuses(this, toy, tmp_path):
@@ -1509,7 +1580,7 @@ def test_a_held_out_file_that_breaks_does_not_end_the_run(this, tmp_path, capsys
     monkeypatch.setattr(this.npz.ArrayFrames, "__getitem__", breaks)
     assert this.train.main(flags(folder, tmp_path / "out", "--val-stride", 2)) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "held-out data of a cannot be read, no validation" in line and "ep3.npz: cannot be read" in line
+    assert "held-out data cannot be read, no validation" in line and "ep3.npz: cannot be read" in line
     assert [("val/loss" in line) for line in log_of(tmp_path / "out")] == [True, False]
     assert (tmp_path / "out" / "checkpoints" / "step_0000006").exists()
 
@@ -1675,7 +1746,7 @@ def test_compiled_and_logged_to_wandb_offline(tmp_path):
     assert plain == pytest.approx(both, rel=1e-2) and list((tmp_path / "both").glob("wandb/offline-run*"))
 
 
-def test_the_verbs_refuse_and_leave_nothing_half_made(this, copied, tmp_path, monkeypatch):
+def test_the_verbs_refuse_and_leave_nothing_half_made(this, copied, tmp_path, capsys):
     folder, out = write_data(tmp_path / "data"), tmp_path / "x"
     broken = write_data(tmp_path / "broken", e1=spoil("actions", 4, 2, value=np.nan))
     (tmp_path / "file").write_text("")
@@ -1687,6 +1758,13 @@ def test_the_verbs_refuse_and_leave_nothing_half_made(this, copied, tmp_path, mo
         ("evaluate", [*model, "cpu", "--data", folder], "model.safetensors: cannot be read"),
         ("evaluate", [*model, "tpu"], "--device tpu"),
         ("evaluate", ["--mock-model", "--data", tmp_path / "absent", "--out", out], "no such folder"),
+        ("evaluate", ["--mock-model", "--data", folder, "--out", tmp_path / "file"], "file/figures: Not a directory"),
+        (
+            "evaluate",
+            ["--checkpoint", tmp_path, "--out", out],
+            "holds no pi05_finetune.json; expected .*checkpoints/best",
+        ),
+        ("validate", ["--data", folder, "--report", tmp_path / "file" / "r.json"], "file: File exists"),
         ("validate", ["--data", tmp_path / "absent", "--report", out], "no such folder"),
         ("compute_norms", ["--data", folder, "--out", "/dev/full/x"], "/dev/full"),
         ("convert", ["--data", folder, "--to", "npz", "--out", tmp_path / "file"], "is there already"),
@@ -1695,6 +1773,15 @@ def test_the_verbs_refuse_and_leave_nothing_half_made(this, copied, tmp_path, mo
         with refuses(message):
             getattr(this, script).main([str(word) for word in words])
         assert not out.exists()
+    for script, words in (
+        ("train", "--data x --val-share 5"),
+        ("compute_norms", "--data x --out x --max-episodes -1"),
+        ("validate", "--data x --report x --frames -1"),
+        ("convert", "--data x --to npz --out x --rate nan"),
+    ):
+        with pytest.raises(SystemExit):
+            getattr(this, script).parse(words.split())
+        assert words.split()[-2] in capsys.readouterr().err
 
 
 @pytest.mark.slow

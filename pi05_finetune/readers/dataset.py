@@ -105,7 +105,7 @@ def select_ids(words, name, ids):
         for part in (rest if equals else word).split(","):
             first, _, last = part.partition("-")
             hits = {part} & set(ids)
-            if not hits and first.isdigit() and (last or first).isdigit():
+            if not hits and first.isdecimal() and (last or first).isdecimal():
                 span = range(int(first), int(last or first) + 1)
                 hits = {identity for identity, match in number.items() if match and int(match[0]) in span}
                 if len(hits) > len(span):
@@ -124,7 +124,7 @@ def split(episodes, val_share=0.1, val_episodes=()):
     for name in sources:
         mine = [episode for episode in episodes if episode.source == name]
         wanted, missed = select_ids(val_episodes, name, [episode.id for episode in mine])
-        unknown.update(missed)
+        unknown.update(list(dict.fromkeys(missed)))
         if wanted is None:
             wanted = {episode.id for episode in mine if episode_hash(episode.id) < val_share}
             if val_share > 0 and len(wanted) in (0, len(mine)):
@@ -204,13 +204,15 @@ def open_data(data, spec=None, max_episodes=None, say=print):
             here, there = episode.vectors[key].shape[1], episodes[0].vectors[key].shape[1]
             if here != there:
                 raise DataError(f"{episode.name}: `obs.{key}` has {here} dims, but {there} in {episodes[0].name}")
+    dims = sum(episodes[0].vectors[key].shape[1] for key in spec.required_proprio_keys)
+    if spec.proprio_names and len(spec.proprio_names) != dims:
+        raise DataError(f"the spec has {len(spec.proprio_names)} proprio_names for {dims} dims of the state")
     return spec, episodes
 
 
 def check_episode(episode, spec):
     """The episode, if its arrays fit the spec and each other; clipped where the spec says so."""
-    T = len(episode)
-    if T == 0:
+    if len(episode) == 0:
         raise DataError(f"{episode.name}: no steps")
     if episode.actions.shape[1] != spec.action_dim:
         raise DataError(f"{episode.name}: {episode.actions.shape[1]} action dims, but the spec has {spec.action_dim}")
@@ -220,9 +222,7 @@ def check_episode(episode, spec):
     for key in spec.required_proprio_keys:
         if key not in episode.vectors:
             raise DataError(f"{episode.name}: `obs.{key}` is a camera; list it in required_obs_keys")
-    for name, array in [("timestamps", episode.timestamps), *episode.vectors.items(), *episode.frames.items()]:
-        if len(array) != T:
-            raise DataError(f"{episode.name}: {len(array)} rows of {name}, but {T} actions")
+    episode.check_lengths()
     if not spec.allow_nan:
         for name, array in [("actions", episode.actions), *episode.vectors.items()]:
             if not np.isfinite(array).all():

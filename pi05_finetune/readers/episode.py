@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,15 @@ class Episode:
 
     def state(self, spec):
         """(T, S): the proprio keys of the spec side by side."""
+        if not spec.required_proprio_keys:
+            raise DataError(f"{self.name}: Pi05 reads a state: name vectors in the spec's required_proprio_keys")
         return np.concatenate([self.vectors[key] for key in spec.required_proprio_keys], axis=1)
+
+    def check_lengths(self):
+        """Raise where something has another number of rows than the actions."""
+        for name, array in [("timestamps", self.timestamps), *self.vectors.items(), *self.frames.items()]:
+            if len(array) != len(self):
+                raise DataError(f"{self.name}: {len(array)} rows of {name}, but {len(self)} actions")
 
     def digest(self):
         """Hash of all numbers and texts; of a camera its fingerprint. It does not depend on names of files or sets."""
@@ -78,13 +87,34 @@ def visible(files):
 
 
 def check_file(file):
-    """Raise for a file that is empty or a Git LFS pointer; a whole file passes."""
-    with open(file, "rb") as opened:
-        head = opened.read(40)
+    """Raise for a file that is empty, a Git LFS pointer or a link to nothing; a whole file passes."""
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(40)
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
     if head.startswith(b"version https://git-lfs"):
         raise DataError(f"{file}: a Git LFS pointer, not the file; fetch it with `git lfs pull`")
     if not head:
         raise DataError(f"{file}: an empty file; copy it again")
+
+
+def make_folder(folder):
+    """A folder to write into, for --out."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}") from None
+
+
+def decode_image(data, where):
+    """The bytes of a PNG or JPEG file -> (H, W, 3) uint8."""
+    from PIL import Image
+
+    try:
+        return np.asarray(Image.open(io.BytesIO(bytes(data))).convert("RGB"))
+    except (OSError, TypeError, ValueError) as error:
+        raise DataError(f"{where}: an image cannot be decoded ({short(error)})") from None
 
 
 def as_rows(array, name):
@@ -111,7 +141,7 @@ def as_tasks(array, steps, name="task"):
 
 def as_images(array, name):
     """Images (T, H, W, C) or (T, C, H, W), uint8 or float in [0, 1], C 3 or 4 -> (T, H, W, 3) uint8. None: depth."""
-    if array.ndim == 3 or 1 in (array.shape[1], array.shape[-1]):
+    if array.ndim != 4 or 1 in (array.shape[1], array.shape[-1]):
         return None
     if array.shape[-1] not in (3, 4) and array.shape[1] in (3, 4):
         array = np.moveaxis(array, 1, -1)

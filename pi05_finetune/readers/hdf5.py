@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import json
 import math
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from common import DataError
 
-from .episode import Episode, EpisodeRef, as_images, as_rows, check_file, short, trim
+from .episode import Episode, EpisodeRef, as_images, as_rows, check_file, decode_image, short, trim
 
 
 def list_hdf5(source, files, rate):
@@ -52,7 +51,8 @@ def opened(file):
 def control_freq(h5):
     """Steps per second as robomimic writes them (`env_args`), or None."""
     try:
-        return float(json.loads(h5["data"].attrs["env_args"])["env_kwargs"]["control_freq"])
+        rate = float(json.loads(h5["data"].attrs["env_args"])["env_kwargs"]["control_freq"])
+        return rate if 0 < rate < math.inf else None
     except (KeyError, TypeError, ValueError, OSError):
         return None
 
@@ -82,13 +82,6 @@ def numbers(dataset, file):
         raise DataError(f"`{dataset.name}` cannot be read ({short(error)}{cure})") from None
 
 
-def decoded(array):
-    """Images that ALOHA keeps as JPEG bytes (T, bytes) -> (T, H, W, 3) uint8."""
-    from PIL import Image
-
-    return np.stack([np.asarray(Image.open(io.BytesIO(row.tobytes())).convert("RGB")) for row in array])
-
-
 def read_demo(source, file, path, rate, keys):
     """One demonstration: actions, what has a row per step, and the images of `obs` or `observations`."""
     try:
@@ -101,13 +94,15 @@ def read_demo(source, file, path, rate, keys):
             episode = Episode(source, "", actions, np.arange(len(actions)) / rate, {}, {}, [""])
             for group in (demo, demo.get("obs"), demo.get("observations")):
                 arrays |= dict(group or {})
-            arrays |= {f"images.{key}": item for key, item in (arrays.pop("images", None) or {}).items()}
+            if isinstance(arrays.get("images"), h5py.Group):
+                arrays |= {f"images.{key}": item for key, item in arrays.pop("images").items()}
             for key, item in arrays.items():
                 if key == name or not isinstance(item, h5py.Dataset) or (keys is not None and key not in keys):
                     continue
-                if item.ndim >= 3 or (key.startswith("images.") and item.ndim == 2):
+                jpeg = key.startswith("images.") and item.ndim in (1, 2)  # as ALOHA keeps them: T rows of bytes
+                if jpeg or item.ndim >= 3:
                     images = numbers(item, file)
-                    images = decoded(images) if images.ndim == 2 else as_images(images, key)
+                    images = np.stack([decode_image(x, key) for x in images]) if jpeg else as_images(images, key)
                     if images is None:
                         episode.notes.append(f"{key} {item.shape} is no colour camera (depth?) and is left out")
                     else:

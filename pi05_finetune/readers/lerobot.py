@@ -4,7 +4,6 @@ Features are read by the description: sets written by openpi's converters call t
 """
 
 import functools
-import io
 import json
 
 import numpy as np
@@ -14,25 +13,23 @@ import pyarrow.parquet
 
 from common import DataError, read_json
 
-from .episode import Episode, EpisodeRef, MissingFile, as_rows, check_file, known_paths, short, trim
+from .episode import Episode, EpisodeRef, MissingFile, as_rows, check_file, decode_image, known_paths, short, trim
 from .video import VideoFrames
 
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
 
 class ImageFrames:
-    """Images that LeRobot keeps inside its parquet file."""
+    """Images that LeRobot keeps inside its parquet file. where: what to call them in an error."""
 
-    def __init__(self, images):
-        self.images = images
+    def __init__(self, images, where):
+        self.images, self.where = images, where
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        from PIL import Image
-
-        return np.asarray(Image.open(io.BytesIO(self.images[i])).convert("RGB"))
+        return decode_image(self.images[i], self.where)
 
 
 @functools.lru_cache(maxsize=4)
@@ -64,6 +61,8 @@ class LeRobot:
         self.info = read_json(path)
         try:
             self.fps, self.features = float(self.info["fps"]), self.info["features"]
+            if not 0 < self.fps < 1e6:
+                raise ValueError(f"fps is {self.fps}")
             self.is_v3 = self.info["codebase_version"].startswith("v3")
             self.video_keys = [key for key, feature in self.features.items() if feature["dtype"] == "video"]
             self.names = {key: flat_names(feature) for key, feature in self.features.items()}
@@ -158,9 +157,9 @@ class LeRobot:
         """A list of one text, or one per row: by task_index, or from the episode's own description."""
         if "task_index" in table.column_names and self.tasks:
             indices = table["task_index"].to_pylist()
-            unknown = [index for index in indices if index not in self.tasks]
+            unknown = [index for index in indices if self.tasks.get(index) is None]
             if unknown:
-                raise DataError(f"task_index {unknown[0]} is not in meta/tasks")
+                raise DataError(f"task_index {unknown[0]} has no text in meta/tasks")
             texts = [str(self.tasks[index]).strip() for index in indices]
         else:
             described = row.get("tasks") or []
@@ -180,13 +179,16 @@ def flat_names(feature):
     names = feature.get("names")
     while isinstance(names, dict) or (isinstance(names, list) and len(names) == 1 and isinstance(names[0], list)):
         names = list(names.values())[0] if isinstance(names, dict) and names else names[0] if names else None
-    return names if isinstance(names, list) and len(names) == feature["shape"][0] else None
+    return list(map(str, names)) if isinstance(names, list) and len(names) == feature["shape"][0] else None
 
 
 def list_lerobot(source, root):
     data = LeRobot(root)
     if not data.rows:
         raise DataError(f"--data {root}: meta lists no episodes")
+    numbers = [row["episode_index"] for row in data.rows]
+    if None in numbers or len(set(numbers)) < len(numbers):
+        raise DataError(f"{root / 'meta' / 'episodes'}: episode_index is empty or repeated")
     vectors = {key: data.names[name] for key, name in data.keys.items() if data.names[name]}
     names, refs = data.names[data.action], []
     for row in data.rows:
@@ -202,13 +204,19 @@ def read_lerobot(source, data, row, keys):
     vectors, frames, fingerprint = {}, {}, {}
     try:
         table = table.filter(pyarrow.compute.equal(table["episode_index"], index))
-        table = table.sort_by("frame_index") if "frame_index" in table.column_names else table
         if not len(table):
             raise MissingFile(f"{file}: holds no row of episode {index}")
+        if "frame_index" in table.column_names:
+            table = table.sort_by("frame_index")
+            if (np.diff(table["frame_index"].to_numpy()) != 1).any():
+                raise DataError("frames are missing or repeated (frame_index is not consecutive)")
         if row.get("length") not in (None, len(table)):
             raise DataError(f"{len(table)} rows, but meta/episodes says {row['length']}")
         actions = as_rows(np.stack(table[data.action].to_numpy()), data.action)
         timestamps = table["timestamp"].to_numpy().astype(np.float64)
+        period = np.median(np.diff(timestamps)) if len(timestamps) > 1 else 1 / data.fps
+        if period > 0 and abs(period * data.fps - 1) > 0.1:
+            raise DataError(f"timestamps tell {1 / period:.4g} Hz, but meta/info.json says fps {data.fps:g}")
         for key in data.keys if keys is None else sorted(keys):
             name = data.keys.get(key)
             if name is None:
@@ -217,7 +225,8 @@ def read_lerobot(source, data, row, keys):
                 frames[key], fingerprint[key] = data.frames(row, name, len(table))
             elif data.features[name]["dtype"] == "image":
                 images = [cell["bytes"] for cell in table[name].to_pylist()]
-                frames[key], fingerprint[key] = ImageFrames(images), sum(map(len, images))
+                frames[key] = ImageFrames(images, f"{file}, episode {index}, {name}")
+                fingerprint[key] = sum(map(len, images))
             else:
                 values = np.stack(table[name].to_numpy())
                 if keys is not None or (values.ndim <= 2 and values.dtype.kind in "fiub"):

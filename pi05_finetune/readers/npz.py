@@ -80,7 +80,7 @@ def read_npz(source, file, keys):
                 info, array = archive.getinfo(f"obs.{key}.npy"), npz_array(str(file), f"obs.{key}")
                 if array.ndim == 4:
                     if array.shape[3] != 3 or array.dtype != np.uint8:
-                        if keys is None:
+                        if keys is None and 3 not in (array.shape[1], array.shape[3]):
                             continue  # depth or latents: nothing that a policy sees
                         raise DataError(f"`obs.{key}` is {array.dtype} {array.shape}, expected uint8 (T, H, W, 3)")
                     frames[key] = ArrayFrames(str(file), f"obs.{key}", len(array))

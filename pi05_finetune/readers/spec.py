@@ -36,16 +36,18 @@ class DatasetSpec:
             if not good:
                 raise DataError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
-        need(isinstance(self.action_dim, int) and self.action_dim > 0, "action_dim", "a whole number above 0")
+        need(type(self.action_dim) is int and self.action_dim > 0, "action_dim", "a whole number above 0")
         need(is_number(self.control_freq_hz) and self.control_freq_hz > 0, "control_freq_hz", "a rate above 0")
         tolerance = self.control_freq_tolerance_pct
         need(is_number(tolerance) and tolerance >= 0, "control_freq_tolerance_pct", "a percentage")
         need(self.action_type in ("absolute", "delta"), "action_type", "absolute or delta")
-        for name in ("required_obs_keys", "required_proprio_keys"):
-            keys = getattr(self, name)
+        for name in ("required_obs_keys", "required_proprio_keys", "action_names", "proprio_names"):
+            keys = [] if getattr(self, name) is None and name.endswith("names") else getattr(self, name)
             need(isinstance(keys, list) and all(isinstance(key, str) for key in keys), name, "a list of names")
         names = self.action_names
         need(names is None or len(names) == self.action_dim, "action_names", f"{self.action_dim} names")
+        for name in ("allow_nan", "clip_actions"):
+            need(isinstance(getattr(self, name), bool), name, "true or false")
         for name in ("action_min", "action_max"):
             value = getattr(self, name)
             value = [value] * self.action_dim if is_number(value) else value
@@ -53,7 +55,7 @@ class DatasetSpec:
             good = value is None or (len(value) == self.action_dim and all(map(is_number, value)))
             need(good, name, f"{self.action_dim} numbers, or one for all")
         steps = self.max_episode_steps
-        need(steps is None or (isinstance(steps, int) and steps > 0), "max_episode_steps", "a whole number above 0")
+        need(steps is None or (type(steps) is int and steps > 0), "max_episode_steps", "a whole number above 0")
         limits = self.action_min is not None and self.action_max is not None
         need(not self.clip_actions or limits, "clip_actions", "false without action_min and action_max")
         if len(self.cameras) < len(self.required_obs_keys):
