@@ -320,7 +320,7 @@ def frames(count, channels=2, size=4, seed=0):
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load("vvae_lam", "recordings", "sources")
+    return load("vvae_lam", "recordings")
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +330,7 @@ def recordings(loaded):
 
 @pytest.fixture(scope="module")
 def sources(loaded):
-    return loaded.sources
+    return loaded.data
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 2])

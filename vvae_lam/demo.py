@@ -4,14 +4,15 @@ Run:
   python vvae_lam/demo.py --out runs/demo/vvae_lam
 """
 
-import argparse
 import json
-import os
-import shutil
+import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+import common
 
 ABOUT = dict(version=1, recordings=240, chunks=6, channels=16, height=16, width=16, latents=2, shift=4, seed=0)
 
@@ -39,33 +40,34 @@ def recording(rng, blob):
 
 
 def write(folder):
-    """Write the data unless it is there already. A half-written folder is never left behind."""
-    folder = Path(folder)
+    """Write the data unless it is there already, all of it or nothing. Other files in the folder are an error."""
+    folder = Path(folder).resolve()
     about = folder / "demo.json"
-    if about.exists() and json.loads(about.read_text()) == ABOUT:
+    if about.exists() and common.read_json(about) == ABOUT:
         return
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # two first starts at once
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if folder.is_file() or (any(folder.glob("*")) and not about.exists()):
+        raise common.DataError(f"{folder}: is there, and is no demo's data; give another folder")
     rng = np.random.default_rng(ABOUT["seed"])
     blob = rng.choice([-1.0, 1.0], ABOUT["channels"])  # how the blob looks in each channel
-    for number in range(ABOUT["recordings"]):
-        latents, directions = recording(rng, blob)
-        chunks = latents.reshape(ABOUT["chunks"], ABOUT["latents"], *latents.shape[1:]).swapaxes(1, 2)
-        with h5py.File(temporary / f"recording_{number:03d}.h5", "w") as file:
-            file["embeddings"], file["actions"] = chunks, directions
-            file.attrs.update(vae="none: synthetic latents", fps=2.0, causal=True)  # each frame is drawn by itself
-    (temporary / about.name).write_text(json.dumps(ABOUT))
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        temporary.rename(folder)
-    except OSError:  # the other start was faster, its data is the same
-        shutil.rmtree(temporary)
+    with common.atomic(folder, folder=True) as made:
+        for number in range(ABOUT["recordings"]):
+            latents, directions = recording(rng, blob)
+            chunks = latents.reshape(ABOUT["chunks"], ABOUT["latents"], *latents.shape[1:]).swapaxes(1, 2)
+            with h5py.File(made / f"recording_{number:03d}.h5", "w") as file:
+                file["embeddings"], file["actions"] = chunks, directions
+                file.attrs.update(vae="none: synthetic latents", fps=2.0, causal=True)  # each frame is drawn by itself
+        (made / about.name).write_text(json.dumps(ABOUT))
+
+
+def main(argv=None):
+    parser = common.ArgumentParser(__doc__)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; another demo's data are replaced")
+    write(parser.parse_args(argv).out)
+    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder to write; replaced if it holds another demo's data"
-    )
-    write(parser.parse_args().out)
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

@@ -19,11 +19,10 @@ import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
-from data import Sequences
-from label import label, open_model
+from data import Sequences, describe_recordings, make_folder, restore_split
+from label import label, open_model, open_recordings
 from layers import optical_flow
 from metrics import advice, assess, codebook_metrics, count_codes, probe, reconstruction_metrics
-from sources import describe_recordings, read_sources, restore_split
 from torch.utils.data import DataLoader
 from train import setup
 
@@ -52,15 +51,13 @@ def parse(argv=None):
     return args
 
 
-def open_recordings(args, model):
+def choose_recordings(args, model):
     """(name of the split, its recordings, the recordings that the model was trained on, as far as they are here)."""
     record = Path(args.checkpoint).resolve().parent.parent / "args.json"
     data = args.data or (common.read_json(record)["flags"]["data"] if record.exists() else None)
     if not data:
         raise common.DataError(f"{record} is not there to name the data: give --data DIR")
-    recordings = read_sources(data, val_share=0.0)
-    if recordings[0].shape != model.shape:
-        raise common.DataError(f"--data: C, H, W are {recordings[0].shape}, but the checkpoint has {model.shape}")
+    recordings = open_recordings(data, model)
     split = Path(args.checkpoint) / "data.json"
     if not split.exists():
         print(f"{split} is not there: whether the model was trained on these recordings is not known", flush=True)
@@ -152,13 +149,19 @@ def features_of(model, recording):
 def probes(model, held_out, training, most=8000):
     """({features: scores of metrics.probe} or None, {file: what of it is left out}): motion from each of features_of.
 
-    None where the recordings hold neither states nor actions. Training recordings, where there are any, only widen the
-    fit, up to `most` transitions. Transitions whose motion holds NaN are left out.
+    None where the recordings hold neither states nor actions, or nothing moves. Training recordings, where there are
+    any, only widen the fit, up to `most` transitions. Transitions whose motion holds NaN are left out, and recordings
+    whose motion is of another kind than that of the first.
     """
-    rows, motions, episodes, tested, numbers, left_out = [], [], [], [], {}, {}
+    rows, motions, episodes, tested, numbers, left_out, kind = [], [], [], [], {}, {}, None
     for recording in [*held_out, *training]:
         motion, name = recording.motion(model.config.gap)
         if motion is None or len(tested) > most:
+            continue
+        own = name, motion.dtype, *motion.shape[1:]
+        kind = kind or own
+        if own != kind:
+            left_out[str(recording.path)] = f"its {name} are not like the {kind[0]} of the first"
             continue
         good = np.isfinite(motion).reshape(len(motion), -1).all(1)
         count = int(good.sum())
@@ -170,10 +173,13 @@ def probes(model, held_out, training, most=8000):
         tested += [recording in held_out] * count
     if not any(tested):
         return None, left_out
+    motion = torch.cat(motions)
+    if motion.is_floating_point() and not (motion[torch.tensor(tested)].std(0) > 1e-9).any():
+        return None, left_out
     features = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
     mix = torch.randperm(len(tested), generator=torch.Generator().manual_seed(0))
     features["shuffled_codes"] = features["codes"][mix]
-    about = torch.cat(motions), torch.tensor(episodes), torch.tensor(tested)
+    about = motion, torch.tensor(episodes), torch.tensor(tested)
     return {key: probe(x, *about) for key, x in features.items()}, left_out
 
 
@@ -219,7 +225,8 @@ def lines_of(report):
 def main(argv=None):
     args = parse(argv)
     model = open_model(args.checkpoint).to(setup(args)[2])
-    split, held_out, training = open_recordings(args, model)
+    make_folder(f"{args.out}/figures")
+    split, held_out, training = choose_recordings(args, model)
     generator, out, gap = torch.Generator().manual_seed(0), Path(args.out), model.config.gap  # of random codes
     one = one_step(model, held_out, args)
     print(f"relative_mse {one['relative_mse']:.3f}, code_sensitivity {one['code_sensitivity']:.3f}", flush=True)
@@ -244,7 +251,6 @@ def main(argv=None):
         code_scene_grid=figures.code_scene_grid(model, torch.stack(clips).to(model.mean.device)),
         code_motion=figures.code_motion(model, [whole.to(model.mean.device) for whole in wholes]),
     )
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         with common.atomic(out / "figures" / f"{name}.png") as path:
             figure.savefig(path, format="png")

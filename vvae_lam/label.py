@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+from data import make_folder, read_sources
 from model import VVAELatentActionVQVAE
-from sources import read_sources
 from tqdm import tqdm
 from train import setup
 
@@ -58,6 +58,14 @@ def open_model(checkpoint):
     return model
 
 
+def open_recordings(data, model):
+    """The recordings of the --data words, of the sizes that the model takes."""
+    recordings = read_sources(data, val_share=0.0)
+    if recordings[0].shape != model.shape:
+        raise common.DataError(f"--data: C, H, W are {recordings[0].shape}, but the checkpoint has {model.shape}")
+    return recordings
+
+
 def label(model, recording, batch_size=64):
     """codes (T - gap, S) and vectors (T - gap, S, D) of all transitions of a recording, arrays."""
     codes, vectors, gap = [], [], model.config.gap
@@ -88,7 +96,10 @@ def frame_gap(recordings, gap):
 def sample(recording, codes, vectors, gap):
     """KEY.latents.npz of a recording: rows of the video's frames, of which those that end a latent are valid."""
     ends = recording.frame_index()
-    rows, at = int(recording.attributes.get("frames", ends[-1] + 1)) - gap, ends[: len(codes)]
+    frames, at = int(recording.attributes.get("frames", ends[-1] + 1)), ends[: len(codes)]
+    if frames <= ends[-1]:
+        raise common.DataError(f"{recording.path}: its attribute `frames` is {frames}, but a latent ends at {ends[-1]}")
+    rows = frames - gap
     valid, all_codes = np.zeros(rows, bool), np.zeros((rows, *codes.shape[1:]), np.int64)
     all_vectors = np.zeros((rows, *vectors.shape[1:]), np.float32)
     valid[at], all_codes[at], all_vectors[at] = True, codes, vectors
@@ -102,7 +113,7 @@ def shards_of(recordings):
     shards, plain = {}, []
     for recording in recordings:
         about = recording.attributes
-        if "shard" in about:
+        if "shard" in about and "key" in about:
             shards.setdefault(str(about["shard"]), []).append((str(about["key"]), recording))
         else:
             plain.append(recording)
@@ -112,7 +123,26 @@ def shards_of(recordings):
         key = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:80]  # WebDataset ends a key at its first dot
         key = key if key == name else f"{key}-{zlib.crc32(name.encode()):08x}"
         shards.setdefault(f"shard-{number // SHARD:06d}.tar", []).append((key, recording))
+    for name, members in shards.items():
+        keys = [key for key, _ in members]
+        if len(set(keys)) < len(keys):
+            raise common.DataError(f"--data: two recordings are of the clip {max(keys, key=keys.count)} of {name}")
     return shards
+
+
+def is_there(path, members):
+    """Whether the label shard is there already; DataError if it holds labels of other recordings."""
+    if not path.exists():
+        return False
+    keys = {f"{key}.latents.npz" for key, _ in members}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            other = [name for name in tar.getnames() if name not in keys]
+    except tarfile.TarError as error:
+        other = [str(error)]
+    if other:
+        raise common.DataError(f"{path} is there and holds labels of other data ({other[0]}): choose another --out")
+    return True
 
 
 def write_labels_json(model, args, gap, out):
@@ -127,7 +157,7 @@ def write_labels_json(model, args, gap, out):
         if other:
             raise common.DataError(f"{out} holds labels of another model ({other[0]} differs): choose another --out")
         return
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with common.atomic(path) as temporary:
         temporary.write_text(json.dumps(about))
 
@@ -135,12 +165,12 @@ def write_labels_json(model, args, gap, out):
 def main(argv=None):
     args = parse(argv)
     model = open_model(args.checkpoint).to(setup(args)[2])
-    recordings, out = read_sources(args.data, val_share=0.0), Path(args.out)
+    recordings, out = open_recordings(args.data, model), Path(args.out)
     gap = frame_gap(recordings, model.config.gap)
     write_labels_json(model, args, gap, out)
     shards, count, left_out, present = shards_of(recordings), 0, 0, 0
     for name, members in tqdm(shards.items(), unit="shard", disable=not sys.stderr.isatty()):
-        if (out / name).exists():
+        if is_there(out / name, members):
             present += len(members)
             continue
         with common.atomic(out / name) as path, tarfile.open(path, "w") as tar:

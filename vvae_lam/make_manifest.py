@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+from data import find_files, kind_of
 from recordings import inspect
-from sources import find_files, kind_of
 from tqdm import tqdm
 
 import common

@@ -167,7 +167,8 @@ def probe(features, actions, episodes, tested=None, strengths=(1.0, 10.0, 100.0,
     that do not move are left out. *_low, *_high: 95 % bootstrap interval over episodes, if there are at least three.
     """
     classes = not actions.is_floating_point()
-    y = F.one_hot(actions.long()).double() if classes else actions.double()
+    actions = actions.unique(return_inverse=True)[1] if classes else actions  # numbers from 0 on
+    y = F.one_hot(actions).double() if classes else actions.double()
     tested = torch.ones(len(y), dtype=torch.bool) if tested is None else tested
     guess, baseline = nested_predict(features.double(), y, folds_of(episodes), strengths)
     guess, baseline, y, actions, episodes = (part[tested] for part in (guess, baseline, y, actions, episodes))

@@ -44,7 +44,7 @@ class Recording:
     split: str = "train"
 
     def __post_init__(self):
-        self.every = self.chunk_frames == 1 or bool(self.attributes.get("causal", False))
+        self.every = self.chunk_frames == 1 or str(self.attributes.get("causal")) in ("True", "1")
 
     def __len__(self):
         return self.chunks * self.chunk_frames if self.every else self.chunks
@@ -93,7 +93,8 @@ class Recording:
         """(what happens from frame t to t + gap (T - gap, ...), its name), or (None, None) if the file does not say.
 
         states: their difference; a dim that jumps by more than pi within [-pi, pi] is an angle, and is unwrapped.
-        actions: the sum of the rows from t on; class numbers only where these are one row. Rows may hold NaN.
+        actions: the sum of the rows from t on; class numbers (one integer a row) only where these are one row. Rows
+        may hold NaN.
         """
         with h5py.File(self.path, "r", locking=False) as file:
             name = next((name for name in ("states", "actions") if name in file), None)
@@ -101,19 +102,21 @@ class Recording:
         if name is None or len(self) <= gap:
             return None, None
         rows = self.chunks * self.chunk_frames
-        if values.ndim not in (1, 2) or len(values) != rows:
-            shape = values.shape
-            raise DataError(f"{self.path}: `{name}` has shape {shape}, expected ({rows}, A): a row per latent frame")
+        if values.ndim not in (1, 2) or len(values) != rows or values.dtype.kind not in "biuf":
+            found = f"`{name}` holds {values.dtype} of shape {values.shape}"
+            raise DataError(f"{self.path}: {found}, expected numbers ({rows}, A): a row per latent frame")
         first = self.row(np.arange(len(self) - gap))
         last = self.row(np.arange(gap, len(self)))
-        if name == "actions" and values.dtype.kind != "f":
+        if name == "actions" and values.dtype.kind != "f" and values.size == rows:
             return (values[first].reshape(-1), name) if (last == first + 1).all() else (None, None)
         values = values.reshape(rows, -1).astype(np.float64)
         if name == "states":
-            jumps = np.abs(np.diff(values, axis=0))
-            angle = (np.nanmax(np.abs(values), 0) < 3.2) & (np.nanmax(jumps, 0, initial=0) > np.pi)
+            known = np.nan_to_num(values)
+            jumps = np.abs(np.diff(known, axis=0)).max(0)
+            angle = (np.abs(known).max(0) < 3.2) & (jumps > np.pi)
             change = values[last] - values[first]
-            return np.where(angle, (change + np.pi) % (2 * np.pi) - np.pi, change), name
+            change[:, angle] = (change[:, angle] + np.pi) % (2 * np.pi) - np.pi
+            return change, name
         return np.stack([values[a:b].sum(0) for a, b in zip(first, last, strict=True)]), name
 
     def frame_index(self):
@@ -121,7 +124,11 @@ class Recording:
         with h5py.File(self.path, "r", locking=False) as file:
             rows = file["frame_index"][()] if "frame_index" in file else None
         number = np.arange(len(self))
-        return number if rows is None else rows.astype(np.int64)[self.row(number)]
+        if rows is None:
+            return number
+        if rows.shape != (self.chunks * self.chunk_frames,) or not (np.diff(rows, prepend=0) >= 0).all():
+            raise DataError(f"{self.path}: `frame_index` is not a growing frame number for each latent frame")
+        return rows.astype(np.int64)[self.row(number)]
 
 
 def reason(error):
@@ -159,6 +166,14 @@ def inspect(path, source="data", name=None):
         raise DataError(f"{path}: `{KEY}` holds {kind!r} numbers, expected float16, float32 or float64")
     if missing:
         raise DataError(f"{path}: {missing} of `{KEY}`: they would read as zeros; encode it again, or leave it out")
+    try:
+        known = 0 < float(attributes.get("fps", 1)) < 1e6
+    except (TypeError, ValueError):
+        known = False
+    if not known:
+        raise DataError(f"{path}: its attribute `fps` is {attributes['fps']}, expected a number above 0")
+    if str(attributes.get("causal", False)) not in ("True", "False", "1", "0"):
+        raise DataError(f"{path}: its attribute `causal` is {attributes['causal']}, expected true or false")
     C, H, W = shape[1], *shape[-2:]
     other = None
     if attributes.get("axes", AXES) not in (AXES, "NCTHW", "NCHW"):

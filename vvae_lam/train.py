@@ -8,7 +8,7 @@ Run:
   python vvae_lam/train.py @vvae_lam/seed.args --data DIR --out runs/latents
   torchrun --nproc_per_node 8 vvae_lam/train.py @vvae_lam/seed.args --data DIR --out runs/latents --amp bf16
 
---overfit is the sanity check: one batch, over and over; the exit code says whether the model could learn it by heart.
+--overfit is the sanity check: to train and to validate on there is one batch; the exit code tells if it was learned.
 """
 
 import argparse
@@ -24,12 +24,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+import data
 import demo
 import figures
-from data import Sequences, TrainBatches, train_loader, validation_loaders
 from metrics import advice, assess, code_use, codebook_metrics, count_codes, reconstruction_metrics
 from model import Config, VVAELatentActionVQVAE, read_config
-from sources import describe_recordings, normalisation, read_sources, restore_split, split_of
 
 import common
 
@@ -37,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 BETAS = (0.9, 0.95)  # AdamW, as for most transformers of this size
 CHECK_EVERY = 20  # steps between two measurements of the code sensitivity, until quantization begins
 CODEBOOK_FROM = 2048  # transitions whose vectors make the first codes
+MOST = 1e9  # of any flag
 OVERFIT = dict(mse_loss=0.01, mae_loss=0.05)  # what --overfit has to reach, in normalised units
 
 
@@ -101,11 +101,13 @@ def parse(argv=None):
     args.fixed = [action.dest for group in (model, optimisation) for action in group._group_actions]
     sizes = [action.dest for action in model._group_actions if action.type is int]
     for name in [*sizes, *"gap batch_size lr clip steps accum log_every eval_every save_every keep".split()]:
-        if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
+        if not 0 < getattr(args, name) <= MOST:
+            parser.error(f"--{name.replace('_', '-')} must be above 0 and at most {MOST:g}")
     for name in "val_share workers lr_end warmup weight_decay seed".split():
-        if not 0 <= getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must not be negative")
+        if not 0 <= getattr(args, name) <= MOST:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0 and at most {MOST:g}")
+    if math.isnan(args.quantize_after):
+        parser.error("--quantize-after must be a number")
     micro_steps = args.accum * int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % micro_steps:
         parser.error(f"--batch-size {args.batch_size} is no multiple of {micro_steps} (micro-steps x processes)")
@@ -190,19 +192,19 @@ def main(argv=None):
         demo.write(args.data[0].partition("=")[2])
     common.broadcast()  # the other ranks wait for the demo's data
     common.seed_all(args.seed)
-    recordings = read_sources(args.data, args.manifest, args.val_share, args.val_episodes)
+    recordings = data.read_sources(args.data, args.manifest, args.val_share, args.val_episodes)
     common.open_run(args)
     stop = common.Interrupt(args.out)
 
     # --- model
     checkpoint = common.newest(args.out) if args.resume else None
-    split = common.read_json(checkpoint / "data.json") if checkpoint else split_of(recordings)
-    changes = restore_split(recordings, split) if checkpoint else []
+    split = common.read_json(checkpoint / "data.json") if checkpoint else data.split_of(recordings)
+    changes = data.restore_split(recordings, split) if checkpoint else []
     training = [recording for recording in recordings if recording.split == "train"]
     if checkpoint:  # with its normalisation, whatever the data have become
         model = VVAELatentActionVQVAE.from_pretrained(checkpoint).train()
     else:
-        shape, (mean, std) = training[0].shape, normalisation(training)
+        shape, (mean, std) = training[0].shape, data.normalisation(training)
         if args.init:  # its weights expect its normalisation
             mean, std = read_config(args.init).mean, read_config(args.init).std
         flags = {name: value for name, value in vars(args).items() if name in vars(Config())}
@@ -232,19 +234,18 @@ def main(argv=None):
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # --- data
-    sequences = Sequences(training, args.sequence_length, args.gap)
-    batches = TrainBatches(sequences, args.batch_size, args.seed, args.accum, rank, world)
-    train = train_loader(batches, first, args.steps, args.workers, args.overfit, device.type == "cuda")
-    if args.overfit:
-        validation = {"overfit": [batches[micro]["latents"] for micro in range(args.accum)]}
-    else:
-        validation = validation_loaders(recordings, args.sequence_length, args.gap, args.batch_size, rank, world)
-    for line in [*describe_recordings(recordings), *changes]:
+    for line in [*data.describe_recordings(recordings), *changes]:
         log.say(line)
+    sequences = data.Sequences(training, args.sequence_length, args.gap, most=args.batch_size if args.overfit else None)
+    batches = data.TrainBatches(sequences, args.batch_size, args.seed, args.accum, rank, world)
+    train = data.train_loader(batches, first, args.steps, args.workers, device.type == "cuda")
+    validation = data.validation_loaders(recordings, args.sequence_length, args.gap, args.batch_size, rank, world)
+    if args.overfit:
+        validation = {"overfit": torch.utils.data.DataLoader(sequences, args.batch_size)}
     log.say(f"{len(sequences):,} training sequences of {args.sequence_length} from {len(training)} recordings")
     if not validation:
         log.say("nothing to validate on: hold out episodes with a manifest, --val-share or --val-episodes")
-    clips = args.batch_size if args.overfit else -(-CODEBOOK_FROM // (args.sequence_length - 1))
+    clips = -(-CODEBOOK_FROM // (args.sequence_length - 1))
 
     # --- loop
     stopped, passed, line = False, False, {}
@@ -273,13 +274,12 @@ def main(argv=None):
 
         done, line, is_best = step + 1, {}, False
         ended = done == args.steps
-        at = 0 if args.overfit else done
         if not model.quantizer.quantizing and done % CHECK_EVERY == 0:
             with amp:
-                use = code_use(model, batches.head(at, min(args.batch_size, 32)).to(device))
+                use = code_use(model, batches.head(done, min(args.batch_size, 32)).to(device))
             line.update(use)
             if max(use.values()) > args.quantize_after:  # with --flow either will do: both say that vectors are in use
-                model.init_codebook(batches.head(at, clips), args.seed)
+                model.init_codebook(batches.head(done, clips), args.seed)
                 log.say(f"step {done}: quantization begins")
         if done % args.log_every == 0 or ended:
             line.update(log.flush(lr=lr))
@@ -301,7 +301,7 @@ def main(argv=None):
                 (folder / "data.json").write_text(json.dumps(split, indent=1))
                 state = dict(step=done, best=best, opt=opt.state_dict(), scaler=scaler.state_dict())
                 torch.save(state, folder / "resume.pt")
-        if "val/mse_loss" in line and rank == 0 and (ended or not args.overfit):
+        if "val/mse_loss" in line and rank == 0:
             for name, figure in figures.of_run(model, example, log.out / "log.jsonl"):
                 log.figure(done, name, figure)
         if stopped or ended:
@@ -312,14 +312,14 @@ def main(argv=None):
         log.say(f"stopped after step {done}; go on with --resume --out {args.out}")
     else:
         log.say(f"checkpoint: {log.out / 'checkpoints' / ('best' if best is not None else 'last')}")
-        log.say(f"figure:     {log.out / 'figures' / 'prediction.png'}")
         if not model.quantizer.quantizing:
             log.say(f"quantization never began: code_sensitivity stayed below --quantize-after {args.quantize_after}")
-        elif "val/loss" in line and not args.overfit:
+        elif "val/loss" in line:
+            log.say(f"figure:     {log.out / 'figures' / 'prediction.png'}")
             numbers = {name.removeprefix("val/"): value for name, value in line.items()}
             log.say(f"advice: {advice(numbers, args.num_embeddings)}")
-    if args.overfit:
-        log.say(f"overfit test {'passed' if passed else 'FAILED'}")
+        if args.overfit:
+            log.say(f"overfit test {'passed' if passed else 'FAILED'}")
     log.close()
     if world > 1:
         torch.distributed.barrier()  # torchrun kills rank 0 in its last save if another rank ended 30 s before

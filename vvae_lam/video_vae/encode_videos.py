@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # as a script: the folder and common.py come first on the path
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
-from sources import find_files
+from data import find_files
 from train import setup
 from video_vae.vae import open_vae
 
