@@ -14,6 +14,7 @@ Letters: E environments, T frames ahead, J joints, B tracked bodies, A actions.
 import contextlib
 import copy
 import io
+import os
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -30,6 +31,9 @@ from common import DataError
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     from mujoco import mjx  # it prints that the optional warp is missing
 
+# XLA's batched LAPACK waits, on a thread of XLA's pool, for others of that pool. With one thread for each of two cores
+# the rodent's solver waited for itself for ever; eight are enough. Read when JAX starts its CPU backend.
+os.environ.setdefault("PJRT_NPROC", str(max(8, os.cpu_count() or 1)))
 mujoco.set_mju_user_warning(lambda text: None)  # of C MuJoCo; it would write a file here. We count NaN ourselves
 ROOTS = ("torso", "thorax", "reference_base", "torso13_body")  # what track-mjx's walkers call their root body
 LIMITS = ("bad_pose_dist", "too_far_dist", "bad_quat_dist", "healthy_z_range", "penalty_pos_distance_scale")
