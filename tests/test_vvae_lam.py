@@ -1,5 +1,6 @@
 """vvae_lam: causality, the one decoder, the codebook, the readers, the batches, the loop, the verbs and the VAEs."""
 
+import gzip
 import io
 import json
 import os
@@ -197,6 +198,8 @@ def test_any_shape_trains_and_every_parameter_gets_a_gradient(this, shape):
 def test_wrong_arguments_are_named(this, call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny(this))
+    with pytest.raises(DataError, match="3x3 or more, not 2x8"):
+        tiny(this, flow=True, height=2)
 
 
 def test_checkpoint_round_trip_and_what_it_refuses(this, tmp_path):
@@ -372,6 +375,8 @@ def array(path, x, **attributes):
         (lambda p: array(p, np.ones((8, 24, 40, 4))), "channels last"),
         (lambda p: array(p, np.ones((4, 2, 2, 4, 4)), axes="NTCHW"), "axes` is NTCHW"),
         (lambda p: write_h5(p, frames(4), attributes=dict(vae="AutoencoderKLWan")), "latents of several VAEs"),
+        (lambda p: write_h5(p, frames(4), attributes=dict(fps="8 fps")), "`fps` is 8 fps"),
+        (lambda p: write_h5(p, frames(4), attributes=dict(causal="no")), "`causal` is no"),
     ],
 )
 def test_broken_files_are_named(sources, tmp_path, capsys, damage, message):
@@ -442,8 +447,11 @@ def test_motion_of_a_transition(recordings, tmp_path):
     np.testing.assert_allclose(found[:, 1], [2 * np.pi - 6.1, 0.2, 0.2], atol=1e-9)  # 3.1 -> -3.0 is a small turn
     assert motion(1, causal=False, actions=classes) == (None, None)  # class numbers are of one step only
     assert motion(1, actions=classes)[0].tolist() == list(range(7))
-    with pytest.raises(DataError, match="a row per latent frame"):
-        motion(1, actions=np.arange(7))
+    assert motion(1, actions=np.stack([classes, classes], 1))[0].tolist() == [[n, n] for n in range(7)]
+    assert np.isfinite(motion(1, states=np.where(floats == 2, np.inf, floats))[0]).sum() == 5
+    for rows in (np.arange(7), np.array([b"left"] * 8)):
+        with pytest.raises(DataError, match="a row per latent frame"):
+            motion(1, actions=rows)
 
 
 def test_links_capitals_hidden_files_and_paths_with_an_equals_sign(sources, tmp_path, monkeypatch):
@@ -486,7 +494,10 @@ def test_split_by_manifest_by_name_and_by_hash(sources, tmp_path):
     assert held_out(val_episodes=["r03", "d=r05", "r07_x"]) == both(3, 5) | {"r07_x"}
     assert held_out(val_share=0.0) == set()
     assert held_out([str(tmp_path / "numbers")], val_episodes=["2-3,5"]) == {"002", "003", "005"}
-    manifest = tmp_path / "m.json"
+    alone = write_h5(tmp_path / "alone.h5", frames(4), attributes=dict(episode="e"))
+    assert held_out([str(alone)], val_share=1) == set()  # one episode alone is trained on
+    manifest, nothing = tmp_path / "m.json", tmp_path / "n.json"
+    nothing.write_text('{"splits": {"train": []}}')
     splits = dict(train=["r00_x.h5"], val=["/elsewhere/r01_x.h5"], test=["r02_x"])  # written on another machine
     manifest.write_text(json.dumps(dict(splits=splits)))
     found = {r.id: r.split for r in sources.read_sources(data, manifest=manifest)}
@@ -495,6 +506,8 @@ def test_split_by_manifest_by_name_and_by_hash(sources, tmp_path):
     for words, how, message in (
         (data, dict(manifest=manifest), "2 files are not there, the first is gone.h5"),
         (data, dict(manifest=tmp_path / "d"), "not a manifest"),
+        (data, dict(manifest=nothing), "its splits are empty"),
+        (["d="], {}, "no such file or folder"),
         (data, dict(val_episodes=["r99"]), "no episode 'r99'"),
         ([str(tmp_path / "absent")], {}, "no such file or folder"),
         ([str(tmp_path / "empty")], {}, "no .h5 files"),
@@ -505,17 +518,18 @@ def test_split_by_manifest_by_name_and_by_hash(sources, tmp_path):
 
 
 def test_a_checkpoint_knows_its_recordings_by_content(sources, tmp_path):
-    """Renamed and moved files keep their split; new and missing ones are told."""
+    """Renamed, moved and doubled files keep their split; new and missing ones are told."""
     for n in range(4):
         write_h5(tmp_path / "d" / f"{n}.h5", frames(4, seed=n))
     table = sources.split_of(sources.read_sources([str(tmp_path / "d")], val_episodes=["2"]))
     (tmp_path / "moved").mkdir()
     shutil.move(tmp_path / "d" / "2.h5", tmp_path / "moved" / "other.h5")
+    shutil.copy(tmp_path / "d" / "1.h5", tmp_path / "moved" / "copy.h5")
     shutil.move(tmp_path / "d" / "1.h5", tmp_path / "moved" / "name.h5")
     write_h5(tmp_path / "moved" / "1.h5", frames(4, seed=9))
     found = sources.read_sources([str(tmp_path / "moved")])
     lines = "\n".join(sources.restore_split(found, json.loads(json.dumps(table))))
-    assert {r.id: r.split for r in found} == {"other": "validation", "name": "train", "1": "new"}
+    assert {r.id: r.split for r in found} == {"other": "validation", "name": "train", "copy": "train", "1": "new"}
     assert "1 recordings are new" in lines and "2 recordings of the run are gone" in lines
 
 
@@ -595,6 +609,12 @@ def test_demo_is_in_the_layout_of_the_data_and_is_not_written_twice(tmp_path, re
     recording = recordings.inspect(files[0])
     assert recording.shape == (16, 16, 16) and recording.chunk_frames == 2 and len(recording) == 12
     assert recording.read(np.arange(12)).std() == pytest.approx(1, abs=0.05) and len(recording.motion(1)[0]) == 11
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").touch()
+    for folder in (tmp_path / "mine", tmp_path / "mine/thesis.txt"):  # what is not a demo's is never replaced
+        with pytest.raises(DataError, match="is no demo's data"):
+            demo.write(folder)
+    assert (tmp_path / "mine/thesis.txt").exists()
 
 
 # --- the loop
@@ -858,6 +878,32 @@ def test_labels_are_the_codes_of_the_transitions(this, latents, checkpoint, tmp_
         run(tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    "about, size, there, message",
+    [
+        ({}, 8, True, "holds labels of other data"),
+        ({}, 10, False, r"C, H, W are \(2, 10, 10\), but the checkpoint has \(2, 8, 8\)"),
+        (dict(shard="s.tar", key="k"), 8, False, "two recordings are of the clip k of s.tar"),
+        (dict(frame_index=[0, 1]), 8, False, "`frame_index` is not a growing frame number"),
+        (dict(frame_index=[3, 2, 1, 0, 0, 0]), 8, False, "`frame_index` is not a growing frame number"),
+    ],
+)
+def test_what_labels_cannot_be_made_of_is_named(checkpoint, tmp_path, about, size, there, message):
+    """A folder with labels of other data, other sizes, two recordings of one clip, impossible frame numbers."""
+    main = load("vvae_lam", "label").label.main
+    rows = about.pop("frame_index", None)
+    for name, width in (("old", 8), ("new", size)):
+        for n in "ab":
+            path = write_h5(tmp_path / name / f"{name}_{n}.h5", frames(6, size=width), attributes=about)
+            if rows:
+                with H5(path, "a") as file:
+                    file["frame_index"] = rows
+    words = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "labels"), "--device", "cpu", "--data"]
+    assert not there or main([*words, str(tmp_path / "old")]) == 0
+    with pytest.raises(DataError, match=message):
+        main([*words, str(tmp_path / "new")])
+
+
 def test_labels_of_videos_stand_at_the_frames_that_end_a_latent(this, checkpoint, tmp_path):
     """4 frames to a latent: row 3 is the code of latents 0 -> 1, rows between are not valid; keys are the video's.
     Of a video whose length is not known, nothing is said of what follows its last latent."""
@@ -937,6 +983,11 @@ def test_trained_recordings_are_known_and_new_data_need_no_flags(this, evaluate,
     assert (found["split"], found["recordings"]) == ("new data", 5)
     assert [Path(name).name for name in found["left_out_of_probes"]] == ["n0.h5"]
     assert np.isfinite(found["probes"]["codes"]["r2"]) and "r2_low" in found["probes"]["codes"]
+    for n, rows in enumerate((np.ones((12, 3)), np.ones((12, 2)))):
+        with H5(write_h5(tmp_path / "odd" / f"{n}.h5", frames(12, size=8, seed=30 + n)), "a") as file:
+            file["states"] = rows
+    found = report("--data", tmp_path / "odd")  # nothing moves, and the second has other states
+    assert found["probes"] is None and [Path(name).name for name in found["left_out_of_probes"]] == ["1.h5"]
     assert "n0.h5" in (tmp_path / "report" / "report.md").read_text()
 
 
@@ -958,6 +1009,7 @@ def test_probe_leaves_episodes_out(metrics):
     found = metrics.probe(x, classes, episodes)
     assert found["accuracy"] > 0.8 and found["accuracy_low"] <= found["accuracy"] <= found["accuracy_high"]
     assert found["chance"] == pytest.approx(torch.bincount(classes).max().item() / 300)
+    assert metrics.probe(x, classes * 10**10 - 7, episodes) == found  # any numbers may stand for classes
     rests = torch.where((episodes > 0)[:, None], noise(300, 3, seed=4), 0.0)  # in a third of the episodes
     assert metrics.probe(x, rests, episodes.clamp(max=2))["r2_low"] > -2
     one = metrics.probe(x, x @ linear, torch.zeros(300, dtype=torch.int64))  # one episode: blocks in time
@@ -1279,6 +1331,19 @@ def test_a_depth_video_is_named(encode, tmp_path):
         video.mux(stream.encode())
     with pytest.raises(DataError, match="depth.mkv: .*depth, not colour"):
         read(encode, tmp_path / "depth.mkv")
+
+
+def test_shards_that_are_no_clips_are_named(encode, clips, tmp_path):
+    """A compressed tar would be read at the wrong place; frames of another order or type are no pictures."""
+    (tmp_path / "a.tar").write_bytes(gzip.compress((clips / "shard-000000.tar").read_bytes()))
+    with pytest.raises(DataError, match="not a complete WebDataset shard"):
+        encode.find_videos(tmp_path)
+    shards = load("vla", "shards").shards
+    for frames in (np.zeros((4, 3, 8, 8), np.uint8), np.zeros((4, 8, 8, 3))):
+        sample = {"__key__": "k", "json": b'{"fps": 5}', "frames.npy": shards.npy(frames)}
+        shards.write_shard(tmp_path / "a.tar", [sample])
+        with pytest.raises(ValueError, match=r"expected uint8 \(T, H, W, 3\)"):
+            encode.frame_times(encode.find_videos(tmp_path)[0], None)
 
 
 @pytest.mark.slow

@@ -89,6 +89,8 @@ def read_manifest(path, folder):
             missing.append(name)
         elif split_of.setdefault(file, split) != split:
             raise DataError(f"{path}: {name} is in two splits")
+    if not table:
+        raise DataError(f"{path}: its splits are empty: make_manifest.py writes one")
     if missing:
         raise DataError(f"{path}: {len(missing)} files are not there, the first is {missing[0]}: run make_manifest.py")
     return split_of
@@ -134,8 +136,8 @@ def hold_out(recordings, val_share, val_episodes):
     free = [recording for recording in recordings if not recording.split]
     hashes = {recording.episode: episode_hash(recording.episode) for recording in free}
     held = {episode for episode, number in hashes.items() if number < val_share}
-    if val_share > 0 and len(hashes) > 1 and not 0 < len(held) < len(hashes):
-        held = {min(hashes, key=hashes.get)}  # too few for a share
+    if val_share > 0 and not 0 < len(held) < len(hashes):  # too few for a share; one alone is trained on
+        held = {min(hashes, key=hashes.get)} if len(hashes) > 1 else set()
     for recording in free:
         recording.split = "validation" if recording.episode in held else "train"
 

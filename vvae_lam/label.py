@@ -135,11 +135,8 @@ def is_there(path, members):
     if not path.exists():
         return False
     keys = {f"{key}.latents.npz" for key, _ in members}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            other = [name for name in tar.getnames() if name not in keys]
-    except tarfile.TarError as error:
-        other = [str(error)]
+    with tarfile.open(path) as tar:
+        other = [name for name in tar.getnames() if name not in keys]
     if other:
         raise common.DataError(f"{path} is there and holds labels of other data ({other[0]}): choose another --out")
     return True

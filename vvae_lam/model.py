@@ -91,6 +91,8 @@ class VVAELatentActionVQVAE(nn.Module):
         super().__init__()
         self.config = c = config
         self.shape = c.channels, c.height, c.width
+        if c.flow and min(c.height, c.width) < 3:
+            raise DataError(f"--flow needs latent frames of 3x3 or more, not {c.height}x{c.width}")
         N, S, D = -(-c.height // c.patch) * -(-c.width // c.patch), c.num_codes, c.embed_dim
         self.register_buffer("mean", torch.tensor(c.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(c.std).view(-1, 1, 1), persistent=False)

@@ -166,11 +166,8 @@ def inspect(path, source="data", name=None):
         raise DataError(f"{path}: `{KEY}` holds {kind!r} numbers, expected float16, float32 or float64")
     if missing:
         raise DataError(f"{path}: {missing} of `{KEY}`: they would read as zeros; encode it again, or leave it out")
-    try:
-        known = 0 < float(attributes.get("fps", 1)) < 1e6
-    except (TypeError, ValueError):
-        known = False
-    if not known:
+    fps = np.asarray(attributes.get("fps", 1.0))
+    if fps.size != 1 or fps.dtype.kind not in "iuf" or not 0 < fps.item() < 1e6:
         raise DataError(f"{path}: its attribute `fps` is {attributes['fps']}, expected a number above 0")
     if str(attributes.get("causal", False)) not in ("True", "False", "1", "0"):
         raise DataError(f"{path}: its attribute `causal` is {attributes['causal']}, expected true or false")

@@ -103,9 +103,9 @@ def parse(argv=None):
     for name in [*sizes, *"gap batch_size lr clip steps accum log_every eval_every save_every keep".split()]:
         if not 0 < getattr(args, name) <= MOST:
             parser.error(f"--{name.replace('_', '-')} must be above 0 and at most {MOST:g}")
-    for name in "val_share workers lr_end warmup weight_decay seed".split():
-        if not 0 <= getattr(args, name) <= MOST:
-            parser.error(f"--{name.replace('_', '-')} must be at least 0 and at most {MOST:g}")
+    for name, most in dict(val_share=1, workers=1e3, lr_end=1, warmup=MOST, weight_decay=MOST, seed=MOST).items():
+        if not 0 <= getattr(args, name) <= most:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0 and at most {most:g}")
     if math.isnan(args.quantize_after):
         parser.error("--quantize-after must be a number")
     micro_steps = args.accum * int(os.environ.get("WORLD_SIZE", 1))
@@ -314,7 +314,7 @@ def main(argv=None):
         log.say(f"checkpoint: {log.out / 'checkpoints' / ('best' if best is not None else 'last')}")
         if not model.quantizer.quantizing:
             log.say(f"quantization never began: code_sensitivity stayed below --quantize-after {args.quantize_after}")
-        elif "val/loss" in line:
+        elif "val/loss" in line and not args.overfit:
             log.say(f"figure:     {log.out / 'figures' / 'prediction.png'}")
             numbers = {name.removeprefix("val/"): value for name, value in line.items()}
             log.say(f"advice: {advice(numbers, args.num_embeddings)}")

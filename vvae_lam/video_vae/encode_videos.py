@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # as a script: the folder and common.py come first on the path
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
-from data import find_files
+from data import find_files, make_folder
 from train import setup
 from video_vae.vae import open_vae
 
@@ -64,8 +64,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if (args.data is None) == (args.decode is None):
         parser.error("give either --data, to encode, or --decode")
-    if args.chunk_frames < 1 or (args.fps is not None and not args.fps > 0) or min(args.size or [1]) < 1:
-        parser.error("--chunk-frames, --fps and --size must be above 0")
+    if args.chunk_frames < 1 or (args.fps is not None and not 0 < args.fps < 1e6) or min(args.size or [1]) < 1:
+        parser.error("--chunk-frames, --fps (below 1e6) and --size must be above 0")
     return args
 
 
@@ -118,15 +118,15 @@ def videos_of(shard):
     """The clips of a WebDataset shard: KEY.mp4 or KEY.frames.npy with its KEY.json."""
     members = {}
     try:
-        with tarfile.open(shard) as tar:
+        with tarfile.open(shard, "r:") as tar:  # not compressed: members are read at their place in the file
             for member in tar:
                 folder, slash, name = member.name.removeprefix("./").rpartition("/")
                 if member.isfile() and not name.startswith("."):
                     key, _, extension = name.partition(".")
                     place = member.offset_data, member.size
-                    what = json.load(tar.extractfile(member)) if extension == "json" else place
+                    what = dict(json.load(tar.extractfile(member))) if extension == "json" else place
                     members.setdefault(folder + slash + key, {})[extension] = what
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+    except (tarfile.TarError, EOFError, OSError, TypeError, ValueError) as error:
         raise common.DataError(f"{shard}: not a complete WebDataset shard ({error})") from None
     for key, found in members.items():
         for name in {"mp4", "frames.npy"} & set(found):
@@ -137,8 +137,10 @@ def videos_of(shard):
 def frame_times(video, fps):
     """(rate, number of frames, those to take, in order, a warning or None), from the timestamps of all frames."""
     if video.array:
-        average = float(video.meta["fps"])
-        times = np.arange(len(video.open())) / average
+        frames, average = video.open(), float(video.meta["fps"])
+        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not average > 0:
+            raise ValueError(f"{frames.dtype} {frames.shape} at {average:g} fps, expected uint8 (T, H, W, 3)")
+        times = np.arange(len(frames)) / average
     else:
         with video.open() as container:
             stream = container.streams.video[0]
@@ -218,7 +220,7 @@ def encode(video, target, vae, args, settings):
     """One video into one file; returns the number of chunks."""
     try:
         rate, length, picked, warning = frame_times(video, args.fps)
-    except (av.FFmpegError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (av.FFmpegError, OSError, EOFError, KeyError, IndexError, TypeError, ValueError) as error:
         text = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise common.DataError(f"{video}: not a readable video ({text})") from None
     if warning:
@@ -237,7 +239,7 @@ def encode(video, target, vae, args, settings):
     kept, latents = vae.lead + chunks * args.chunk_frames, args.chunk_frames // vae.ratio
     picked = picked[np.minimum(np.arange(kept), count - 1)]
     ends = vae.lead + vae.ratio * np.arange(1, chunks * latents + 1) - 1  # the last of the picked frames in each latent
-    about = {name: video.meta[name] for name in ("shard", "key", "episode", "camera") if name in video.meta}
+    about = {name: str(video.meta[name]) for name in ("shard", "key", "episode", "camera") if name in video.meta}
     about |= dict(frames=length, frames_dropped=max(0, count - kept), frames_repeated=max(0, kept - count))
     with common.atomic(target) as temporary, h5py.File(temporary, "w") as file:
         source = pictures(video, picked, args.size)
@@ -292,7 +294,7 @@ def encode_all(args):
     random.shuffle(videos)  # jobs that share the folder rarely meet at one video
     for video in tqdm(videos, unit="video", disable=not sys.stderr.isatty()):
         target = out / f"{video.name}.h5"
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         if target.exists():
             check_settings(target, settings)
             continue
