@@ -166,6 +166,9 @@ def test_teacher_of_another_walker_is_refused(this, arm):
     env = this.env.Imitation(config(*joints, value=["swing", "swing"]), arm.env.model, arm.clips)
     with pytest.raises(DataError, match="another walker's teacher"):
         env.check(arm.teacher)
+    for path, value in (("mocap_hz", "fast"), ("iterations", -1), ("reset_noise_scale", "x")):
+        with pytest.raises(DataError, match=f"`env_config.env_args.{path}` {value!r}"):
+            this.walker.build_model(arm.folder / "walker.xml", config("env_config", "env_args", path, value=value))
     for wrong, message in (
         (config(*joints, value=["knee"]), "no joint 'knee'"),
         (config("env_config", "reward_weights", "bad_pose_dist"), "no `env_config.reward_weights.bad_pose_dist`"),
@@ -259,8 +262,29 @@ def test_two_files_of_one_name_are_two(this, arm, tmp_path):
     assert held_out("b/clips.h5") == [f"b/clips.h5/{i}" for i in range(8)]
     assert held_out("y=01-02,7") == [f"b/clips.h5/{i}" for i in (1, 2, 7)]
     assert held_out("5") == ["a/clips.h5/5", "b/clips.h5/5"]
-    with pytest.raises(DataError, match="--val-episodes nobody: there is no clip nobody"):
-        held_out("nobody")
+    for nobody in ("nobody", "²", "-3"):
+        with pytest.raises(DataError, match=f"--val-episodes {nobody}: there is no clip {nobody}"):
+            held_out(nobody)
+
+
+def test_clips_whose_frames_changed_are_told(this, arm, copied):
+    clips = this.data.read_clips([str(copied)], arm.env.model, 50)
+    split = json.loads(json.dumps(this.data.split_of(clips)))
+    assert this.data.restore_split(clips, split) == ""
+    rewrite(copied, qpos=arm.qpos[::-1].reshape(-1, 1), xpos=arm.clips.xpos[::-1].reshape(-1, 3, 3))
+    again = this.data.read_clips([str(copied)], arm.env.model, 50)
+    assert "0 new (trained on), 0 gone, 8 with other frames" in this.data.restore_split(again, split)
+    del split["checksums"]
+    assert this.data.restore_split(again, split) == ""
+
+
+def test_the_demo_replaces_nothing_but_a_demo(this, tmp_path):
+    (tmp_path / "chapter").write_text("x")
+    for path in (tmp_path, tmp_path / "chapter"):
+        with pytest.raises(DataError, match="no demo's data"):
+            this.demo.write(path)
+    with pytest.raises(DataError, match="cannot be written"):
+        this.demo.write(tmp_path / "chapter" / "x")
 
 
 def test_files_are_found_behind_links_and_hidden_ones_are_not(this, arm, tmp_path):
@@ -297,7 +321,9 @@ def virtual(file, rows):
 
 
 SPOILT = {
-    "clip 1: qpos holds NaN .* at frame 10": lambda file, rows: rewrite(file, qpos=np.r_[rows[:40], rows * np.inf]),
+    "clip 1: qpos holds NaN .* at frame 10": lambda file, rows: rewrite(
+        file, qpos=rows * np.where(np.arange(240) < 40, 1, np.inf)[:, None]
+    ),
     r"\(30, 3\), the walker \(frames, 1\)": lambda file, rows: rewrite(file, qpos=np.zeros((240, 3))),
     "clips of 1 frame": lambda file, rows: rewrite(file, qpos=rows[:1], config=None),
     "`qpos` is empty": lambda file, rows: rewrite(file, qpos=rows[:0]),
@@ -308,6 +334,10 @@ SPOILT = {
     "chunks of `qpos` were never written": unwritten,
     "gone.h5 is not there": virtual,
     "kinematics put body": lambda file, rows: rewrite(file, qpos=np.degrees(rows)),
+    "complex128": lambda file, rows: rewrite(file, qpos=rows + 1j),
+    r"`xpos` has shape \(9, 3, 3\), but `qpos` has 240": lambda file, rows: rewrite(file, xpos=np.zeros((9, 3, 3))),
+    r"xpos has shape \(30, 9\)": lambda file, rows: rewrite(file, xpos=np.zeros((240, 9))),
+    "names_xpos names 4 bodies": lambda file, rows: rewrite(file, names_xpos=["world", "link", "hand", "hand"]),
 }
 
 
@@ -662,6 +692,16 @@ def test_an_exported_student_acts_the_same_in_numpy(this, arm, tmp_path, levels)
     student.save_pretrained(tmp_path / "student", params)
     assert this.export.main(["--checkpoint", str(tmp_path / "student"), "--out", str(tmp_path / "policy")]) == 0
     assert {file.name for file in (tmp_path / "policy").iterdir()} == {"config.json", "weights.npz", "policy.py"}
+    (tmp_path / "student" / "notes").write_text("x")
+    for words, message in (
+        ((tmp_path / "student", tmp_path / "student"), "is or holds other files"),
+        ((tmp_path / "student", tmp_path / "student" / "notes"), "is or holds other files"),
+        ((tmp_path / "student", arm.folder / "track", "--track-mjx"), "holds a PPONetwork_0 already|FSQ"),
+        ((tmp_path, tmp_path / "x"), "holds no config.json; expected .*checkpoints/best"),
+    ):
+        (arm.folder / "track" / "PPONetwork_0").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(DataError, match=message):
+            this.export.main(["--checkpoint", *map(str, words[:1]), "--out", *map(str, words[1:])])
     policy = this.policy.Policy(tmp_path / "policy")
     obs = rng.normal(size=(50, arm.env.obs_size)).astype(np.float32)
     own, z = obs[:, arm.env.reference_size :], rng.normal(size=(50, 3)).astype(np.float32)
@@ -964,6 +1004,11 @@ def test_clips_that_are_added_are_told_and_leave_the_split_alone(this, arm, tmp_
         (["--devices", "2"], "--physics mujoco"),
         (["--batch-size", "12"], "--batch-size"),
         (["--fsq-levels", "1"], "--fsq-levels"),
+        (["--val-share", "5"], "--val-share below 1"),
+        (["--seed", "99999999999"], "--seed below"),
+        (["--prior-hidden-sizes", "0"], "--prior-hidden-sizes must be above 0"),
+        (["--compile-cache", "/dev/null/x"], "--compile-cache /dev/null/x: Not a directory"),
+        (["--kl-start", "nan"], "--kl-start must not be negative"),
         (["--device", "tpu"], "--device tpu"),
         (["--val-episodes", "nobody"], "--val-episodes nobody"),
         (["--walker", "nowhere.xml"], "no such file"),

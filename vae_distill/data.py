@@ -8,6 +8,7 @@ stac-mjx: datasets `qpos` (T nq), `xpos` (T nb 3), `qvel` (T nv, often empty or 
 import hashlib
 import os
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,8 @@ def read_stac(h5, clip_frames):
     for key in ("xpos", "qvel"):
         if key in h5 and h5[key].shape[:1] == (len(qpos),):
             arrays[key] = read_dataset(h5, key)
+        elif key == "xpos" and key in h5 and h5[key].size:
+            raise DataError(f"`xpos` has shape {h5[key].shape}, but `qpos` has {len(qpos)} frames")
     starts = range(0, len(qpos) - frames + 1, frames)
     clips = [{key: value[i : i + frames] for key, value in arrays.items()} for i in starts]
     return clips, names_of(h5, "names_xpos"), names_of(h5, "names_qpos"), len(qpos) % frames
@@ -149,8 +152,11 @@ def read_file(file, model, mocap_hz, clip_frames=0):
 def check(model, clip, bodies, joints, where):
     """DataError unless the walker's kinematics put its bodies where the clip has them."""
     qpos, own = clip["qpos"], [name_of_qpos(model, i) for i in range(model.nq)]
-    if qpos.ndim != 2 or qpos.shape[1] != model.nq:
-        raise DataError(f"{where}: qpos has shape {qpos.shape}, the walker (frames, {model.nq}): another walker?")
+    if qpos.ndim != 2 or qpos.shape[1] != model.nq or qpos.dtype.kind not in "fiu":
+        shape = f"{qpos.dtype} {qpos.shape}, the walker (frames, {model.nq})"
+        raise DataError(f"{where}: qpos has shape {shape}: another walker?")
+    if "xpos" in clip and (clip["xpos"].shape[2:] != (3,) or len(bodies) not in (0, clip["xpos"].shape[1])):
+        raise DataError(f"{where}: xpos has shape {clip['xpos'].shape}, and names_xpos names {len(bodies)} bodies")
     for key in ("qpos", "xpos"):
         if key in clip and not np.isfinite(clip[key]).all():
             frame = np.argwhere(~np.isfinite(clip[key]))[0][0]
@@ -251,7 +257,7 @@ def by_name(ids, source, wanted):
         for part in parts.split(","):
             file, _, numbers = part.rpartition("/")
             low, _, high = numbers.partition("-")
-            span = range(int(low), int(high or low) + 1) if (low + (high or low)).isdigit() else ()
+            span = range(int(low), int(high or low) + 1) if low.isdecimal() and (high or low).isdecimal() else ()
             found = np.zeros(len(ids), bool)
             for i, (clip, own) in enumerate(zip(ids, source, strict=True)):
                 stem, _, number = clip.rpartition("/")
@@ -289,13 +295,19 @@ def read_clips(words, model, mocap_hz, val_share=0.1, val_episodes=(), clip_fram
 
 
 def split_of(clips):
-    """What a checkpoint keeps of the data: the names of all clips and of those held out."""
-    return dict(clips=clips.ids, held_out=[clips.ids[i] for i in np.flatnonzero(clips.held_out)])
+    """What a checkpoint keeps of the data: names and checksums of all clips, the names of those held out."""
+    frames = zip(clips.qpos, clips.length, strict=True)
+    checksums = [zlib.crc32(np.ascontiguousarray(qpos[:length]).tobytes()) for qpos, length in frames]
+    held_out = [clips.ids[i] for i in np.flatnonzero(clips.held_out)]
+    return dict(clips=clips.ids, checksums=checksums, held_out=held_out)
 
 
 def restore_split(clips, split):
     """Hold out what a checkpoint lists, whatever has been added since. Returns a line for the user if clips changed."""
     clips.held_out = np.isin(clips.ids, split["held_out"])
+    now, before = split_of(clips), dict(zip(split["clips"], split.get("checksums", ()), strict=False))
     new, gone = len(set(clips.ids) - set(split["clips"])), len(set(split["clips"]) - set(clips.ids))
-    same = clips.ids == split["clips"]
-    return "" if same else f"the clips changed since the checkpoint: {new} new (trained on), {gone} gone"
+    pairs = zip(clips.ids, now["checksums"], strict=True)
+    other = sum(before.get(name, checksum) != checksum for name, checksum in pairs)
+    text = f"the clips changed since the checkpoint: {new} new (trained on), {gone} gone, {other} with other frames"
+    return text if other or clips.ids != split["clips"] else ""

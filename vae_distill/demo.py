@@ -5,8 +5,6 @@ Run:
 """
 
 import json
-import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -75,25 +73,20 @@ def wait(folder):
 
 
 def write(folder):
-    """Write the data unless it is there already. A half-written folder is never left behind."""
-    folder = Path(folder)
+    """Write the data unless it is there already, all of it or nothing. Other files in the folder are an error."""
+    folder = Path(folder).resolve()
     if there(folder):
         return
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # two first starts at once
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if folder.is_file() or (any(folder.glob("*")) and not (folder / "demo.json").exists()):
+        raise common.DataError(f"{folder}: is there, and is no demo's data; give another folder")
     rng = np.random.default_rng(ABOUT["seed"])
-    arm = temporary / "arm.xml"
-    arm.write_text(WALKER)
-    clips = np.stack([motion(rng) for _ in range(ABOUT["clips"])])
-    write_clips(temporary / "clips.h5", mujoco.MjModel.from_xml_string(WALKER), clips)
-    make(arm, [str(temporary / "clips.h5")], temporary, ABOUT["rate"], ABOUT["substeps"], seed=ABOUT["seed"])
-    (temporary / "demo.json").write_text(json.dumps(ABOUT))
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        temporary.rename(folder)
-    except OSError:  # the other start was faster, its data is the same
-        shutil.rmtree(temporary)
+    with common.atomic(folder, folder=True) as made:
+        (made / "arm.xml").write_text(WALKER)
+        clips = np.stack([motion(rng) for _ in range(ABOUT["clips"])])
+        write_clips(made / "clips.h5", mujoco.MjModel.from_xml_string(WALKER), clips)
+        words = [str(made / "clips.h5")]
+        make(made / "arm.xml", words, made, ABOUT["rate"], ABOUT["substeps"], seed=ABOUT["seed"])
+        (made / "demo.json").write_text(json.dumps(ABOUT))
 
 
 def main(argv=None):

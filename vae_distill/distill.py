@@ -143,9 +143,16 @@ def updates_per_iteration(envs, unroll, batch_size):
 # --- devices
 
 
+def make_folder(flag, folder):
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{flag} {folder}: {error.strerror}") from None
+
+
 def keep_compiled(folder):
     """Keep compiled programs in a folder, for the next start."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder("--compile-cache", folder)
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).resolve()))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
 from data import read_clips, restore_split
-from distill import keep_compiled
+from distill import keep_compiled, make_folder
 from env import Imitation
 from metrics import ERRORS, POLICIES, free_run, lasting, latent_metrics, make_rollout, measure, smoothness, summary
 from model import ACTIVE, Student
@@ -50,9 +50,11 @@ def parse(argv=None):
     add("--compile-cache", default="runs/compiled", metavar="DIR", help="where compiled programs are kept")
     add("--seed", default=0, help="of starts and of latent samples", **whole)
     args = parser.parse_args(argv)
-    for name in ("episodes", "batch_size"):
-        if getattr(args, name) < 1:
+    for name in ("episodes", "batch_size", "seconds"):
+        if not 0 < getattr(args, name) < np.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if min(args.train_clips, args.clip_frames or 0, args.seed) < 0:
+        parser.error("--train-clips, --clip-frames and --seed must not be negative")
     run = Path(args.checkpoint).resolve().parents[1]
     if not args.out and not (run / "args.json").exists():
         parser.error("give --out DIR: --checkpoint lies in no run's folder that could hold the report")
@@ -66,6 +68,7 @@ def open_run(checkpoint, **given):
     given: teacher, walker, data, clip_frames, physics; what is absent or None is as in the run's own flags.
     """
     checkpoint = Path(checkpoint).resolve()
+    student, params = Student.from_pretrained(checkpoint)
     record = checkpoint.parents[1] / "args.json"
     flags = dict(body_shift="auto", physics="mjx", clip_frames=0)
     flags |= common.read_json(record)["flags"] if record.exists() else {}
@@ -74,7 +77,6 @@ def open_run(checkpoint, **given):
     flags |= {name: value for name, value in given.items() if value is not None}
     if missing := [name for name in ("teacher", "walker", "data") if name not in flags]:
         raise common.DataError(f"{record} is not there to tell --{missing[0]}: give it")
-    student, params = Student.from_pretrained(checkpoint)
     teacher = read_teacher(flags["teacher"])
     walker = build_model(flags["walker"], teacher.config)
     clips = read_clips(flags["data"], walker, teacher.mocap_hz, val_share=0, clip_frames=flags["clip_frames"])
@@ -236,6 +238,7 @@ def main(argv=None):
         raise common.DataError(f"--device {args.device}: {str(error).splitlines()[0][:150]}") from None
     given = {name: getattr(args, name) for name in ("teacher", "walker", "data", "clip_frames", "physics")}
     student, params, env, clips, teacher = open_run(args.checkpoint, **given)
+    make_folder("--out", Path(args.out) / "figures")
     clip, start, held_out = starts(args, clips, env.ahead)
     outs = play(args, env, student, params, teacher, clip, start)
     card = {}
@@ -260,7 +263,6 @@ def main(argv=None):
     between = interpolation(env, student, params, mine, shown)
 
     out, episode = Path(args.out), shown[0]
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     played = int(mine["alive"][:, episode].sum())
     frame, qpos = (mine[key][:played, episode] for key in ("frame", "qpos"))
     reference = clips.qpos[clip[episode], frame]

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+from distill import make_folder
 from model import QUIET, Student
 from teacher.checkpoint import write_teacher
 
@@ -59,6 +60,9 @@ def main(argv=None):
     args = parse(argv)
     student, params = Student.from_pretrained(args.checkpoint)
     if not args.track_mjx:
+        out = Path(args.out)
+        if out.is_file() or {file.name for file in out.glob("*")} - {"config.json", "weights.npz", "policy.py"}:
+            raise common.DataError(f"--out {out}: is or holds other files; give the policy a folder of its own")
         with common.atomic(args.out, folder=True) as folder:
             student.save_pretrained(folder, params)
             shutil.copy(Path(__file__).with_name("policy.py"), folder)
@@ -66,6 +70,9 @@ def main(argv=None):
         return 0
     if student.config.fsq_levels:
         raise common.DataError("--track-mjx: its policies have Gaussian latents, this student has FSQ")
+    if (Path(args.out) / "PPONetwork_0").exists():
+        raise common.DataError(f"--out {args.out}: holds a PPONetwork_0 already; give another folder")
+    make_folder("--out", args.out)
     policy, mean, std, sizes = intention_policy(student, params)
     write_teacher(args.out, 0, {**student.config.teacher, "network_config": sizes}, mean, std, policy)
     print(f"{args.out}/PPONetwork_0")

@@ -273,6 +273,8 @@ def comparable(config):
 def read_config(folder):
     """The StudentConfig of a checkpoint folder."""
     file = Path(folder) / "config.json"
+    if not file.exists():
+        raise DataError(f"{folder}: holds no config.json; expected a folder such as RUN/checkpoints/best")
     try:
         config = StudentConfig(**json.loads(file.read_text()))
         sizes = [getattr(config, f.name) for f in fields(config) if f.name.endswith(("size", "dim", "levels"))]

@@ -23,7 +23,7 @@ import optax
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
-from distill import keep_compiled, where
+from distill import keep_compiled, make_folder, where
 from evaluate import open_run
 from teacher.walker import positions
 
@@ -51,7 +51,7 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error("--seeds must be above 0")
-    if min(args.std) <= 0:
+    if not all(0 < std < np.inf for std in args.std):
         parser.error("--std must be above 0")
     if args.env_steps < NUM_ENVS * UNROLL:
         parser.error(f"--env-steps must be at least {NUM_ENVS * UNROLL}, those of one update")
@@ -278,6 +278,7 @@ def main(argv=None):
     student, params, env, clips, _ = open_run(args.checkpoint, physics=args.physics)
     if env.free:
         raise common.DataError("the student's walker has a free root: these tasks are for an arm with a fixed base")
+    make_folder("--out", args.out)
     task = Task(args.task, env, clips, student)
     keys, curves, per_update = jax.random.split(jax.random.key(0), args.seeds), {}, NUM_ENVS * UNROLL
     for kind, std in zip(("latent", "raw"), args.std, strict=True):
@@ -289,7 +290,6 @@ def main(argv=None):
         text = f"80 % of the better final reward ({result['goal']:.3f}) after {row['steps_to_goal']} control steps"
         print(f"{kind}: {text}")
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     figure = figures.learning(curves, per_update, result["goal"], args.task)
     with common.atomic(out / f"{args.task}.png") as path:
         figure.savefig(path, format="png")

@@ -103,12 +103,15 @@ def parse(argv=None):
     for name in positive.split():
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
-    zero = "val_share clip_frames fsq_levels lr_end warmup weight_decay kl_weight devices seed"
+    zero = "val_share clip_frames fsq_levels lr_end warmup weight_decay kl_weight kl_start devices seed"
     for name in zero.split():
-        if not 0 <= getattr(args, name) < math.inf:
+        if not 0 <= (getattr(args, name) or 0) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
-    if args.fsq_levels == 1:
-        parser.error("--fsq-levels is 0 or at least 2")
+    if args.fsq_levels == 1 or args.val_share >= 1 or args.seed > 2**31 - 2:
+        parser.error("--fsq-levels is 0 or at least 2, --val-share below 1, --seed below 2^31 - 1")
+    for name in ("encoder", "decoder", "prior"):
+        if min(getattr(args, f"{name}_hidden_sizes")) < 1:
+            parser.error(f"--{name}-hidden-sizes must be above 0")
     if not distill.updates_per_iteration(args.num_envs, args.unroll, args.batch_size):
         parser.error("--batch-size must divide --num-envs, or be a multiple of it by a factor of --unroll")
     if args.resume and not args.out:

@@ -20,6 +20,7 @@ import optax
 if __name__ == "__main__":  # vae_distill/ and its parent take the place of vae_distill/teacher/
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 from data import read_clips
+from distill import make_folder
 from env import Imitation
 from model import QUIET, Decoder, Encoder, gaussian_heads, intention
 
@@ -46,8 +47,10 @@ def parse(argv=None):
     add("--seed", default=0, help="of the weights and the visited states", **whole)
     args = parser.parse_args(argv)
     for name in ("mocap_hz", "substeps", "steps"):
-        if not getattr(args, name) > 0:
+        if not 0 < getattr(args, name) < np.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if args.seed < 0:
+        parser.error("--seed must not be negative")
     return args
 
 
@@ -229,9 +232,11 @@ def clone(obs, action, size, steps, seed, batch_size=512):
 def make(walker, data, out, mocap_hz, substeps, clip_frames=0, steps=4000, seed=0):
     """Write OUT/walker.xml and OUT/teacher; returns the cloning's mean squared error."""
     text, out = unit_motors(walker), Path(out)
+    if (out / "walker.xml").resolve() == Path(walker).resolve():
+        raise DataError(f"--out {out}: its walker.xml is --walker itself; give another folder")
     model = mujoco.MjModel.from_xml_string(text)
     clips = read_clips(data, model, mocap_hz, 0.0, clip_frames=clip_frames)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", out)
     with common.atomic(out / "walker.xml") as path:
         path.write_text(text)
     config = describe(model, clips, mocap_hz, substeps)

@@ -9,12 +9,10 @@ from common import DataError
 
 SOLVERS = dict(cg=mujoco.mjtSolver.mjSOL_CG, newton=mujoco.mjtSolver.mjSOL_NEWTON)
 
-NEEDED = (
-    *(f"env_config.env_args.{key}" for key in ("mj_model_timestep", "iterations", "ls_iterations", "mocap_hz")),
-    *(f"env_config.env_args.{key}" for key in ("physics_steps_per_control_step", "reset_noise_scale")),
-    *(f"walker_config.{key}" for key in ("joint_names", "body_names", "end_eff_names")),
-    *("reference_config.traj_length", "env_config.reward_weights"),
-)
+TIMING = ("mj_model_timestep", "iterations", "ls_iterations", "mocap_hz", "physics_steps_per_control_step")
+NUMBERS = (*(f"env_config.env_args.{key}" for key in TIMING), "reference_config.traj_length")  # above 0
+TABLES = {"env_config.env_args.reset_noise_scale": (int, float), "env_config.reward_weights": dict}
+TABLES |= {f"walker_config.{key}": (list, tuple) for key in ("joint_names", "body_names", "end_eff_names")}
 
 
 def entry(config, path):
@@ -31,8 +29,10 @@ def entry(config, path):
 
 def build_model(walker, config):
     """MjModel of an MJCF file with the edits of the checkpoint's configuration: actuators, scale, time step, solver."""
-    for path in NEEDED:
-        entry(config, path)
+    for path, kinds in (dict.fromkeys(NUMBERS, (int, float)) | TABLES).items():
+        value = entry(config, path)
+        if not isinstance(value, kinds) or (path in NUMBERS and not 0 < value < np.inf):
+            raise DataError(f"the teacher's configuration has `{path}` {value!r}")
     edit, timing = config["walker_config"], config["env_config"]["env_args"]
     if not Path(walker).is_file():
         raise DataError(f"--walker {walker}: no such file")
