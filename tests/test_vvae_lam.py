@@ -983,12 +983,12 @@ def test_trained_recordings_are_known_and_new_data_need_no_flags(this, evaluate,
     assert (found["split"], found["recordings"]) == ("new data", 5)
     assert [Path(name).name for name in found["left_out_of_probes"]] == ["n0.h5"]
     assert np.isfinite(found["probes"]["codes"]["r2"]) and "r2_low" in found["probes"]["codes"]
+    assert "n0.h5" in (tmp_path / "report" / "report.md").read_text()
     for n, rows in enumerate((np.ones((12, 3)), np.ones((12, 2)))):
         with H5(write_h5(tmp_path / "odd" / f"{n}.h5", frames(12, size=8, seed=30 + n)), "a") as file:
             file["states"] = rows
     found = report("--data", tmp_path / "odd")  # nothing moves, and the second has other states
     assert found["probes"] is None and [Path(name).name for name in found["left_out_of_probes"]] == ["1.h5"]
-    assert "n0.h5" in (tmp_path / "report" / "report.md").read_text()
 
 
 @pytest.fixture(scope="module")
