@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,7 +175,8 @@ def test_block_flow_finds_a_shift(this, size, grid):
 
 
 def test_the_first_frame_is_encoded_without_the_second(this):
-    model, batch, seen = tiny(this, depth=2).eval(), pairs(), []
+    """Of any width: 200 dims are 2 heads of 100."""
+    model, batch, seen = tiny(this, depth=2, dim=200).eval(), pairs(), []
     for block in model.temporal:
         block.register_forward_hook(lambda _, inputs, __: seen.append(inputs[1]))
     model.encode(batch[:, 0], batch[:, 1])
@@ -358,6 +360,9 @@ def test_actions_between_two_frames(this, tmp_path):
     starts = np.array([0, 3, 8])
     np.testing.assert_allclose(this.data.between(first, starts, 3)[:, 0], [0 + 1 + 2, 3 + 4 + 5, 8 + 9 + 10])
     np.testing.assert_allclose(this.data.between(second, starts, 3)[:, 0], [3, 3, 3])
+    second.meta["actions"] = "relative"
+    with pytest.raises(DataError, match="lab-000.json: actions relative, expected delta or absolute"):
+        this.data.between(second, starts, 3)
 
 
 def test_split_is_by_the_recordings_own_name(this, tmp_path):
@@ -370,6 +375,12 @@ def test_split_is_by_the_recordings_own_name(this, tmp_path):
     assert held[0] == held[1] == {f"{n:03d}" for n in range(40) if this.shards.episode_hash(f"{n:03d}") < 0.25}
     source = read([str(tmp_path / "left")], ["1"], 0.1, ["2-4,17"])[0]
     assert source.held_out == ["002", "003", "004", "017"]
+    rates = write_clips(this, tmp_path / "rates", [10] * 2, per_shard=1)
+    write_clips(this, rates, [10], fps=30.0, episode="fast", per_shard=1)
+    said = []
+    for gap in ("2", "0.4s"):
+        read([str(rates)], [gap], say=said.append)
+    assert said == ["warning: rates: 5 to 30 frames a second: give --gap in seconds"]
     with pytest.raises(DataError, match="no episode is called 99"):
         read([str(tmp_path / "left")], ["1"], 0.1, ["99"])
 
@@ -430,6 +441,16 @@ def test_demo_motions_are_what_is_seen(this):
     np.testing.assert_allclose(np.diff(centre, axis=0), actions[:-1], atol=0.03)
 
 
+def test_the_demo_replaces_nothing_of_others(this, tmp_path, monkeypatch):
+    monkeypatch.setitem(this.demo.ABOUT, "episodes", 4)
+    this.demo.write(tmp_path / "new")
+    (tmp_path / "thesis.txt").touch()
+    for folder in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(DataError, match="is no demo's data"):
+            this.demo.write(folder)
+    assert (tmp_path / "thesis.txt").exists() and len(this.shards.read_clips(tmp_path / "new")) == 4
+
+
 # --- training
 
 
@@ -467,10 +488,16 @@ def test_run_resume_and_what_it_leaves(this, lab, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_resumed_run_holds_out_what_it_held_out(this, lab, tmp_path, capsys):
-    """The folder has grown between stop and --resume: that is said, and the split is the checkpoint's."""
+    """The folder has grown between stop and --resume: that is said, and the split is the checkpoint's. A source is
+    known by its clips, too."""
     data = write_clips(this, tmp_path / "data", [12] * 6)
-    this.train.main(flags(data, tmp_path / "run", "--steps", 3))
+    words = flags(data, tmp_path / "run", "--steps", 3)
+    this.train.main(words)
     held = json.loads((tmp_path / "run/checkpoints/last/data.json").read_text())["lab"]["held_out"]
+    this.train.main(["--data", f"renamed={data}", *words[2:], "--resume", "--steps", "4"])
+    assert json.loads((tmp_path / "run/checkpoints/last/data.json").read_text())["renamed"]["held_out"] == held
+    shutil.rmtree(tmp_path / "run")
+    this.train.main(words)
     write_clips(this, data, [12] * 40)
     capsys.readouterr()
     this.train.main(flags(data, tmp_path / "run", "--resume"))
@@ -607,6 +634,14 @@ def test_labelling_resumes_and_does_not_depend_on_the_batch(this, trained, tmp_p
     this.label.main([*words, "--out", tmp_path / "a"])
     assert (tmp_path / "a" / "shard-000001.tar").read_bytes() == want
     assert "3 clips labelled, 33 pairs; 1 shards were there" in capsys.readouterr().out
+    other = write_clips(this, tmp_path / "other", [12] * 3, source="other")
+    for source, out, message in (
+        (data, data, "shard-000000.tar is there and holds no labels of"),
+        (other, tmp_path / "a", "shard-000000.tar is there and holds no labels of"),
+        (data, data / "shard-000000.tar", "--out .*tar: File exists"),
+    ):
+        with pytest.raises(DataError, match=message):
+            this.label.main(["--checkpoint", trained, "--data", source, "--out", out])
     with pytest.raises(DataError, match="another model or gap"):
         this.label.main([*words, "--out", tmp_path / "a", "--gap", "3"])
 

@@ -1,6 +1,7 @@
 """laq/videos_to_shards.py: every kind of source on tiny data written here, faults, stops, and real recordings."""
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -456,8 +457,10 @@ def test_lerobot_that_disagrees(laq, tmp_path):
     assert list(clips) == ["g1-1-top"] and len(broken) == 13
     assert "has 5 rows, meta says 6" in broken["g1-0-top"]
     assert broken["g1-1-wrist"].endswith("episode_000001.mp4: no such file")
-    assert "episode_000002" in broken["g1-2-top"] and "\n" not in broken["g1-2-top"]
-    assert "actions of row 4 holds NaN" in broken["g1-3-wrist"]
+    assert broken["g1-2-top"].startswith(f"{data}/data/chunk-001/episode_000002.parquet: ")
+    assert (
+        broken["g1-3-wrist"] == f"{data}/data/chunk-001/episode_000003.parquet: actions of row 4 holds NaN or infinity"
+    )
     assert all("are they in seconds?" in broken[f"g1-{n}-top"] for n in (4, 5, 6))
 
 
@@ -625,7 +628,9 @@ def test_twins(laq, tmp_path):
         (["--data", "d={data}", "--actions", "d=relative"], "--actions relative: expected delta or absolute"),
         (["--data", "d={data}", "d={data}"], "two sources are called d"),
         (["--data", "d={data}/nowhere"], "nowhere: no such file or folder"),
-        (["--data", "d={empty}"], "nothing to read: no videos, pictures, LeRobotDataset or tfrecords"),
+        (["--data", "d={empty}"], "nothing to read: no videos, pictures, LeRobotDataset or tfrecords$"),
+        (["--data", "d={other}"], "nothing to read: no videos, .*; ignored files of other kinds: 1 .hdf5"),
+        (["--data", "d={slow}"], "info.json: fps is 0.0, expected a number above 0"),
         (["--data", "d={old}"], "codebase_version is v1.6, expected v2.x or v3.x"),
         (["--data", "d={bare}"], "no 'features'"),
     ],
@@ -633,11 +638,15 @@ def test_twins(laq, tmp_path):
 def test_wrong_flags(laq, tmp_path, words, message):
     """A mistyped flag, or a folder that cannot be read, is an error before anything is written."""
     write_video(tmp_path / "data/a.mp4", grey(range(3)))
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "other/a.hdf5").touch()
+    lerobot_info(tmp_path / "slow", "v2.1", CAMERAS)
+    edit_info(tmp_path / "slow", fps=0)
     lerobot_info(tmp_path / "old", "v1.6", CAMERAS)
     (tmp_path / "bare/meta").mkdir(parents=True)
     (tmp_path / "bare/meta/info.json").write_text('{"codebase_version": "v2.1", "fps": 10}')
-    paths = {name: tmp_path / name for name in ("data", "empty", "old", "bare")}
+    paths = {name: tmp_path / name for name in ("data", "empty", "old", "bare", "other", "slow")}
     with pytest.raises(DataError, match=message):
         run(laq, tmp_path / "out", *(word.format(**paths) for word in words))
     assert not (tmp_path / "out").exists()
@@ -948,6 +957,34 @@ def test_lerobot_tasks_are_told_per_row(laq, tmp_path, capsys):
     assert "the task changes within an episode" in capsys.readouterr().out
 
 
+def edit_episodes(root, **columns):
+    """Replace columns of a v3.0 data set's meta/episodes."""
+    file = root / "meta/episodes/chunk-000/file-000.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(pyarrow.parquet.read_table(file).to_pydict() | columns), file)
+
+
+def test_lerobot_that_lacks_something(laq, tmp_path, capsys):
+    """A camera that an episode lacks, an episode without rows, actions that are no numbers, indices for texts."""
+    root, video = tmp_path / "v3", f"videos/{CAMERAS[0]}"
+    lerobot_v30(root, {0: 3, 1: 4})
+    edit_episodes(root, **{f"{video}/{name}": [0, None] for name in ("chunk_index", "file_index")})
+    edit_episodes(root, tasks=[[0], [0]])
+    pyarrow.parquet.write_table(pyarrow.table(dict(task=["open"], task_index=[0])), root / "meta/tasks.parquet")
+    clips, _ = run(laq, tmp_path / "out", "--data", f"d={root}")
+    assert [clip.meta["instruction"] for clip in clips.values()] == ["open"]
+    assert f"left out {CAMERAS[0]}: meta/episodes names no video of it" in capsys.readouterr().out
+    lerobot_v21(root / "v2", {0: 3, 1: 3})
+    lerobot_table(root / "v2/data/chunk-000/episode_000000.parquet", {0: 3}, action=[None, [1.0], [2.0]])
+    lerobot_table(root / "v2/data/chunk-000/episode_000001.parquet", {5: 3})
+    with pytest.raises(DataError, match="none of the 4 recordings"):
+        run(laq, tmp_path / "out2", "--data", f"d={root / 'v2'}")
+    told = capsys.readouterr().out
+    assert "episode_000000.parquet: actions: not rows of numbers" in told and "no rows of episode 1" in told
+    shutil.rmtree(root / "meta/episodes")
+    with pytest.raises(DataError, match="meta/episodes: no episodes"):
+        run(laq, tmp_path / "out3", "--data", f"d={root}")
+
+
 def test_lerobot_v30_spans_of_other_converters(laq, tmp_path):
     """to_timestamp may be the last frame's time; spans that do not hold the rows, or overlap, are errors."""
     root = tmp_path / "data"
@@ -1013,6 +1050,11 @@ def test_shards_with_folders_and_of_a_mac(laq, tmp_path):
     with pytest.raises(DataError, match="no clip of its shards can be used"):
         laq.shards.read_clips(tmp_path, say=said.append)
     assert "a/0001.json is there twice" in said[0]
+    (tmp_path / "s.tar").write_bytes(gzip.compress((tmp_path / "s.tar").read_bytes()))
+    with pytest.raises(DataError, match="not a complete WebDataset shard"):  # it would be read at the wrong places
+        laq.shards.open_shard(tmp_path / "s.tar")
+    clip = write_clip(laq, tmp_path, 3, actions_npy=laq.shards.npy(np.arange(3)))
+    assert clip.array("actions.npy").tolist() == [[0], [1], [2]]
 
 
 def test_one_broken_clip_costs_one_clip(laq, tmp_path):
