@@ -176,6 +176,14 @@ def test_labels_that_do_not_fit_are_refused(this, tmp_path, about, message):
         this.data.describe_latents([read(this, folder, labels)[0]])
 
 
+def test_commands_that_are_none_are_refused(this, tmp_path):
+    """No dims, and what float32 cannot hold."""
+    for name, array in dict(rows=np.zeros((8, 0)), infinity=np.full((8, 3), 1e300)).items():
+        folder = write(this, tmp_path / name, **{"actions.npy": this.shards.npy(array)})
+        with pytest.raises(DataError, match=name):
+            this.data.describe_actions([read(this, folder)[0]], 4)
+
+
 def test_broken_labels_and_shards_are_named_and_passed_over(this, tmp_path):
     """A label shard that is cut off takes its clips with it; without labels.json nothing can be read."""
     folder, labels = write(this, tmp_path / "d"), write_labels(this, tmp_path / "l")

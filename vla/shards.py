@@ -67,11 +67,13 @@ class Clip:
             return None
         with self.reading(extension):
             array = np.load(io.BytesIO(self.read(extension)), allow_pickle=False)
-            if array.ndim == 0 or len(array) != len(self) or array.dtype.kind not in "fiu":
+            if array.ndim == 0 or array.size == 0 or len(array) != len(self) or array.dtype.kind not in "fiu":
                 raise ValueError(f"{array.dtype} {array.shape}, expected {len(self)} rows of numbers")
+            with np.errstate(over="ignore"):
+                array = array.reshape(len(self), -1).astype(np.float32)
             if not np.isfinite(array).all():
                 raise ValueError(f"row {np.argwhere(~np.isfinite(array))[0, 0]} holds NaN or infinity")
-        return array.reshape(len(self), -1).astype(np.float32)
+        return array
 
     def archive(self, extension):
         """A .npz member as {name: array}."""
