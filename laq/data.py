@@ -1,7 +1,8 @@
 """Pairs (frame t, frame t + gap) of whole clips in WebDataset shards.
 
 A batch is a dict: frames (B 2 S S 3) uint8, the first and the second of each pair; actions (B A) float32, what the
-robot did in between, and has_actions (B,) bool; when training also crop (B 3) and jitter (B 3) for `augment`. The
+robot did in between, and has_actions (B,) bool; when training also crop (B 3) and jitter (B 3) for `augment`, and if
+any clip has one mask (B 2 S S) uint8, 255 where the robot is, and has_mask (B,) bool. The
 global batch of a step depends on (seed, step) alone; a rank, a micro-step and a loader process take their part of it.
 Each slot of the batch stays with one clip for a few steps, so that a clip is decoded once for several pairs.
 """
@@ -98,6 +99,7 @@ class TrainPairs(Dataset):
         self.cache, self.broken = {}, set()
         clips = [(source, clip) for source in sources for clip in source.train]
         self.pool, self.labelled, self.action_dim = self.with_ends(clips), None, 0
+        self.masks = any("mask.npy" in clip.members for _, clip in clips)
         if label_share:
             has = [(source, clip) for source, clip in clips if is_labelled(clip, label_share)]
             has = [(source, clip) for source, clip in has if "actions.npy" in clip.members]
@@ -111,7 +113,7 @@ class TrainPairs(Dataset):
         return clips, np.cumsum([len(clip) - source.gap(clip) for source, clip in clips])
 
     def read(self, slot, turn):
-        """`reuse` pairs of the clip that a slot has in this turn: frames (reuse 2 S S 3), actions, whether known.
+        """`reuse` pairs of the clip that a slot has in this turn, as in a batch: frames (reuse 2 S S 3), actions ...
 
         A clip is drawn by its number of pairs, then one of its pairs and a window of starts around it. If that pair
         crosses a cut, or the clip is broken, another clip is drawn.
@@ -131,6 +133,8 @@ class TrainPairs(Dataset):
                     continue
                 chosen = draw.choice(starts, self.reuse, replace=len(starts) < self.reuse)
                 actions = between(clip, chosen, gap) if labelled else None
+                rows = np.stack([chosen, chosen + gap], 1)  # reuse 2
+                mask = read_mask(clip, rows, self.size) if self.masks else None
             except (OSError, DataError) as error:
                 if str(clip) not in self.broken:
                     print(f"skipping a clip: {error}", file=sys.stderr, flush=True)
@@ -139,8 +143,9 @@ class TrainPairs(Dataset):
             known = actions is not None and actions.shape[1] == self.action_dim
             actions = actions if known else np.zeros((self.reuse, self.action_dim), np.float32)
             square = to_rgb(self.size)
-            pairs = [[square(frames[s]), square(frames[s + gap])] for s in chosen.tolist()]
-            return np.stack(pairs), actions, known
+            pairs = np.stack([[square(frames[row]) for row in pair] for pair in rows.tolist()])
+            pairs = dict(frames=pairs, actions=actions, has_actions=np.full(self.reuse, known))
+            return pairs | (dict(mask=mask[0], has_mask=np.full(self.reuse, mask[1])) if self.masks else {})
         raise DataError("50 clips in a row hold no pair to train on: they are broken, or every pair crosses a cut")
 
     def __getitem__(self, item):
@@ -150,19 +155,21 @@ class TrainPairs(Dataset):
             turn, number = divmod(step + slot % self.reuse, self.reuse)
             if self.cache.get(slot, (None,))[0] != turn:
                 self.cache[slot] = turn, self.read(slot, turn)
-            frames, actions, known = self.cache[slot][1]
             draw = np.random.default_rng([self.seed, 2, step, slot]).random(6)
-            samples.append((frames[number], actions[number], known, draw))
-        frames, actions, known, draw = (np.stack(part) for part in zip(*samples, strict=True))
-        draw = torch.tensor(draw, dtype=torch.float32)
+            samples.append({name: rows[number] for name, rows in self.cache[slot][1].items()} | dict(draw=draw))
+        batch = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+        draw = batch.pop("draw").float()
         side = 1 - (1 - self.crop) * draw[:, :1]
-        return dict(
-            frames=torch.from_numpy(frames),
-            actions=torch.from_numpy(actions),
-            has_actions=torch.from_numpy(known),
-            crop=torch.cat([side, draw[:, 1:3] * (1 - side)], 1),
-            jitter=1 + self.jitter * (2 * draw[:, 3:] - 1),
-        )
+        crop = torch.cat([side, draw[:, 1:3] * (1 - side)], 1)
+        return batch | dict(crop=crop, jitter=1 + self.jitter * (2 * draw[:, 3:] - 1))
+
+
+def read_mask(clip, rows, size):
+    """Where the robot is in the frames `rows` (n 2), by KEY.mask.npy: (n 2 S S) uint8 up to 255, and whether known."""
+    if "mask.npy" not in clip.members:
+        return np.zeros((*rows.shape, size, size), np.uint8), False
+    mask, square = clip.mask(), to_rgb(size)
+    return np.array([[square(mask[row])[..., 0] for row in pair] for pair in rows.tolist()]), True
 
 
 def action_dim(sources):
@@ -195,24 +202,29 @@ def action_moments(sources, share):
 
 
 def augment(batch):
-    """frames of a batch -> (B 2 3 S S) float in [0, 1], both of a pair cropped and coloured alike.
+    """A batch with frames (B 2 3 S S) float in [0, 1], both of a pair cropped and coloured alike, and mask (B 2 1 S S).
 
     crop (B 3): side, left, top of the window, of the image's side; jitter (B 3): brightness, contrast, saturation.
     """
     x = batch["frames"].permute(0, 1, 4, 2, 3).float() / 255  # B 2 3 S S
-    B, _, _, S, _ = x.shape
+    if "mask" in batch:
+        x = torch.cat([x, batch["mask"][:, :, None].float() / 255], 2)
+    B, _, C, S, _ = x.shape
     if "crop" in batch:
         side, corner = batch["crop"][:, :1], batch["crop"][:, 1:]
         theta = torch.zeros(B, 2, 3, device=x.device)
         theta[:, 0, 0] = theta[:, 1, 1] = side[:, 0]
         theta[:, :, 2] = 2 * corner + side - 1  # centre of the window in [-1, 1]
-        grid = F.affine_grid(theta, (B, 6, S, S), align_corners=False)
+        grid = F.affine_grid(theta, (B, 2 * C, S, S), align_corners=False)
         x = F.grid_sample(x.flatten(1, 2), grid, padding_mode="border", align_corners=False).view_as(x)
+    x, mask = x[:, :, :3], x[:, :, 3:]
+    if "jitter" in batch:
         brightness, contrast, saturation = (f.view(-1, 1, 1, 1, 1) for f in batch["jitter"].unbind(1))
         x = x * brightness
         x = x.mean((1, 2, 3, 4), keepdim=True).lerp(x, contrast)
         x = x.mean(2, keepdim=True).lerp(x, saturation).clamp(0, 1)
-    return dict(frames=x, actions=batch["actions"], has_actions=batch["has_actions"])
+    kept = {name: batch[name] for name in ("actions", "has_actions", "has_mask") if name in batch}
+    return dict(frames=x, **kept) | (dict(mask=mask) if "mask" in batch else {})
 
 
 # --- validation pairs

@@ -25,7 +25,7 @@ from common import DataError, load
 
 FLOW_SIDE, FLOW_REACH = 64, 5  # optical flow: found in pictures of at most so many pixels, up to so many of them
 FLOW_GRID = 8  # of the flow that the codes tell, with `flow_weight`
-MOVED = 0.05  # a pixel that changes by more, of 1, has moved: `motion_weight`
+MOVED = 0.05  # a pixel that changes by more, of 1, has moved: `motion_weight`, where no mask tells the robot's pixels
 ACTION_WEIGHT = 0.01  # of the labelled pairs' loss: ten times as much drowns the pixels, and nothing is learned
 
 
@@ -38,7 +38,7 @@ class LAQConfig:
     code_seq_len: int = 4  # N: codes per pair of frames
     codebook_size: int = 8  # K: codes to choose from, at each position
     code_dim: int = 32  # width of a position's vector before quantization
-    motion_weight: float = 0.0  # w in the loss mean((1 + w [pixel moved]) error^2)
+    motion_weight: float = 0.0  # w in the loss mean((1 + w [pixel moved, or the robot's]) error^2)
     flow_weight: float = 0.0  # w in the loss + w (flow told by the codes - flow)^2; they then get it directly, too
     action_dim: int = 0  # A of the supervised head on labelled pairs (LAOM, arXiv 2502.00379); 0: none
 
@@ -249,13 +249,19 @@ class LAQ(nn.Module):
     # --- training
 
     def forward(self, batch):
-        """frames (B 2 3 S S) in [0, 1]; with an action head also actions (B A), has_actions (B,) -> (loss, metrics)."""
+        """frames (B 2 3 S S) in [0, 1] -> (loss, metrics).
+
+        With an action head also actions (B A), has_actions (B,); where masks are known (MaskLAM, arXiv 2602.02259) mask
+        (B 2 1 S S), 1 where the robot is, has_mask (B,).
+        """
         first, second = batch["frames"].unbind(1)
         tokens = self.encode_frame(torch.cat([first, second])).chunk(2)
         flow = block_flow(first, second, self.flow_grid)
         z, _ = self.quantizer(self.encode_pair(first, second, *tokens, flow))
         error = (self.decode_frame(first, z) - second).square()
         moved = (first - second).abs().amax(1, keepdim=True) > MOVED
+        if "mask" in batch:
+            moved = torch.where(batch["has_mask"][:, None, None, None], batch["mask"].amax(1), moved)
         loss = ((1 + self.config.motion_weight * moved) * error).mean()
         metrics = dict(mse=error.mean(), mse_copy=(first - second).square().mean())
         if self.to_flow is not None:

@@ -5,6 +5,7 @@ A sample is one camera of one episode:
                                     actions: "delta" or "absolute", if there are any
     KEY.mp4 or KEY.frames.npy       the frames; the array is (T, H, W, 3) uint8
     KEY.actions.npy, KEY.state.npy  (T, A) and (T, S), a row per frame, where known
+    KEY.mask.npy                    (T, H, W) bool, where the robot is, where known
 A label shard has its video shard's name and keys, such as KEY.latents.npz.
 """
 
@@ -74,6 +75,14 @@ class Clip:
             if not np.isfinite(array).all():
                 raise ValueError(f"row {np.argwhere(~np.isfinite(array))[0, 0]} holds NaN or infinity")
         return array
+
+    def mask(self):
+        """KEY.mask.npy as pictures (T, H, W, 3) uint8, 255 where the robot is."""
+        with self.reading("mask.npy"):
+            mask = np.load(io.BytesIO(self.read("mask.npy")), allow_pickle=False)
+            if mask.ndim != 3 or len(mask) != len(self) or mask.dtype != bool:
+                raise ValueError(f"{mask.dtype} {mask.shape}, expected bool ({len(self)}, H, W)")
+        return np.repeat(np.uint8(255) * mask[..., None], 3, 3)
 
     def archive(self, extension):
         """A .npz member as {name: array}."""

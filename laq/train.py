@@ -71,7 +71,7 @@ def parse(argv=None):
     add("--warmup", default=100, help="steps of linear warm-up", **whole)
     add("--weight-decay", default=0.01, help="AdamW weight decay of matrices", **real)
     add("--clip", default=1.0, help="largest norm of the gradient", **real)
-    add("--motion-weight", default=0.0, help="extra weight of pixels that change", **real)
+    add("--motion-weight", default=0.0, help="extra weight of pixels that change, or that KEY.mask.npy marks", **real)
     add("--flow-weight", default=3.0, help="weight of the optical flow, which the codes have to tell; 0: none", **real)
     add("--label-share", default=0.0, help="share of the episodes whose actions are seen (LAOM); 0: none", **real)
     add("--quantize-after", default=0.25, help="code sensitivity at which quantization starts; -1: at step 20", **real)

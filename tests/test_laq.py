@@ -287,8 +287,8 @@ def test_impossible_flags_are_one_line_before_any_file_is_made(this, capsys, wor
 # --- data
 
 
-def write_clips(this, folder, lengths, source="lab", size=16, per_shard=3, actions=True, fps=5.0, **meta):
-    """Shards of noise clips; actions are numbered, so that sums tell which were summed. Returns the folder."""
+def write_clips(this, folder, lengths, source="lab", size=16, per_shard=3, actions=True, fps=5.0, masks=False, **meta):
+    """Shards of noise clips; actions are numbered: sums tell which were summed. masks: the robot is a white half."""
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     for number, length in enumerate(lengths):
@@ -296,8 +296,11 @@ def write_clips(this, folder, lengths, source="lab", size=16, per_shard=3, actio
         frames = np.repeat(rng.integers(0, 256, (1, size, size, 3)), length, 0)
         frames[:, 0] = (np.arange(length) % 256)[:, None, None]  # the first row of pixels tells the time
         frames[:, 1] = number
+        frames[:, :, size // 2 :] = 255 if masks else frames[:, :, size // 2 :]
         told = dict(instruction="", fps=fps, source=source, episode=f"{number:03d}", camera="top", length=length)
         sample = {"__key__": f"{source}-{number:03d}", "frames.npy": this.shards.npy(np.uint8(frames))}
+        if masks:
+            sample["mask.npy"] = this.shards.npy(np.broadcast_to(np.arange(size) >= size // 2, frames.shape[:3]))
         if actions:
             sample["actions.npy"] = this.shards.npy(np.float32(np.arange(length)[:, None] + [0, 1000 * number]))
             told["actions"] = "delta"
@@ -417,6 +420,25 @@ def test_both_frames_of_a_pair_are_augmented_alike(this):
     torch.testing.assert_close(same[2], plain[2])
     up = F.interpolate(plain[0, :, :, :8, :8], (16, 16), mode="bilinear")
     torch.testing.assert_close(same[0, :, :, 2:-2, 2:-2], up[:, :, 2:-2, 2:-2], atol=1e-4, rtol=0)
+
+
+def test_a_mask_takes_the_place_of_the_motion(this, tmp_path):
+    """It is cropped with its frames, and weighs in the loss where it is known; other clips keep what moved."""
+    write_clips(this, tmp_path / "a", [20] * 2, masks=True)
+    write_clips(this, tmp_path / "b", [20] * 2)
+    sources = this.sources.read_sources([f"{name}={tmp_path / name}" for name in "ab"], ["3"], 0.0)
+    batch = this.data.augment(this.data.TrainPairs(sources, 16, 0, jitter=0.0)[0, 0, 32])
+    known, mask = batch["has_mask"], batch["mask"]
+    assert mask.shape == (32, 2, 1, 16, 16) and 0 < known.sum() < 32 and not mask[~known].any()
+    marked = (batch["frames"][:, :, :1] > 0.99).float()  # the clips' robot is white
+    assert ((mask - marked).abs() < 0.5).float()[known].mean() > 0.9
+    model = tiny(this, motion_weight=3.0).eval()
+    first, second = batch["frames"].unbind(1)
+    z = model.encode_pair(first, second, model.encode_frame(first), model.encode_frame(second))
+    error = (model.decode_frame(first, z) - second) ** 2
+    moved = ((first - second).abs().amax(1, keepdim=True) > 0.05).float()
+    weight = torch.where(known[:, None, None, None], mask.amax(1), moved)
+    torch.testing.assert_close(model(batch)[0], ((1 + 3 * weight) * error).mean())
 
 
 def test_every_fourth_slot_is_labelled_with_label_share(this, tmp_path):

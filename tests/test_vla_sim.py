@@ -16,7 +16,7 @@ from conftest import ROOT, launch, load
 
 from common import DataError
 
-SIM = "environments experiment film idm metaworld rollout tabletop tiny".split()
+SIM = "distractors environments experiment film idm metaworld rollout tabletop tiny".split()
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,31 @@ def test_metaworld_shards_are_read_by_the_reader(this, tmp_path):
     assert len(clips) == 2 and {clip.meta["instruction"] for clip in clips} == {this.metaworld.TASKS["reach"]}
     for clip in clips:
         assert clip.frames(32).shape == (len(clip), 32, 32, 3) and clip.array("actions.npy").shape == (len(clip), 4)
+
+
+def test_distractors_hide_no_more_of_the_robot_than_the_mask_says(this):
+    """Where the mask is, the robot's own pixels are seen; everything else is another picture at each step."""
+    draw = this.distractors.Distractors(3, 32)
+    robot = np.zeros((32, 32), bool)
+    robot[8:24, 10:20] = True
+    image = np.where(robot[..., None], np.uint8(7), np.uint8(200)).repeat(3, 2)
+    shown = [draw(image, robot, ~robot) for _ in range(12)]
+    assert all(mask.dtype == bool and (picture[mask] == 7).all() for picture, mask in shown)
+    assert 0 < shown[0][1].sum() <= robot.sum()
+    for (before, a), (after, b) in zip(shown, shown[1:], strict=False):
+        assert (before != after).any(2)[~(a | b)].mean() > 0.5
+    again = this.distractors.Distractors(3, 32)(image, robot, ~robot)
+    assert np.array_equal(again[0], shown[0][0]) and np.array_equal(again[1], shown[0][1])
+
+
+def test_metaworld_with_distractors_tells_where_the_robot_is(this):
+    """The same episode as without them, but for its pictures."""
+    env, hard = metaworld(this, "reach", pixels=32), metaworld(this, "reach", pixels=32, distracting=True)
+    plain, other = (this.metaworld.record(one, 0, noise=0.0) for one in (env, hard))
+    env.close(), hard.close()
+    assert np.array_equal(plain["actions"], other["actions"]) and "mask" not in plain
+    assert other["mask"].shape == other["frames"].shape[:3] and 0.01 < other["mask"].mean() < 0.5
+    assert (plain["frames"] != other["frames"]).mean() > 0.5
 
 
 @pytest.mark.parametrize("name", ["metaworld/fly", "tabletop/cube", "no/such-v0"])

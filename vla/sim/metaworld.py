@@ -3,9 +3,11 @@
 Run:
   python vla/sim/metaworld.py --out runs/metaworld/videos --episodes 50                  # of each task
   python vla/sim/metaworld.py --out runs/metaworld/other --look other --seed 1           # another robot's videos
+  python vla/sim/metaworld.py --out runs/metaworld/hard --distractors                    # other things move, too
 
-Writes shards of whole clips (KEY.json, KEY.frames.npy, KEY.actions.npy, KEY.state.npy) of a scripted expert with noise,
-so that mistakes and their corrections are seen. Every episode has a new goal. Only successful episodes are kept.
+Writes shards of whole clips (KEY.json, KEY.frames.npy, KEY.actions.npy, KEY.state.npy; with distractors KEY.mask.npy,
+where the robot is) of a scripted expert with noise, so that mistakes and their corrections are seen. Every episode has
+a new goal. Only successful episodes are kept.
 
 Needs: pip install --no-deps metaworld; pip install gymnasium mujoco imageio; a GL library for headless rendering
 (Debian: apt install libegl1 libgl1-mesa-dri).
@@ -24,6 +26,7 @@ from shards import npy, write_shard
 from tqdm import tqdm
 
 import common
+from sim.distractors import Distractors
 
 TASKS = {
     "reach": "move the gripper to the red ball",
@@ -45,6 +48,7 @@ NOISE, MEMORY, PERIOD, DISTURBED = 0.5, 0.7, 24, 8
 FPS = 40
 HIDDEN = ["controller_box", "pedestal_feet", "torso", "pedestal", "head", "screen", "RetainingWall"]
 HIDDEN += ["right_arm_base_link", "right_l0", "right_l1", "right_l1_2", "right_l2"]  # outside the view: half the time
+FINGERS = ("rightpad", "leftpad", "rightclaw", "leftclaw")
 # camera: azimuth, elevation, distance; rgba of arm, fingers and table, None leaves Meta-World's own
 LOOKS = {
     "robot": dict(camera=(130, -35, 0.95), arm=None, fingers=None, table=None),
@@ -86,10 +90,11 @@ class MetaWorld:
     """One task, with the interface of environments.py: images (P, P, 3), actions (4,) in [-1, 1], state (4,).
 
     The action moves the gripper by up to 2 cm along x, y, z and closes it (4th entry above 0). The state is the
-    gripper's position in metres and its opening. A seed is an object's and a goal's position.
+    gripper's position in metres and its opening. A seed is an object's and a goal's position. With `distracting` other
+    things move in the pictures, and `mask` (P, P) bool is where the robot is in the last one.
     """
 
-    def __init__(self, task, pixels=64, look="robot"):
+    def __init__(self, task, pixels=64, look="robot", distracting=False):
         environments, experts, mujoco = open_package()
         if task not in TASKS:
             raise common.DataError(f"Meta-World task {task!r}: choose from {', '.join(TASKS)}")
@@ -99,7 +104,7 @@ class MetaWorld:
         self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True  # a new goal at each reset, from the seed
         self.env.max_path_length = 10**6  # the limit is the caller's
         self.expert_policy = experts[name]()
-        self.camera, self.pixels = self.dress(mujoco, look), pixels
+        self.camera, self.pixels, self.distracting, self.mask = self.dress(mujoco, look), pixels, distracting, None
         try:
             self.renderer = mujoco.Renderer(self.env.model, pixels, pixels)
         except Exception as error:  # what a missing driver raises depends on the library
@@ -111,9 +116,11 @@ class MetaWorld:
         """Give the model the colours of a look; returns its camera."""
         look, model = LOOKS[look], self.env.model
         bodies = [mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_BODY, body) or "" for body in model.geom_bodyid]
+        # of each geom, and at the end of a pixel without one
+        self.robot = np.array([body.startswith("right_") or body in ("hand", *FINGERS) for body in bodies] + [False])
+        self.background = np.array([body in ("tablelink", "world") for body in bodies] + [True])
         for geom, body in enumerate(bodies):
-            arm = body.startswith("right_") or body == "hand"
-            fingers = body in ("rightpad", "leftpad", "rightclaw", "leftclaw")
+            arm, fingers = body.startswith("right_") or body == "hand", body in FINGERS
             table = body == "tablelink"
             colour = look["arm"] if arm else look["fingers"] if fingers else look["table"] if table else None
             if body in HIDDEN:
@@ -128,11 +135,18 @@ class MetaWorld:
     def reset(self, seed):
         self.env.seed(int(np.random.SeedSequence(seed).generate_state(1)[0] % 2**31))
         self.obs, _ = self.env.reset()
+        self.distractors = Distractors(seed, self.pixels) if self.distracting else None
         return self.instruction
 
     def image(self):
         self.renderer.update_scene(self.env.data, camera=self.camera)
-        return self.renderer.render()
+        image = self.renderer.render()
+        if self.distractors:
+            self.renderer.enable_segmentation_rendering()
+            geoms = self.renderer.render()[..., 0]  # -1: none
+            self.renderer.disable_segmentation_rendering()
+            image, self.mask = self.distractors(image, self.robot[geoms], self.background[geoms])
+        return image
 
     def state(self):
         return np.float32(self.obs[:4])
@@ -155,12 +169,13 @@ class MetaWorld:
 def record(env, seed, noise=NOISE):
     """An episode of the noisy expert: dict of frames (T, P, P, 3), actions (T, 4), state (T, 4), instruction, success.
 
-    It ends with the first picture that shows success; the action there is 0, with the gripper as it was.
+    With distractors also mask (T, P, P). It ends with the first picture that shows success; the action there is 0, with
+    the gripper as it was.
     """
     env.reset(seed)
     rng, drift = np.random.default_rng([*np.atleast_1d(seed), 1]), np.zeros(3)
     phase = rng.integers(PERIOD)
-    frames, actions, states, success = [env.image()], [], [env.state()], False
+    frames, masks, actions, states, success = [env.image()], [env.mask], [], [env.state()], False
     while not success and len(actions) < env.limit:
         drift = MEMORY * drift + noise * np.sqrt(1 - MEMORY**2) * rng.normal(size=3)
         drift *= (len(actions) + phase) % PERIOD < DISTURBED
@@ -168,21 +183,24 @@ def record(env, seed, noise=NOISE):
         action[:3] = np.clip(action[:3] + drift, -1, 1)
         success, _ = env.step(action)
         frames.append(env.image())
+        masks.append(env.mask)
         actions.append(action)
         states.append(env.state())
     actions.append([0, 0, 0, actions[-1][3]])
     arrays = dict(frames=np.stack(frames), actions=np.float32(actions), state=np.stack(states))
+    arrays |= dict(mask=np.stack(masks)) if env.distracting else {}
     return arrays | dict(instruction=env.instruction, success=success)
 
 
-def write(folder, tasks, episodes, seed=0, pixels=64, look="robot"):
+def write(folder, tasks, episodes, seed=0, pixels=64, look="robot", distracting=False):
     """One shard per task with `episodes` successful episodes. A shard that is there already is kept."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     missing = [task for task in tasks if not (folder / f"{task}.tar").exists()]
     with tqdm(total=episodes * len(missing), unit="episode", desc=folder.name, mininterval=5) as bar:
         for task in missing:
-            env, index, samples, number = MetaWorld(task, pixels, look), list(TASKS).index(task), [], 0
+            env, index = MetaWorld(task, pixels, look, distracting), list(TASKS).index(task)
+            samples, number = [], 0
             while len(samples) < episodes:
                 episode = record(env, (seed, index, number))
                 number += 1
@@ -192,7 +210,7 @@ def write(folder, tasks, episodes, seed=0, pixels=64, look="robot"):
                     continue
                 about = dict(instruction=episode["instruction"], fps=FPS, source=f"metaworld-{look}", camera=look)
                 about |= dict(episode=f"{1000 * index + len(samples):04d}", length=len(episode["frames"]))
-                arrays = {f"{name}.npy": npy(episode[name]) for name in ("frames", "actions", "state")}
+                arrays = {f"{name}.npy": npy(array) for name, array in episode.items() if np.ndim(array)}
                 samples.append({"__key__": f"{task}-{number:04d}", "json": json.dumps(about).encode(), **arrays})
                 bar.update()
             env.close()
@@ -206,10 +224,11 @@ def main(argv=None):
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME", help=", ".join(TASKS))
     add("--episodes", type=int, default=50, metavar="N", help="episodes of each task")
     add("--look", choices=LOOKS, default="robot", help="colours and camera")
+    add("--distractors", action="store_true", help="a moving table, three discs and a shaking camera")
     add("--pixels", type=int, default=64, metavar="N", help="side of a picture")
     add("--seed", type=int, default=0, metavar="N", help="of goals and noise")
     args = parser.parse_args(argv)
-    write(args.out, args.tasks, args.episodes, args.seed, args.pixels, args.look)
+    write(args.out, args.tasks, args.episodes, args.seed, args.pixels, args.look, args.distractors)
     return 0
 
 
