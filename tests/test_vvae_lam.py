@@ -690,7 +690,7 @@ def test_run_resume_and_what_it_leaves(this, latents, tmp_path, capsys):
     assert [line["step"] for line in log_of(two)] == [line["step"] for line in log_of(one)]
     last = log_of(one)[-1]
     assert not [name for name in MONITORED if name not in last]
-    assert {path.stem for path in (one / "figures").glob("*.png")} == {"curves", "prediction", "code_scene_grid"}
+    assert {path.stem for path in (one / "figures").glob("*.png")} == {"curves", "prediction"}
     for link in ("last", "best"):
         assert this.model.VVAELatentActionVQVAE.from_pretrained(one / "checkpoints" / link).quantizer.quantizing
     with pytest.raises(DataError, match="holds a run already"):
@@ -957,7 +957,7 @@ def test_report(this, evaluate, latents, checkpoint, tmp_path):
     wanted = {"codes", "vectors", "first_frame", "latent_difference", "optical_flow", "shuffled_codes"}
     text = (tmp_path / "one" / "report.md").read_text()
     assert set(report["probes"]) >= wanted and "Advice: not good enough" in text
-    assert text.count(".png") == len(list((tmp_path / "one" / "figures").glob("*.png"))) == 3
+    assert text.count(".png") == len(list((tmp_path / "one" / "figures").glob("*.png"))) == 2
     with H5(tmp_path / "one" / "rollouts" / "r0.h5") as file:
         assert file["embeddings"].shape == (12, 2, 1, 8, 8)
 
@@ -1258,7 +1258,7 @@ def test_every_kind_of_latents_goes_from_videos_to_stage_2(
     assert encode.main([str(word) for word in words]) == 0
     more = ["--val-episodes", "e1", "--sequence-length", 3, "--steps", 3, "--patch", 2]
     assert this.train.main(flags(latents, tmp_path / "run", *more)) == 0
-    blank = dict.fromkeys(("prediction", "code_scene_grid", "code_motion"), lambda *what: Figure())
+    blank = dict.fromkeys(("prediction", "code_motion"), lambda *what: Figure())
     monkeypatch.setattr(evaluate, "figures", SimpleNamespace(**blank))
     words = ["--checkpoint", str(checkpoint), "--device", "cpu"]
     assert evaluate.main([*words, "--out", str(tmp_path / "report")]) == 0

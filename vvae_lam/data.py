@@ -75,9 +75,7 @@ def read_manifest(path, folder):
         splits = json.loads(Path(path).read_text())["splits"]
         table = [(Path(name), split) for split, names in splits.items() for name in names]
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(
-            f"{path}: not a manifest with `splits` ({reason(error)}): make_manifest.py writes one"
-        ) from None
+        raise DataError(f"{path}: not a manifest ({reason(error)}): make_manifest.py writes one") from None
     split_of, missing = {}, []
     for name, split in table:
         split = {"val": "validation"}.get(split, split)
@@ -146,9 +144,6 @@ def find_episodes(recordings, word):
     """The recordings of an episode or of an id, or of numbers such as 56-69,80 (leading zeros aside), or NAME=these."""
     source, equals, rest = word.partition("=")
     named = [r for r in recordings if r.source == source] if equals else []
-    exact = [r for r in recordings if word in (r.episode, r.id)]
-    if exact:
-        return exact
     pool, found = named or recordings, []
     for part in (rest if named else word).split(","):
         ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
@@ -267,10 +262,8 @@ class TrainBatches(Dataset):
         if not len(sequences):
             longest = max((len(r) for r in sequences.recordings), default=0)
             needed = (sequences.length - 1) * sequences.gap + 1
-            raise DataError(
-                f"no sequence of {needed} latent frames to train on (the longest recording of the split has {longest}):"
-                " a shorter --sequence-length or --gap, or more recordings"
-            )
+            why = f"no sequence of {needed} latent frames to train on (the longest recording has {longest})"
+            raise DataError(f"{why}: a shorter --sequence-length or --gap, or more recordings")
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  (lives as long as the loader)
     def order(self, number):

@@ -231,26 +231,16 @@ def main(argv=None):
     one = one_step(model, held_out, args)
     print(f"relative_mse {one['relative_mse']:.3f}, code_sensitivity {one['code_sensitivity']:.3f}", flush=True)
     found, left_out = probes(model, held_out, training)
-    report = dict(
-        checkpoint=str(args.checkpoint),
-        split=split,
-        recordings=len(held_out),
-        one_step=one,
-        short_rollout=rollouts(model, held_out, args.steps, generator),
-        full_rollout=rollouts(model, held_out, args.full_steps, generator, keep=out / "rollouts"),
-        probes=found,
-        advice=advice(one, model.config.num_embeddings, found),
-        left_out_of_probes=left_out,
-    )
+    report = dict(checkpoint=str(args.checkpoint), split=split, recordings=len(held_out), one_step=one)
+    report["short_rollout"] = rollouts(model, held_out, args.steps, generator)
+    report["full_rollout"] = rollouts(model, held_out, args.full_steps, generator, keep=out / "rollouts")
+    report |= dict(probes=found, left_out_of_probes=left_out)
+    report["advice"] = advice(one, model.config.num_embeddings, found)
     longest = max(held_out, key=len)
     clip = torch.from_numpy(longest.read(np.arange(0, min(len(longest), 6 * gap + 1), gap)))
     wholes = [torch.from_numpy(r.read(np.arange(len(r)))) for r in held_out[:16] if len(r) > gap]
-    clips = [whole[[0, gap]] for whole in wholes]
-    drawn = dict(
-        prediction=figures.prediction(model, clip.to(model.mean.device)),
-        code_scene_grid=figures.code_scene_grid(model, torch.stack(clips).to(model.mean.device)),
-        code_motion=figures.code_motion(model, [whole.to(model.mean.device) for whole in wholes]),
-    )
+    drawn = dict(prediction=figures.prediction(model, clip.to(model.mean.device)))
+    drawn["code_motion"] = figures.code_motion(model, [whole.to(model.mean.device) for whole in wholes])
     for name, figure in drawn.items():
         with common.atomic(out / "figures" / f"{name}.png") as path:
             figure.savefig(path, format="png")

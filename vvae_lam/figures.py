@@ -64,23 +64,6 @@ def prediction(model, clip):
     return picture_grid(shown, columns, "a held-out clip and its codes (error paler than change is good)")
 
 
-@torch.no_grad()
-def code_scene_grid(model, clips, scenes=4, actions=8):
-    """The most frequent latent actions of clips (B, T, C, H, W), each applied to the first frame of several scenes."""
-    found, counts = torch.unique(model.encode(clips).flatten(0, 1), dim=0, return_counts=True)
-    actions = found[counts.argsort(descending=True)[:actions]]
-    first = clips[:: max(1, len(clips) // scenes), 0][:scenes]
-    everything = actions.repeat(len(first), 1)[:, None]
-    after = model.rollout(first.repeat_interleave(len(actions), 0), everything).unflatten(0, (len(first), -1))[:, :, 0]
-    pictures = colours(first)
-    shown = np.concatenate([pictures(first)[:, None], pictures(after)], 1)
-    rows = {f"scene {i}": row for i, row in enumerate(shown, 1)}
-    columns = ["before", *(" ".join(map(str, action.tolist())) for action in actions)]
-    return picture_grid(
-        rows, columns, "one latent action on many scenes (a column that does the same everywhere is good)"
-    )
-
-
 def curves(log_file):
     """Loss, errors with true and shuffled codes, and perplexity against the step, from log.jsonl."""
     lines = [json.loads(line) for line in log_file.read_text().splitlines()]
@@ -140,4 +123,3 @@ def of_run(model, example, log_file):
     yield "curves", curves(log_file)
     if model.quantizer.quantizing:
         yield "prediction", prediction(model, example[0])
-        yield "code_scene_grid", code_scene_grid(model, example)

@@ -9,7 +9,6 @@ Bad files are named with the reason and belong to no split.
 import json
 import random
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +54,9 @@ def check(files, every_chunk):
             good.append(recording)
         except common.DataError as error:
             bad[file] = str(error).removeprefix(f"{file}: ")
-    kinds = Counter(repr(kind_of(recording)) for recording in good)
-    usual = next((r for r in good if kinds[repr(kind_of(r))] == max(kinds.values())), None)
-    for recording in good:
-        for name, value in kind_of(recording).items():
-            if value != kind_of(usual)[name]:
-                bad[recording.path] = f"{name} is {value}, but {kind_of(usual)[name]} in most files"
+    kinds = {recording.path: str(kind_of(recording)) for recording in good}
+    usual = max(kinds.values(), key=list(kinds.values()).count, default=None)
+    bad |= {path: f"has {kind}, but most files have {usual}" for path, kind in kinds.items() if kind != usual}
     return [recording for recording in good if recording.path not in bad], bad
 
 
@@ -89,13 +85,8 @@ def main(argv=None):
         raise common.DataError(f"{folder}: none of its {len(files)} files can be used")
     splits = split(good, (args.train_ratio, args.val_ratio, args.test_ratio), args.seed)
     counts = {name: dict(recordings=len(some), frames=sum(map(len, some))) for name, some in splits.items()}
-    manifest = dict(
-        splits={name: [str(r.path.relative_to(folder)) for r in chosen] for name, chosen in splits.items()},
-        counts=counts,
-        seed=args.seed,
-        shape=good[0].shape,
-        left_out=len(bad),
-    )
+    manifest = dict(counts=counts, seed=args.seed, shape=good[0].shape, left_out=len(bad))
+    manifest["splits"] = {name: [str(r.path.relative_to(folder)) for r in some] for name, some in splits.items()}
     target = Path(args.out) if args.out else folder / "manifest.json"
     with common.atomic(target) as path:
         path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False))

@@ -48,9 +48,7 @@ MATRICES = {1: 1, 9: 9, 10: 9}  # a video's tag of its colour matrix -> swscale'
 def parse(argv=None):
     parser = common.ArgumentParser(__doc__)
     add, whole = parser.add_argument, dict(type=int, metavar="N")
-    add(
-        "--data", metavar="PATH", help="a video, a folder of videos with its sub-folders, or a folder of shards (*.tar)"
-    )
+    add("--data", metavar="PATH", help="a video, a folder of videos, at any depth, or a folder of shards (*.tar)")
     add("--decode", metavar="FILE", help="H5 latents to decode to the video --out, instead of encoding")
     add("--vae", required=True, metavar="PATH", help="folder of a diffusers VAE, or the .ckpt of VideoVAE+")
     add("--checkout", metavar="DIR", help="checkout of the VideoVAE+ repository, if --vae is its .ckpt")
@@ -231,10 +229,8 @@ def encode(video, target, vae, args, settings):
         raise common.DataError(f"{video}: {count} frames are less than one chunk of {args.chunk_frames + vae.lead}")
     if over and args.tail == "refuse":
         rule = f"{args.chunk_frames} k" + f" + {vae.lead}" * (vae.lead > 0)
-        raise common.DataError(
-            f"{video}: {count} frames, but {vae.name} takes {rule}: --tail drop leaves out the last {over}, "
-            f"--tail repeat repeats the last one {args.chunk_frames - over} times"
-        )
+        cures = f"--tail drop leaves out the last {over}, repeat repeats it {args.chunk_frames - over} times"
+        raise common.DataError(f"{video}: {count} frames, but {vae.name} takes {rule}: {cures}")
     chunks = whole + (over > 0 and args.tail == "repeat")
     kept, latents = vae.lead + chunks * args.chunk_frames, args.chunk_frames // vae.ratio
     picked = picked[np.minimum(np.arange(kept), count - 1)]
