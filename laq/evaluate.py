@@ -113,25 +113,18 @@ def collect(model, source, args, device):
             except (OSError, common.DataError) as error:
                 print(f"skipping a clip: {error}", file=sys.stderr, flush=True)
                 continue
-            if len(starts) == 0:
+            n = len(starts)
+            if n == 0:
                 continue
             codes, vectors, flow = encode(model, frames, args.batch_size, device)
-            episode = np.full(len(starts), numbers.setdefault(clip.episode, len(numbers)))
-            small = np.float64(thumbs).reshape(len(starts), 2, 8, 2, 8, 2, 3).mean((3, 5)).reshape(len(starts), 2, -1)
-            parts.append(
-                dict(
-                    evaluated=np.full(len(starts), side),
-                    episode=episode,
-                    camera=np.full(len(starts), clip.meta["camera"], object),
-                    codes=codes,
-                    vectors=vectors.reshape(len(starts), -1).astype(float),
-                    thumbs=small / 255,
-                    flow=flow.reshape(len(starts), -1).astype(float),
-                    frames=frames if side else frames[:0],
-                )
-            )
+            episode = numbers.setdefault(clip.episode, len(numbers))
+            part = dict(evaluated=np.full(n, side), episode=np.full(n, episode), codes=codes)
+            part |= dict(camera=np.full(n, clip.meta["camera"], object), frames=frames if side else frames[:0])
+            part |= dict(vectors=vectors.reshape(n, -1).astype(float), flow=flow.reshape(n, -1).astype(float))
+            part["thumbs"] = np.float64(thumbs).reshape(n, 2, 8, 2, 8, 2, 3).mean((3, 5)).reshape(n, 2, -1) / 255
+            parts.append(part)
             moved = None if state is None else np.float64(state[starts + gap]) - state[starts]
-            motions.append(dict(state=moved, actions=action, n=len(starts)))
+            motions.append(dict(state=moved, actions=action, n=n))
             states.append(state)
     if not any(part["evaluated"][0] for part in parts):
         return None
@@ -228,10 +221,10 @@ def section(report):
     if "probe" not in report:
         yield "\nNo probes: no actions or state are known, or of too few pairs."
         return
-    probed = report["probed"]
+    probed, alone = report["probed"], "; there is one episode, so its parts are held out in turn"
     yield f"""
 Ridge probes of the difference of the {probed["motion"]} over the gap: {probed["tested"]} pairs scored, each episode by
-a probe fitted on the others ({probed["fitted"]} pairs at least){ONE_EPISODE if probed["episodes"] == 1 else ""}; each
+a probe fitted on the others ({probed["fitted"]} pairs at least){alone if probed["episodes"] == 1 else ""}; each
 camera has probes of its own. In brackets 95 % intervals over episodes. Weighted: each dim counts by how much it moves.
 Good: codes above the first frame (what the scene tells anyway), above pixel differences (of 8 x 8 thumbnails) and above
 optical flow (of 8 x 8 blocks), in which nothing is learned.
@@ -251,9 +244,6 @@ def probe_rows(scores):
         each = ["-" if v is None else f"{v:.2f}" for v in s["r2_per_dim"]]
         rows.append((method, values[0] + brackets[0], values[1] + brackets[1], " ".join(each)))
     return table(["features", "R2", "R2 weighted", "R2 of each dim"], rows)
-
-
-ONE_EPISODE = "; there is one episode, so its parts are held out in turn"
 
 
 def main(argv=None):

@@ -21,10 +21,8 @@ def curves(log_file):
     for axis, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         names = sorted({name for line in lines for name in line if name.endswith(f"/{key}")})
         for name in names:
-            steps, values = zip(
-                *((line["step"], line[name]) for line in lines if line.get(name) is not None), strict=True
-            )
-            axis.plot(steps, values, marker="o", ms=3, lw=1.2, label=name.split("/")[1])
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            axis.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.2, label=name.split("/")[1])
         axis.set(xlabel="step", ylabel=label, title="higher is better")
         axis.axhline(0, color=TRUE, lw=1)
         if names:

@@ -171,8 +171,7 @@ def main(argv=None):
         clips = read_shard(shard, tqdm.write)
         write_shard(out / shard.name, samples(model, clips, source, args, amp, count))
         if rank == 0 and not sys.stderr.isatty():
-            done = f"{count['clips']} clips, {count['pairs']} pairs"
-            print(f"shard {number}/{len(mine)}  {shard.name}  {done}", flush=True)
+            print(f"shard {number}/{len(mine)}  {shard.name}  {count['clips']} clips", flush=True)
     totals = common.mean(count, dict.fromkeys(count, 1))
     totals = {name: round(value * world) for name, value in totals.items()}
     if rank == 0:

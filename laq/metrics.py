@@ -108,21 +108,20 @@ def advice(metrics, K):
         return "no held-out pair could be read"
     if "usage" not in metrics:
         return "not yet: the codes have not started; train on"
-    wrong = []
-    if metrics["psnr_gain_over_copy"] <= 0:
-        wrong.append(f"{metrics['psnr_gain_over_copy']:.2f} dB against a copy of the first frame: train longer")
-    if metrics["code_sensitivity"] < 0.1:
-        wrong.append(f"code sensitivity {metrics['code_sensitivity']:.2f}: a longer --gap, or --motion-weight 10")
-    if metrics["perplexity"] < 0.5 * K:
-        wrong.append(f"perplexity {metrics['perplexity']:.1f} of {K}: a smaller --codebook-size, or more pairs")
-    if metrics["top1_frequency"] > 0.5:
-        wrong.append(f"one latent action holds {100 * metrics['top1_frequency']:.0f} % of the pairs: a longer --gap")
+    names = ("psnr_gain_over_copy", "code_sensitivity", "perplexity", "top1_frequency")
+    (gain, sensitivity, perplexity, frequency), wrong = (metrics[name] for name in names), []
+    if gain <= 0:
+        wrong.append(f"{gain:.2f} dB against a copy of the first frame: train longer")
+    if sensitivity < 0.1:
+        wrong.append(f"code sensitivity {sensitivity:.2f}: a longer --gap, or --motion-weight 10")
+    if perplexity < 0.5 * K:
+        wrong.append(f"perplexity {perplexity:.1f} of {K}: a smaller --codebook-size, or more pairs")
+    if frequency > 0.5:
+        wrong.append(f"one latent action holds {100 * frequency:.0f} % of the pairs: a longer --gap")
     if wrong:
         return "not yet: " + "; ".join(wrong)
-    return (
-        f"good enough to label: {metrics['psnr_gain_over_copy']:.2f} dB over a copy, code sensitivity "
-        f"{metrics['code_sensitivity']:.2f}, perplexity {metrics['perplexity']:.1f} of {K}"
-    )
+    about = f"{gain:.2f} dB over a copy, code sensitivity {sensitivity:.2f}, perplexity {perplexity:.1f} of {K}"
+    return f"good enough to label: {about}"
 
 
 # --- the robot's motion

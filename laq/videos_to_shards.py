@@ -135,23 +135,20 @@ def fixed_flags(args):
 
 def open_plan(args, out):
     """The plan in OUT/plan.json, made now if there is none. A run that was cut off goes on with the same flags only."""
-    file, now = out / "plan.json", fixed_flags(args)
-    if not file.exists():
-        if any(out.glob("*.tar")):
-            raise common.DataError(f"--out {out}: holds shards but no plan.json: choose another folder")
-        plan = make_plan(args)
-        make_folder(out)
-        (out / "done").mkdir(exist_ok=True)
-        common.lock(out)
-        write_json(file, plan)
-        return plan
-    common.lock(out)
-    plan = common.read_json(file)
-    for name, new in sorted(now.items()):
+    file, known = out / "plan.json", (out / "plan.json").exists()
+    if not known and any(out.glob("*.tar")):
+        raise common.DataError(f"--out {out}: holds shards but no plan.json: choose another folder")
+    plan = common.read_json(file) if known else make_plan(args)
+    for name, new in sorted(fixed_flags(args).items()):
         was = plan["flags"].get(name)
         if was != new:
             flag = f"--{name.replace('_', '-')}"
             raise common.DataError(f"{flag} was {was} and is now {new}: for other shards choose another --out")
+    make_folder(out)
+    (out / "done").mkdir(exist_ok=True)
+    common.lock(out)
+    if not known:
+        write_json(file, plan)
     return plan
 
 
@@ -332,21 +329,17 @@ def summarise(plan, out):
         names = [name for name, entries in plan["shards"].items() if entries[0]["source"] == source]
         tars = [out / f"{name}.tar" for name in names]
         clips = [clip for tar in tars for clip in open_shard(tar)]
-        broken, notes = dict(missing), Counter(plan["notes"].get(source, []))
-        for name in names:
-            broken |= finished(name, out)["broken"]
-            notes.update(finished(name, out)["notes"])
-        summary[source] = dict(
-            clips=len(clips),
-            frames=sum(clip.meta["length"] for clip in clips),
-            hours=sum(clip.meta["length"] / clip.meta["fps"] for clip in clips) / 3600,
-            bytes=sum(tar.stat().st_size for tar in tars),
-            cameras=dict(sorted(Counter(clip.meta["camera"] for clip in clips).items())),
-            with_actions=sum("actions.npy" in clip.members for clip in clips),
-            with_instruction=sum(bool(clip.meta["instruction"]) for clip in clips),
-            broken=broken,
-            notes=notes,
-        )
+        about = dict(clips=len(clips), frames=sum(clip.meta["length"] for clip in clips))
+        about["hours"] = sum(clip.meta["length"] / clip.meta["fps"] for clip in clips) / 3600
+        about["bytes"] = sum(tar.stat().st_size for tar in tars)
+        about["cameras"] = dict(sorted(Counter(clip.meta["camera"] for clip in clips).items()))
+        about["with_actions"] = sum("actions.npy" in clip.members for clip in clips)
+        about["with_instruction"] = sum(bool(clip.meta["instruction"]) for clip in clips)
+        about |= dict(broken=dict(missing), notes=Counter(plan["notes"].get(source, [])))
+        for done in [finished(name, out) for name in names]:
+            about["broken"] |= done["broken"]
+            about["notes"].update(done["notes"])
+        summary[source] = about
     write_json(out / "summary.json", summary)
     return summary
 
@@ -364,12 +357,9 @@ def tell(source, about):
 
 
 def progress(name, done, speed):
-    """The lines of a shard that is made; the first few broken clips stand for many."""
+    """The lines of a shard that is made."""
     yield f"{name}.tar: {done['clips']} clips, {done['frames']} frames; {speed:.0f} frames/s so far"
-    broken = [f"left out {key}: {why}" for key, why in done["broken"].items()]
-    yield from broken[:5]
-    if len(broken) > 5:
-        yield f"left out {len(broken) - 5} more: summary.json will name them"
+    yield from (f"left out {key}: {why}" for key, why in done["broken"].items())
 
 
 def main(argv=None):

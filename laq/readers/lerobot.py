@@ -130,10 +130,8 @@ def check_span(episode, video, start, fps, root):
     """A DataError unless an episode's span holds its rows; to_timestamp is the last frame's time or the one after."""
     end, length = episode.get(f"{video}/to_timestamp"), episode.get("length")
     if end is not None and length and not -1.5 < (end - start) * fps - length < 1.5:
-        raise DataError(
-            f"{root}/meta/episodes: episode {episode['episode_index']} has {length} rows, but {video} from {start:g} "
-            f"to {end:g} s at {fps:g} frames a second"
-        )
+        span = f"{video} from {start:g} to {end:g} s at {fps:g} fps"
+        raise DataError(f"{root}/meta/episodes: episode {episode['episode_index']} has {length} rows, but {span}")
 
 
 def check_overlap(found, fps):
@@ -190,10 +188,8 @@ def read_table(entry):
         told = told - told[0]
         if not np.abs(told - times).max() < 0.5 / entry.fps:
             rate = (len(told) - 1) / told[-1] if told[-1] > 0 else np.inf
-            raise DataError(
-                f"{entry.table}: the timestamps of episode {entry.episode} make {rate:.3g} rows a second, info.json "
-                f"says {entry.fps:g} fps: are they in seconds?"
-            )
+            why = f"make {rate:.3g} rows a second, info.json says {entry.fps:g} fps: are they in seconds?"
+            raise DataError(f"{entry.table}: the timestamps of episode {entry.episode} {why}")
         times = told
     instruction = entry.instruction
     if "task_index" in more:
@@ -220,10 +216,8 @@ def frame_times(entry, times, notes):
     off = np.abs(shown[nearest] - wanted) > 0.5 * period + 1e-3
     count = int(off.argmax()) if off.any() else len(wanted)
     if count < len(wanted) - 1:
-        raise DataError(
-            f"{entry.path} shows no frame at {wanted[count]:.3f} s, the time of row {count} of {len(wanted)}: "
-            f"{len(shown)} frames, but {len(wanted)} rows at {entry.fps:g} fps"
-        )
+        why = f"{len(shown)} frames, but {len(wanted)} rows at {entry.fps:g} fps"
+        raise DataError(f"{entry.path} shows no frame at {wanted[count]:.3f} s, the time of row {count}: {why}")
     over = shown[-1] - wanted[-1] if entry.start is None else 0.0
     if over > 1.5 * period:
         raise DataError(f"{entry.path}: {len(shown)} frames, but {len(wanted)} rows at {entry.fps:g} fps")
