@@ -9,11 +9,6 @@ TRUE, OURS = "0.55", "tab:blue"
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120})
 
 
-def plain(text):
-    """Text for matplotlib, which reads formulas between dollar signs."""
-    return text.replace("$", r"\$")
-
-
 def curves(log_file):
     """Training loss, and each source's validation error with and without the network, against the step."""
     lines = [json.loads(line) for line in log_file.read_text().splitlines()]
@@ -25,8 +20,7 @@ def curves(log_file):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if points:
                 label = key.removesuffix("/mse").replace("/mse_closed_form", ", closed form")
-                color = TRUE if i == 0 else f"C{i - 1}"
-                axis.plot(*zip(*points, strict=True), style, color=color, lw=1.2, label=plain(label))
+                axis.plot(*zip(*points, strict=True), style, color=TRUE if i == 0 else f"C{i - 1}", lw=1.2, label=label)
     axis.set(xlabel="step", ylabel="mean squared error (normalised)", yscale="log", title="lower is better")
     axis.legend(frameon=False)
     return figure
@@ -45,7 +39,7 @@ def reconstruction(examples):
         for axis, dim in zip(row, dims, strict=False):
             axis.plot(time, true[:, dim], color=TRUE, lw=2.5, label="true")
             axis.plot(time, decoded[:, dim], color=OURS, lw=1.2, label="decoded")
-            axis.set(title=f"{plain(name)}, dim {dim}", xlabel="s" if fps else "step")
+            axis.set(title=f"{name}, dim {dim}", xlabel="s" if fps else "step")
         for axis in row[len(dims) :]:
             axis.axis("off")
         row[0].set_ylabel("action (robot units)")
@@ -71,7 +65,7 @@ def rate_distortion(tables):
                 axis.axhline(points[0][1], lw=1, ls="--", label=method, **style)
         style = dict(ls="", marker="*", ms=14, color=OURS, zorder=3)
         axis.plot(rows[0]["bits"], rows[0]["mse"], label="this checkpoint, with its network", **style)
-        axis.set(xscale="log", yscale="log", xlabel="bits per chunk", title=plain(name))
+        axis.set(xscale="log", yscale="log", xlabel="bits per chunk", title=name)
         axis.set_ylabel("mean squared error (normalised)")
         axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle("rate and distortion on held-out chunks (lower left is better)")

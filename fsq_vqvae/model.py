@@ -131,6 +131,17 @@ class SourceCoder(nn.Module):
         return values @ self.basis + self.mean + features @ self.weight
 
 
+def as_tensor(values, name):
+    """A tensor as it is; an array or list of numbers, in whatever byte order, as a tensor."""
+    if torch.is_tensor(values):
+        return values
+    values = np.asarray(values)
+    values = np.asarray(values.tolist()) if values.dtype == object else values
+    if values.dtype.kind not in "fiub":
+        raise ValueError(f"{name} are {values.dtype}, expected numbers")
+    return torch.tensor(np.ascontiguousarray(values, values.dtype.newbyteorder("=")))
+
+
 class FSQVQVAE(nn.Module):
     """Action tokenizer: up to T steps of one of its sources become N indices below `codebook_size`, and back."""
 
@@ -222,12 +233,14 @@ class FSQVQVAE(nn.Module):
             raise ValueError(f"this tokenizer needs context=: {self.wanted()}")
         if not wanted:
             return torch.zeros(batch, 0, own.dims, device=device)
-        context = torch.as_tensor(np.asarray(context) if not torch.is_tensor(context) else context, device=device)
-        if context.numel() % (own.rows * own.dims) or context.shape[-1] != own.dims:
+        context = as_tensor(context, "context").float().to(device)
+        rows = context[..., None, :] if own.rows == 1 and context.ndim < 3 else context  # (A,) and (B, A) are enough
+        rows = rows[None] if rows.ndim == 2 else rows
+        if rows.ndim != 3 or len(rows) not in (1, batch) or rows.shape[1:] != (own.rows, own.dims):
             raise ValueError(f"context has shape {tuple(context.shape)}, expected ({batch}, {own.rows}, {own.dims})")
-        if not context.isfinite().all():
+        if not rows.isfinite().all():
             raise ValueError("context holds NaN or infinity")
-        return context.float().reshape(-1, own.rows, own.dims).expand(batch, -1, -1)
+        return rows.expand(batch, -1, -1)
 
     @torch.no_grad()
     def encode(self, actions, mask=None, source=None, context=None):
@@ -239,7 +252,7 @@ class FSQVQVAE(nn.Module):
         """
         own, array = self.coder_of(source), not torch.is_tensor(actions)
         name, device = own.source["name"], own.mean.device
-        x = torch.as_tensor(np.asarray(actions, dtype=np.float32) if array else actions, device=device).float()
+        x = as_tensor(actions, "actions").float().to(device)
         single = x.ndim == 2
         x = x[None] if single else x
         if x.ndim != 3 or x.shape[2] != own.dims or not 1 <= x.shape[1] <= own.steps:
@@ -273,7 +286,7 @@ class FSQVQVAE(nn.Module):
         and a warning says so. closed_form: leave the network out.
         """
         own, array = self.coder_of(source), not torch.is_tensor(indices)
-        indices = torch.as_tensor(np.asarray(indices) if array else indices)
+        indices = as_tensor(indices, "indices")
         single, kind = indices.ndim == 1, indices.dtype
         indices = indices[None] if single else indices
         if indices.ndim != 2 or indices.shape[1] != self.num_tokens or kind.is_floating_point or kind == torch.bool:
@@ -295,6 +308,7 @@ class FSQVQVAE(nn.Module):
     def decode_values(self, values, source=None, context=None, closed_form=False):
         """Coefficients (B, K), such as the means of a policy's digits, -> actions (B, T, A). The rest: see `decode`."""
         own = self.coder_of(source)
+        values = as_tensor(values, "values").float().to(own.mean.device)
         base, features = own.context(self.context_of(own, context, len(values)))
         with torch.autocast(values.device.type, enabled=False):
             x = own.reconstruct(values, features)

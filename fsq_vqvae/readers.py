@@ -38,17 +38,11 @@ class Recording:
     held_out: set = field(default_factory=set)  # ids that the source itself calls validation
 
     def add(self, identity, actions, state=None, rate=None):
+        """TypeError for what is no array of numbers, such as texts or complex numbers."""
         self.ids.append(identity)
-        self.actions.append(as_float32(actions, "actions"))
-        self.states.append(None if state is None else as_float32(state, "state"))
+        self.actions.append(np.asarray(actions).astype(np.float32, casting="same_kind"))
+        self.states.append(None if state is None else np.asarray(state).astype(np.float32, casting="same_kind"))
         self.rates += [rate] if rate else []
-
-
-def as_float32(array, name):
-    array = np.asarray(array)
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"its {name} are {array.dtype}, expected numbers")
-    return array.astype(np.float32)
 
 
 # --- files

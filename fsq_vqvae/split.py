@@ -17,7 +17,7 @@ def named_paths(data):
         name, equals, path = word.partition("=")
         if not equals or not re.fullmatch(r"[\w.-]+", name) or Path(word).exists():
             name, path = re.sub(r"@.*", "", word) if word.startswith("hub:") else word, word
-            name = Path(name.removeprefix("module:")).stem or "data"
+            name = Path(name.removeprefix("module:")).stem.replace("$", "") or "data"  # $ begins a formula in figures
         pairs.append((name, path))
     return pairs
 
@@ -77,12 +77,12 @@ def restore_split(sources, split):
     """Hold out what the checkpoint held out, in place. Returns a line for each source that has changed since."""
     lines = []
     for source in sources:
-        before = split.get(source.name, dict(episodes=0, held_out=[], trained_on=[]))
+        before = split.get(source.name, dict(episodes=0, held_out=[]))
         source.validation = np.isin(source.ids, before["held_out"])
         now = split_of([source])[source.name]
         if now != before:
-            new = len(set(now["trained_on"]) - set(before["trained_on"]))
-            text = f"{now['episodes']} episodes, {before['episodes']} when the run began; it was not trained on {new}"
+            new = len(set(now["trained_on"]) - set(before.get("trained_on", ())))
+            text = f"{now['episodes']} episodes, {before['episodes']} when the run began; new or changed: {new}"
             lines.append(f"{source.name}: {text}")
     return lines
 

@@ -10,11 +10,6 @@ TRUE, PREDICTED = "0.55", "tab:blue"
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120})
 
 
-def plain(text):
-    """Text for matplotlib, which reads formulas between dollar signs."""
-    return text.replace("$", r"\$")
-
-
 def curves(log_file):
     """Loss of training and of each held-out data set against the step, from log.jsonl."""
     lines = [json.loads(line) for line in log_file.read_text().splitlines()]
@@ -26,7 +21,7 @@ def curves(log_file):
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         style = dict(color=TRUE, lw=1) if name == "train/loss" else dict(marker="o", ms=3, lw=1.2)
         if points:
-            axis.plot(*zip(*points, strict=True), label=plain(name.removesuffix("/loss")), **style)
+            axis.plot(*zip(*points, strict=True), label=name.removesuffix("/loss"), **style)
     axis.set(xlabel="step", ylabel="flow-matching loss (normalised)", yscale="log", title="loss (lower is better)")
     axis.legend(frameon=False)
     return figure
@@ -41,7 +36,7 @@ def plot_dims(axes, true, predicted, names, rate, chunk=None):
         for first in range(0, len(true), chunk):
             here = slice(first, first + chunk)
             axis.plot(time[here], predicted[here, dim], PREDICTED, lw=1.2, label=None if first else "predicted")
-        axis.set(title=plain(names[dim]), xlabel="s")
+        axis.set(title=names[dim], xlabel="s")
     for axis in axes[len(dims) :]:
         axis.axis("off")
     axes[0].set_ylabel("action (robot units)")
@@ -58,7 +53,7 @@ def traces(examples):
     axes = figure.subplots(len(examples), columns, squeeze=False)
     for row, (title, (true, predicted, names, rate)) in zip(axes, examples.items(), strict=True):
         plot_dims(row, true, predicted, names, rate)
-        row[0].set_title(f"{plain(title)}: {row[0].get_title()}")
+        row[0].set_title(f"{title}: {row[0].get_title()}")
     figure.suptitle("recorded and predicted actions of held-out episodes (closer is better)")
     return figure
 
@@ -109,5 +104,5 @@ def episodes(examples, chunk):
             axis.axis("off")
         rows = -(-min(6, len(names)) // 3)
         plot_dims(list(plots.subplots(rows, 3, squeeze=False).flat), true, predicted, names, rate, chunk)
-        part.suptitle(f"{plain(title)}: recorded and predicted chunk by chunk (closer is better)")
+        part.suptitle(f"{title}: recorded and predicted chunk by chunk (closer is better)")
     return figure

@@ -1,9 +1,18 @@
 """LeRobot 0.4's Pi05 on the transformers that PyPI has.
 
 LeRobot 0.4.2 to 0.4.4 expect a git branch of transformers. What that branch adds is small, and LeRobot looks all of it
-up by name in its own module `lerobot.policies.pi05.modeling_pi05`. Importing this file puts the entries of PATCHES
-there; the transformers package, torch, and LeRobot's other policies stay as they are. Which size a policy has stands
-in its config's `tags`, so that nothing depends on what was built before.
+up by name in its own module `lerobot.policies.pi05.modeling_pi05`. Importing this file puts these names there; the
+transformers package, torch, and LeRobot's other policies stay as they are:
+
+| LeRobot's name | ours | what it changes |
+| --- | --- | --- |
+| PI05Pytorch | Core | the check for the branch passes; action and time heads stay in float32 under autocast |
+| PaliGemmaForConditionalGeneration | PaliGemma | images are not scaled by 1 / sqrt(D), the prompt not by sqrt(D) |
+| GemmaForCausalLM | Expert | its norms are conditioned on the time of the flow |
+| modeling_gemma | attention, gated_residual | what LeRobot calls where it runs both streams layer by layer |
+| get_gemma_config | get_gemma_config | the tiny size, which stands in a policy's `tags` |
+| PI05Policy._preprocess_images | preprocess_images | the border of an image is black |
+| ...StateTokenizer...get_config | prepare_state_config | the prompt holds the state's own dims, not 32 |
 
 The computation is openpi's (github.com/Physical-Intelligence/openpi, `transformers_replace`), written anew.
 
@@ -46,28 +55,27 @@ from transformers.models.paligemma.modeling_paligemma import PaliGemmaForConditi
 from transformers.utils import logging  # noqa: E402
 
 TINY_TAG = "pi05_finetune-tiny"
-# Like openpi's "dummy" variant: 408 thousand parameters. Eight heads are hard-coded in LeRobot.
-TINY = {
-    "gemma_2b": dict(width=64, depth=2, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16),
-    "gemma_300m": dict(width=64, depth=2, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16),
-}
+# Like openpi's "dummy" variant, both streams: 408 thousand parameters. Eight heads are hard-coded in LeRobot.
+TINY = dict(width=64, depth=2, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16)
 TINY_VISION = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
 TINY_VOCABULARY = 1024
 BUILDING = contextvars.ContextVar("the PI05Config of the policy under construction")  # set by Core alone
 
 
-def stock(owner, name):
-    """LeRobot's own, also where this file is imported a second time."""
-    found = getattr(owner, name)
-    return getattr(found, "stock", found)
-
-
-stock_core, stock_gemma_config = (stock(modeling_pi05, name) for name in ("PI05Pytorch", "get_gemma_config"))
-stock_preprocess = stock(modeling_pi05.PI05Policy, "_preprocess_images")
+if not hasattr(modeling_pi05, "stock"):  # LeRobot's own, also where this file is imported a second time
+    modeling_pi05.stock = types.SimpleNamespace(
+        core=modeling_pi05.PI05Pytorch,
+        get_gemma_config=modeling_pi05.get_gemma_config,
+        preprocess_images=modeling_pi05.PI05Policy._preprocess_images,
+    )
+stock = modeling_pi05.stock
 
 
 def is_tiny():
     return TINY_TAG in (BUILDING.get().tags or [])
+
+
+# --- Gemma as openpi runs it
 
 
 class Float32Linear(nn.Linear):
@@ -160,6 +168,9 @@ def adapt(gemma):
     gemma.forward = types.MethodType(gemma_forward, gemma)
 
 
+# --- what LeRobot builds
+
+
 class Expert(GemmaForCausalLM):
     """The action expert: its norms are conditioned on the time of the flow."""
 
@@ -192,7 +203,7 @@ class PaliGemma(PaliGemmaForConditionalGeneration):
         return self.model.multi_modal_projector(x)
 
 
-class Core(stock_core):
+class Core(stock.core):
     """PI05Pytorch: heads in float32 under autocast. LeRobot's check for the branch passes while it is built."""
 
     def __init__(self, config, *args, **kwargs):
@@ -218,7 +229,10 @@ class Core(stock_core):
 
 
 def get_gemma_config(variant):
-    return modeling_pi05.GemmaConfig(**TINY[variant]) if is_tiny() else stock_gemma_config(variant)
+    return modeling_pi05.GemmaConfig(**TINY) if is_tiny() else stock.get_gemma_config(variant)
+
+
+# --- inputs
 
 
 def preprocess_images(self, batch):
@@ -233,13 +247,15 @@ def preprocess_images(self, batch):
             image = F.interpolate(image.float(), size, mode="bilinear", align_corners=False).clamp(0, 1)
         top, left = (height - image.shape[2]) // 2, (width - image.shape[3]) // 2
         batch[key] = F.pad(image, (left, width - image.shape[3] - left, top, height - image.shape[2] - top))
-    return stock_preprocess(self, batch)
+    return stock.preprocess_images(self, batch)
 
 
 def prepare_state_config(self):
     """LeRobot 0.4 pads the state to 32 numbers before it goes into the prompt; openpi and LeRobot 0.5 do not."""
     return dict(max_state_dim=self.max_state_dim, task_key=self.task_key)
 
+
+# --- into LeRobot's modules
 
 modeling_gemma = types.SimpleNamespace(
     apply_rotary_pos_emb=apply_rotary_pos_emb, eager_attention_forward=attention, _gated_residual=gated_residual
@@ -253,6 +269,5 @@ PATCHES = [
     (modeling_pi05.PI05Policy, "_preprocess_images", preprocess_images),
     (processor_pi05.Pi05PrepareStateTokenizerProcessorStep, "get_config", prepare_state_config),
 ]
-Core.stock, get_gemma_config.stock, preprocess_images.stock = stock_core, stock_gemma_config, stock_preprocess
 for owner, name, ours in PATCHES:
     setattr(owner, name, ours)

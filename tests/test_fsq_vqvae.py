@@ -179,6 +179,8 @@ def test_decode_without_a_context_starts_from_the_middle_and_says_so(this):
         np.testing.assert_array_equal(decoded, model.decode([[3, 20, 7]], context=middle))
     with pytest.raises(ValueError, match="needs context=: state at step 0, action at step -1"):
         model.encode(smooth(1)[0])
+    with pytest.raises(ValueError, match=r"context has shape \(4, 3, 4\), expected \(3, 4, 4\)"):
+        model.encode(smooth(3), context=np.zeros((4, 3, 4)))  # rows before chunks
 
 
 def test_held_out_chunks_decide_how_far_the_points_reach(this):
@@ -198,7 +200,7 @@ def test_any_tuple_of_any_integer_type_decodes(this):
     model, tokens = tokenizer(this, "none", network=True), np.random.default_rng(0).integers(0, 1024, (5000, 3))
     expected = model.decode(tokens)
     assert expected.shape == (5000, 12, 4) and np.isfinite(expected).all()
-    for kind in (np.uint16, np.uint32, np.int32, np.uint64):
+    for kind in (np.uint16, np.uint32, np.int32, np.uint64, ">i4", object):
         np.testing.assert_array_equal(model.decode(tokens.astype(kind)), expected)
     np.testing.assert_array_equal(model.decode(np.uint8([[3, 200, 7]])), model.decode([[3, 200, 7]]))
     tensor = model.decode(torch.from_numpy(tokens.astype(np.uint16)))
@@ -259,6 +261,9 @@ ZEROS = np.zeros((12, 4), np.float32)
         (lambda m: m.decode([[0, 0, -1]], context=ZEROS[0]), r"\[0, 1024\)"),
         (lambda m: m.decode([[0.5, 0, 0]], context=ZEROS[0]), "whole numbers"),
         (lambda m: m.decode([[0, 0, 0]], context=ZEROS[0, :3]), "context has shape"),
+        (lambda m: m.decode([[0, 0, 0]], context=ZEROS[:2]), "context has shape"),
+        (lambda m: m.decode([["a", "b", "c"]], context=ZEROS[0]), "indices are <U1, expected numbers"),
+        (lambda m: m.encode(ZEROS + 1j), "actions are complex"),
         (lambda m: m.encode(ZEROS, source="leg"), "unknown"),
     ],
 )
@@ -472,7 +477,7 @@ def nan_at(step, dim):
             lambda f: np.savez(f / "ep01.npz", actions=np.zeros((9, 3)), timestamps=np.zeros(9)),
             "ep01.npz: `timestamps`",
         ),
-        (lambda f: np.savez(f / "ep01.npz", actions=np.zeros((9, 3)) + 1j), "ep01.npz: .*complex128, expected numbers"),
+        (lambda f: np.savez(f / "ep01.npz", actions=np.zeros((9, 3)) + 1j), "ep01.npz: .*Cannot cast .*complex128"),
         (
             lambda f: np.savez(f / "ep01.npz", actions=np.zeros((9, 3)), timestamps=np.arange(4)),
             "ep01.npz: 4 `timestamps`, but 9 actions",
@@ -551,7 +556,7 @@ def test_broken_hdf5_is_named(this, tmp_path):
     for name, message in dict(
         x="not readable",
         y=".*it holds steps",
-        texts=".*expected numbers",
+        texts=".*Cannot cast",
         lost=".*demo_7 holds obs",
         z="actions was not written to its end",
         v="actions .*sources are missing",

@@ -204,7 +204,8 @@ def usable(stored, computed):
 def named_path(word):
     """ "mouse=PATH" -> (name, path); without a name it is the path's own. What exists is a path, = in it or not."""
     name, equals, path = word.partition("=")
-    return (name, path) if equals and not Path(word).exists() else (Path(word).stem or "data", word)
+    name, path = (name, path) if equals and not Path(word).exists() else (Path(word).stem or "data", word)
+    return name.replace("$", ""), path  # $ begins a formula in figures
 
 
 def find_files(path):

@@ -11,11 +11,6 @@ TRUE, STUDENT = "0.55", "tab:blue"
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120})
 
 
-def plain(text):
-    """Text for matplotlib, which reads formulas between dollar signs."""
-    return text.replace("$", r"\$")
-
-
 def curves(log_file):
     """Action error and reward relative to the teacher's against the step, from log.jsonl."""
     lines = [json.loads(line) for line in log_file.read_text().splitlines()]
@@ -29,8 +24,8 @@ def curves(log_file):
 
     plot(axes[0], "train/action_mse", color=TRUE, lw=1, label="train, sampled latent")
     for source in names:
-        plot(axes[0], f"val/{source}/action_mse", marker="o", ms=3, lw=1.2, label=f"val {plain(source)}, latent mean")
-        plot(axes[1], f"val/{source}/reward_share", marker="o", ms=3, lw=1.2, label=plain(source))
+        plot(axes[0], f"val/{source}/action_mse", marker="o", ms=3, lw=1.2, label=f"val {source}, latent mean")
+        plot(axes[1], f"val/{source}/reward_share", marker="o", ms=3, lw=1.2, label=source)
     plot(axes[2], "train/kl", color=STUDENT, lw=1.2)
     axes[0].set(
         xlabel="step", ylabel="mean squared error", yscale="log", title="action against the teacher's (lower is better)"
@@ -57,7 +52,7 @@ def tracking(examples, rate):
         for axis, joint in zip(row, joints, strict=False):
             axis.plot(time, reference[:, joint], color=TRUE, lw=2.5, label="reference")
             axis.plot(time, student[:, joint], color=STUDENT, lw=1.2, label="student")
-            axis.set(title=f"{plain(name)}, coordinate {joint}", xlabel="s")
+            axis.set(title=f"{name}, coordinate {joint}", xlabel="s")
         for axis in row[len(joints) :]:
             axis.axis("off")
         row[0].set_ylabel("angle (rad)")

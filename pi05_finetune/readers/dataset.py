@@ -78,7 +78,8 @@ def named_paths(data):
     for word in data:
         name, equals, path = word.partition("=")
         plain = not equals or Path(word).exists() or "/" in name  # a folder may be called lr=0.1
-        pairs.append((Path(word).resolve().name or "data", word) if plain else (name, path))
+        name = (Path(word).resolve().name or "data") if plain else name
+        pairs.append((name.replace("$", ""), word if plain else path))  # $ begins a formula in figures
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         raise DataError(f"--data: two data sets are called {max(names, key=names.count)}: write NAME=PATH")
