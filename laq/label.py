@@ -159,13 +159,13 @@ def main(argv=None):
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16")
     shards, out = shards_of(args.data), Path(args.out)
     source = Source("", args.data, [], *gap_of(args))
+    mine = [shard for shard in shards[rank::world] if not is_there(out / shard.name, shard)]
     if rank == 0:
         gaps = [source.gap(clip) for shard in shards for clip in read_shard(shard, say=lambda text: None)]
         if not gaps:
             raise common.DataError(f"--data {args.data}: no clip of its {len(shards)} shards can be used")
         agree(out, describe(model, args.checkpoint, max(gaps)))
     common.broadcast()  # the other ranks wait for labels.json
-    mine = [shard for shard in shards[rank::world] if not is_there(out / shard.name, shard)]
     count = dict(clips=0, pairs=0, short=0, broken=0, there=len(shards[rank::world]) - len(mine))
     for number, shard in enumerate(tqdm(mine, "shards", disable=not (rank == 0 and sys.stderr.isatty())), 1):
         clips = read_shard(shard, tqdm.write)

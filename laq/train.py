@@ -34,7 +34,7 @@ import common
 HERE = Path(__file__).resolve().parent
 BETAS = (0.9, 0.99)  # AdamW, as published
 SENSITIVITY_EVERY = 20  # steps between two looks whether quantization can start
-MOST = 1e9  # of any flag
+MOST = 1e12  # of any flag
 QUANTIZE_BY = 0.5  # it starts after this share of the steps in any case
 
 

@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 BETAS = (0.9, 0.95)  # AdamW, as for most transformers of this size
 CHECK_EVERY = 20  # steps between two measurements of the code sensitivity, until quantization begins
 CODEBOOK_FROM = 2048  # transitions whose vectors make the first codes
-MOST = 1e9  # of any flag
+MOST = 1e12  # of any flag
 OVERFIT = dict(mse_loss=0.01, mae_loss=0.05)  # what --overfit has to reach, in normalised units
 
 
