@@ -55,7 +55,16 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, **more)
 
     def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"preset, {line.strip()}: {error}")
+
+    def parse_known_args(self, *args, **more):
+        try:
+            return super().parse_known_args(*args, **more)
+        except UnicodeDecodeError as error:
+            self.error(f"preset is not UTF-8: {error}")
 
     def error(self, message):
         self.exit(2, f"error: {message}\n")
@@ -149,7 +158,10 @@ class Interrupt:
 
 def lock(out):
     """Hold OUT/lock until this process ends, however it ends; DataError if a live process holds it."""
-    handle = os.open(Path(out) / "lock", os.O_RDWR | os.O_CREAT, 0o644)  # never closed: that would let go of it
+    try:
+        handle = os.open(Path(out) / "lock", os.O_RDWR | os.O_CREAT, 0o644)  # never closed: that would let go of it
+    except OSError as error:
+        raise DataError(f"{out} cannot be written into ({error.strerror})") from None
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -208,7 +220,7 @@ def open_run(args):
 def read_json(path):
     """What a JSON file holds; DataError names the file when it cannot be read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as JSON ({error})") from None
 

@@ -69,6 +69,15 @@ def test_a_wrong_flag_is_one_line(words, capsys):
     assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("preset", [b'--name "open', "--name größer".encode("latin-1"), "--steps 3".encode("utf-16")])
+def test_a_broken_preset_is_one_line(preset, tmp_path, capsys):
+    (tmp_path / "a.args").write_bytes(preset)
+    with pytest.raises(SystemExit) as end:
+        parser_of().parse_args([f"@{tmp_path / 'a.args'}"])
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
+
+
 def test_presets_hold_comments_and_quotes(tmp_path):
     """@file holds flags, several a line; comments are skipped, quotes respected, later flags win."""
     (tmp_path / "a.args").write_text("# a comment\n--steps 7 --fast  # another\n\n--init 'a b/#c'\n")

@@ -176,6 +176,13 @@ def test_labels_that_do_not_fit_are_refused(this, tmp_path, about, message):
         this.data.describe_latents([read(this, folder, labels)[0]])
 
 
+def test_the_demo_replaces_no_other_files(this, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(DataError, match="is no demo's data"):
+        this.demo.write(tmp_path, videos=1, demonstrations=1)
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
 def test_commands_that_are_none_are_refused(this, tmp_path):
     """No dims, and what float32 cannot hold."""
     for name, array in dict(rows=np.zeros((8, 0)), infinity=np.full((8, 3), 1e300)).items():

@@ -10,7 +10,6 @@ tokenizer: the effector's true motion plus noise, quantised by k-means. They sho
 prove nothing about pixels.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from shards import npy, npz, write_shard
 from sim import tabletop
 from sim.tiny import build
 
-from common import atomic
+import common
 
 DEFAULT = dict(videos=300, demonstrations=100, body="disc", pixels=32, fps=5, seed=0)
 VERSION, GAP, NOISE = 4, 4, 0.3  # frames between a pair; the labels' noise, of their spread: R2 about 0.92
@@ -84,10 +83,13 @@ def write_shards(folder, items):
 
 
 def write(folder, with_actions=False, **changes):
-    """Write the data unless it is there already. A half-written folder is never left behind."""
-    about, folder = dict(DEFAULT, version=VERSION, with_actions=with_actions, **changes), Path(folder)
-    if (folder / "demo.json").exists() and json.loads((folder / "demo.json").read_text()) == about:
+    """Write the data unless it is there already, all of it or nothing. Other files in the folder are an error."""
+    about, folder = dict(DEFAULT, version=VERSION, with_actions=with_actions, **changes), Path(folder).resolve()
+    there = folder / "demo.json"
+    if there.exists() and common.read_json(there) == about:
         return
+    if folder.is_file() or (any(folder.glob("*")) and not there.exists()):
+        raise common.DataError(f"{folder}: is there, and is no demo's data; give another folder")
     videos = successes(about["videos"], 2 * about["seed"], about["body"], about["pixels"])
     robot = successes(about["demonstrations"], 2 * about["seed"] + 1, "disc", about["pixels"])
     labels, codebook = label(videos, np.random.default_rng([about["seed"], 2]))
@@ -95,7 +97,7 @@ def write(folder, with_actions=False, **changes):
     keys = [f"videos-{number:04d}" for number in range(len(videos))]
     head = dict(codebook_size=len(codebook), code_seq_len=2, code_dim=2, gap=GAP, codebook=codebook.tolist())
     texts = [tabletop.instruction(task, verb) for task in range(len(tabletop.TASKS)) for verb in tabletop.VERBS]
-    with atomic(folder, folder=True) as new:
+    with common.atomic(folder, folder=True) as new:
         write_shards(new, samples(videos, "videos", about["fps"], with_actions))
         write_shards(new / "robot", samples(robot, "robot", about["fps"], True))
         write_shards(new / "labels", [{"__key__": k, "latents.npz": p} for k, p in zip(keys, packed, strict=True)])
@@ -104,14 +106,24 @@ def write(folder, with_actions=False, **changes):
         (new / "demo.json").write_text(json.dumps(about))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = common.ArgumentParser(__doc__)
     add, whole = parser.add_argument, dict(type=int, metavar="N")
-    add("--out", required=True, metavar="DIR", help="folder to write; replaced if it holds another demo's data")
-    for name, what in dict(videos="videos", demonstrations="labelled demonstrations").items():
-        add(f"--{name}", default=DEFAULT[name], help=f"{what} [{DEFAULT[name]}]", **whole)
-    add("--body", choices=tabletop.BODIES, default="disc", help="how the videos' robot looks [disc]")
-    add("--seed", default=0, help="of scenes, tasks and noise [0]", **whole)
+    add("--out", required=True, metavar="DIR", help="folder to write; another demo's data are replaced")
+    add("--videos", default=DEFAULT["videos"], help="videos", **whole)
+    add("--demonstrations", default=DEFAULT["demonstrations"], help="labelled demonstrations", **whole)
+    add("--body", choices=tabletop.BODIES, default="disc", help="how the videos' robot looks")
+    add("--seed", default=0, help="of scenes, tasks and noise", **whole)
     add("--with-actions", action="store_true", help="keep the videos' true actions, for the upper bound")
-    args = vars(parser.parse_args())
+    args = vars(parser.parse_args(argv))
+    if min(args["videos"], args["demonstrations"]) < 1 or args["seed"] < 0:
+        parser.error("--videos and --demonstrations must be above 0, --seed not negative")
     write(args.pop("out"), **args)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except common.DataError as error:
+        common.fail(error)

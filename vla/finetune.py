@@ -99,13 +99,14 @@ def parse(argv=None):
     if args.demo:  # its preset first, so that the flags given here win
         given = sys.argv[1:] if argv is None else argv
         args = parser.parse_args([f"@{HERE / 'finetune.args'}", *given], argparse.Namespace(demo=True))
-    positive = "val_samples chunk batch_size lr clip steps accum"
-    for name in f"{positive} log_every eval_every save_every keep".split():
+    for name in "val_samples chunk batch_size lr clip steps accum log_every eval_every save_every keep".split():
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     for name in "val_share workers lora_rank backbone_lr lr_end warmup weight_decay augment seed".split():
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
+    if args.val_share >= 1:
+        parser.error("--val-share must be below 1")
     micro_steps = args.accum * int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % micro_steps:
         parser.error(f"--batch-size {args.batch_size} is no multiple of {micro_steps} (micro-steps x processes)")

@@ -102,6 +102,8 @@ def parse(argv=None):
     for name in "val_share workers lora_rank dropout lr_end warmup weight_decay augment seed".split():
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
+    if args.val_share >= 1:
+        parser.error("--val-share must be below 1")
     micro_steps = args.accum * int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % micro_steps:
         parser.error(f"--batch-size {args.batch_size} is no multiple of {micro_steps} (micro-steps x processes)")

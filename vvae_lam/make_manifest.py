@@ -9,6 +9,7 @@ Bad files are named with the reason and belong to no split.
 import json
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def check(files, every_chunk):
         except common.DataError as error:
             bad[file] = str(error).removeprefix(f"{file}: ")
     kinds = {recording.path: str(kind_of(recording)) for recording in good}
-    usual = max(kinds.values(), key=list(kinds.values()).count, default=None)
+    usual = next((kind for kind, _ in Counter(kinds.values()).most_common(1)), None)
     bad |= {path: f"has {kind}, but most files have {usual}" for path, kind in kinds.items() if kind != usual}
     return [recording for recording in good if recording.path not in bad], bad
 
@@ -68,8 +69,8 @@ def split(recordings, ratios, seed):
     for ratio in ratios[1:]:
         held.append(min(max(round(n * ratio), ratio > 0), max(0, n - 1 - sum(held))))
     cuts = n - sum(held), n - held[1]
-    parts = order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :]
-    return {name: [r for r in recordings if r.episode in set(part)] for name, part in zip(SPLITS, parts, strict=True)}
+    parts = [set(part) for part in (order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :])]
+    return {name: [r for r in recordings if r.episode in part] for name, part in zip(SPLITS, parts, strict=True)}
 
 
 def main(argv=None):

@@ -172,7 +172,7 @@ def bench_scaling(out):
 
 def bench_loader(sequences=200, length=8):
     """Sequences/s of our reader against opening the file and reading the whole data set for every sequence."""
-    loaded = load("vvae_lam", "sources")
+    loaded = load("vvae_lam")
     yield "\nLoader, sequences of 8 latent frames 16x64x64, float16, recordings of 60 latents\n"
     yield "| storage | ours / s | naive / s | ratio |\n| --- | ---: | ---: | ---: |"
     for name, storage in (("plain", {}), ("gzip", dict(compression="gzip", compression_opts=4))):
@@ -182,7 +182,7 @@ def bench_loader(sequences=200, length=8):
                 with h5py.File(Path(folder, f"{n}.h5"), "w") as file:
                     data = rng.normal(size=(30, 16, 2, 64, 64)).astype(np.float16)
                     file.create_dataset("embeddings", data=data, chunks=(1, 16, 2, 64, 64), **storage)
-            found = loaded.data.Sequences(loaded.sources.read_sources([folder], val_share=0.0), length)
+            found = loaded.data.Sequences(loaded.data.read_sources([folder], val_share=0.0), length)
             picks = rng.integers(0, len(found), sequences)
 
             def naive(i, found=found):

@@ -85,7 +85,7 @@ def tokenizer(this, home):
 # --- vvae_lam
 
 
-@reader("vvae_lam", "recordings", "sources")
+@reader("vvae_lam", "recordings")
 def latents(this, home):
     for name in "ab":
         with h5py.File(home / f"{name}.h5", "w") as file:
@@ -94,7 +94,7 @@ def latents(this, home):
 
     def read():
         this.recordings.opened.cache_clear()
-        return [recording.read(np.arange(len(recording))) for recording in this.sources.read_sources([f"a={home}"])]
+        return [recording.read(np.arange(len(recording))) for recording in this.data.read_sources([f"a={home}"])]
 
     return sorted(home.iterdir()), read
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import torch
 
 if __name__ == "__main__":  # as a script: the folder and common.py come first on the path
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
@@ -36,7 +37,10 @@ def convert(latents_file, states_file, target, episode):
         states = np.asarray(common.read_json(states_file)["states"], np.float32)
     except (KeyError, TypeError, ValueError) as error:
         raise common.DataError(f"{states_file}: no readable `states` ({error})") from None
-    latents = common.load(latents_file).float().numpy()
+    latents = common.load(latents_file)
+    if not torch.is_tensor(latents):
+        raise common.DataError(f"{latents_file}: holds a {type(latents).__name__}, expected a tensor")
+    latents = latents.float().numpy()
     if latents.ndim != 4 or states.ndim != 2 or len(latents) != len(states):
         raise common.DataError(f"{latents_file}: latents {latents.shape} do not go with states {states.shape}")
     with common.atomic(target) as path, h5py.File(path, "w") as file:
