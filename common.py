@@ -8,6 +8,7 @@ import argparse
 import atexit
 import contextlib
 import fcntl
+import gc
 import json
 import math
 import multiprocessing
@@ -300,6 +301,7 @@ class Logger:
         path = self.out / "figures" / f"{name}.png"
         with atomic(path) as temporary:
             figure.savefig(temporary, format="png")
+        gc.collect()  # a figure is a web of cycles, a MB and more, that Python finds late among transformers' objects
         if self.wandb:
             import wandb
 
