@@ -61,7 +61,7 @@ def judge(samples, steps):
 def test_nothing_grows(folder, tmp_path):
     steps = int(os.environ.get("STEPS", 2_000 if folder == "pi05_finetune" else 20_000))
     often = f"--log-every {steps // 400} --eval-every {steps // 40} --save-every {steps // 40} --device cpu"
-    words = f"--steps {steps} {often} {TINY[folder]} {LOADERS[folder]} --out long".split()
+    words = f"{TINY[folder]} {LOADERS[folder]} --steps {steps} {often} --out long".split()
     start, out, samples = time.monotonic(), tmp_path / "long", []
     with open(tmp_path / "output.txt", "w") as log:
         pipes = dict(cwd=tmp_path, env={**os.environ, **ENV}, stdout=log, stderr=log, start_new_session=True)
