@@ -195,10 +195,7 @@ def open_run(args):
         begun = record.exists() and (step_folders(args.out) or (log.exists() and log.stat().st_size))
         if begun and not args.resume:  # one that ended before its first log line has left nothing to lose
             raise DataError(f"{args.out} holds a run already: --resume goes on with it, another --out starts a new one")
-        try:
-            record.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"--out {args.out}: {error.strerror}") from None
+        make_folder(args.out)
         lock(args.out)
         record.with_name("stop").unlink(missing_ok=True)
         flags = {name: value for name, value in vars(args).items() if name not in ("demo", "fixed", "folder")}
@@ -315,6 +312,14 @@ class Logger:
 
 
 # --- files and checkpoints
+
+
+def make_folder(path, flag="--out"):
+    """Make a folder that a flag names, if it is not there; DataError if it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{flag} {path}: {error.strerror}") from None
 
 
 def sync(path):

@@ -144,10 +144,7 @@ def main(argv=None):
     args = parse(argv)
     model = FSQVQVAE.from_pretrained(args.checkpoint).to(setup(args)[2])
     sources, out, everything, examples = open_sources(args, model), Path(args.out), {}, {}
-    try:
-        (out / "figures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise common.DataError(f"--out {out}: {error.strerror}") from None
+    common.make_folder(out / "figures")
     for known, source, sample in sources:
         results, shown = measure(model, known, source, sample, args)
         everything[source.name] = results

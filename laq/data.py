@@ -168,8 +168,8 @@ def read_mask(clip, rows, size):
     """Where the robot is in the frames `rows` (n 2), by KEY.mask.npy: (n 2 S S) uint8 up to 255, and whether known."""
     if "mask.npy" not in clip.members:
         return np.zeros((*rows.shape, size, size), np.uint8), False
-    mask, square = clip.mask(), to_rgb(size)
-    return np.array([[square(mask[row])[..., 0] for row in pair] for pair in rows.tolist()]), True
+    square = to_rgb(size)
+    return np.array([[square(picture)[..., 0] for picture in pair] for pair in clip.mask(rows)]), True
 
 
 def action_dim(sources):

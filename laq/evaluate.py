@@ -23,7 +23,7 @@ import metrics
 from data import between, read_pairs
 from model import LAQ, block_flow
 from shards import key_of, read_clips
-from sources import Source, fingerprint, make_folder, named, named_paths, parse_gap
+from sources import Source, fingerprint, named, named_paths, parse_gap
 from train import setup
 
 import common
@@ -252,7 +252,7 @@ def main(argv=None):
     model = LAQ.from_pretrained(args.checkpoint).to(device)
     if not model.quantizer.quantizing:
         raise common.DataError(f"{args.checkpoint}: quantization has not started, so its codes mean nothing: train on")
-    make_folder(f"{args.out}/figures")
+    common.make_folder(f"{args.out}/figures")
     reports, sheets, K = {}, {}, model.config.codebook_size
     for source, own in open_sources(args):
         pairs = collect(model, source, args, device)

@@ -26,7 +26,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one f
 from data import THUMB, same_scene
 from model import LAQ
 from shards import npz, open_shard, read_shard, shards_of, to_rgb, write_shard
-from sources import Source, make_folder, parse_gap
+from sources import Source, parse_gap
 from train import setup
 
 import common
@@ -77,7 +77,7 @@ def agree(out, spec):
         if other:
             raise common.DataError(f"{out} holds labels of another model or gap ({other[0]}): choose another --out")
         return
-    make_folder(out)
+    common.make_folder(out)
     with common.atomic(path) as temporary:
         temporary.write_text(json.dumps(spec))
 

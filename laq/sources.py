@@ -49,14 +49,6 @@ class Source:
         return about | dict(gap=f"{self.low:g}{unit}-{self.high:g}{unit}", held_out=self.held_out)
 
 
-def make_folder(out):
-    """The folder `out`, made if it is not there; DataError if it cannot be."""
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--out {out}: {error.strerror}") from None
-
-
 def fingerprint(clips):
     """A number that tells whether the clips are the same, wherever they lie."""
     return zlib.crc32(json.dumps(sorted((clip.key, len(clip)) for clip in clips)).encode())

@@ -35,7 +35,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one f
 import readers
 from readers.recording import DAMAGED, KINDS, Entry, check_file, plain, short
 from shards import key_of, npy, open_shard, to_rgb, write_shard
-from sources import make_folder, named, named_paths
+from sources import named, named_paths
 
 import common
 
@@ -144,7 +144,7 @@ def open_plan(args, out):
         if was != new:
             flag = f"--{name.replace('_', '-')}"
             raise common.DataError(f"{flag} was {was} and is now {new}: for other shards choose another --out")
-    make_folder(out)
+    common.make_folder(out)
     (out / "done").mkdir(exist_ok=True)
     common.lock(out)
     if not known:

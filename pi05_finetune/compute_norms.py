@@ -19,7 +19,6 @@ import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from readers.dataset import data_hash, open_data, split
-from readers.episode import make_folder
 
 import common
 from common import DataError
@@ -254,7 +253,7 @@ def main(argv=None):
     out = Path(args.out)
     if out.is_file() or {path.name for path in out.glob("*")} - {"norms.npz", "metadata.json"}:
         raise DataError(f"--out {out}: is or holds other files; give the norms a folder of their own")
-    make_folder(out.parent)
+    common.make_folder(out.parent)
     norms.save(out)
     for warning in norms.metadata["warnings"]:
         print(f"warning: {warning}")

@@ -22,7 +22,7 @@ import yaml
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from data import shrink
 from readers.dataset import list_episodes, select_ids, spec_of
-from readers.episode import MissingFile, control_rate, known_paths, make_folder, visible
+from readers.episode import MissingFile, control_rate, known_paths, visible
 from readers.hdf5 import list_hdf5
 from tqdm import tqdm
 
@@ -182,7 +182,7 @@ def main(argv=None):
     if unknown:
         raise DataError(f"--episodes: no episode is called {unknown[0]}; the first one is {refs[0].id}")
     episodes = converted([ref for ref in refs if wanted is None or ref.id in wanted], args)
-    make_folder(out.parent)
+    common.make_folder(out.parent)
     with common.atomic(out, folder=True) as folder:
         count = write_npz(folder, episodes) if args.to == "npz" else write_lerobot(folder, episodes, args.images)
         if count == 0:

@@ -29,7 +29,6 @@ from data import EpisodeDataset, PolicyBatch, SequenceConfig
 from policy import Policy
 from readers import libero
 from readers.dataset import open_data
-from readers.episode import make_folder
 from readers.spec import DatasetSpec, load_spec
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -263,12 +262,12 @@ def main(argv=None):
         steps = args.n_action_steps or (libero.N_ACTION_STEPS if suite else None)
         policy = Policy.from_pretrained(args.checkpoint, device, args.tokenizer, n_action_steps=steps)
     if suite:
-        make_folder(out / "videos")
+        common.make_folder(out / "videos")
         loop = libero.closed_loop(policy, suite, args, out / "videos")
         text = libero.report(args, loop)
     else:
         spec, train, held_out = open_episodes(args)
-        make_folder(out / "figures")
+        common.make_folder(out / "figures")
         norms = compute(spec, train or held_out).action
         if args.mock_model:
             chunk = read_config(args.checkpoint)["chunk"] if args.checkpoint else args.chunk

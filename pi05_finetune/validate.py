@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from compute_norms import CONSTANT
 from readers.dataset import check_episode, find_spec, list_episodes, named_paths
-from readers.episode import MissingFile, make_folder
+from readers.episode import MissingFile
 from tqdm import tqdm
 
 import common
@@ -293,7 +293,7 @@ def main(argv=None):
         tasks=sorted({task for episode in episodes for task in episode.tasks}), errors=errors,
         warnings=len(problems) - errors, rules=RULES, problems=problems,
     )  # fmt: skip
-    make_folder(Path(args.report).parent)
+    common.make_folder(Path(args.report).parent, "--report")
     with common.atomic(args.report) as path:
         path.write_text(json.dumps(report, indent=1, default=str))
     for rule in RULES:

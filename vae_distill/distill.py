@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from model import intention
 
-from common import DataError
+from common import DataError, make_folder
 
 BETAS = (0.9, 0.95)
 
@@ -143,16 +143,9 @@ def updates_per_iteration(envs, unroll, batch_size):
 # --- devices
 
 
-def make_folder(flag, folder):
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{flag} {folder}: {error.strerror}") from None
-
-
 def keep_compiled(folder):
     """Keep compiled programs in a folder, for the next start."""
-    make_folder("--compile-cache", folder)
+    make_folder(folder, "--compile-cache")
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).resolve()))
 
 

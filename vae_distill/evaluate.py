@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
 from data import read_clips, restore_split
-from distill import keep_compiled, make_folder
+from distill import keep_compiled
 from env import Imitation
 from metrics import ERRORS, POLICIES, free_run, lasting, latent_metrics, make_rollout, measure, smoothness, summary
 from model import ACTIVE, Student
@@ -238,7 +238,7 @@ def main(argv=None):
         raise common.DataError(f"--device {args.device}: {str(error).splitlines()[0][:150]}") from None
     given = {name: getattr(args, name) for name in ("teacher", "walker", "data", "clip_frames", "physics")}
     student, params, env, clips, teacher = open_run(args.checkpoint, **given)
-    make_folder("--out", Path(args.out) / "figures")
+    common.make_folder(Path(args.out) / "figures")
     clip, start, held_out = starts(args, clips, env.ahead)
     outs = play(args, env, student, params, teacher, clip, start)
     card = {}

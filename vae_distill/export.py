@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
-from distill import make_folder
 from model import QUIET, Student
 from teacher.checkpoint import write_teacher
 
@@ -72,7 +71,7 @@ def main(argv=None):
         raise common.DataError("--track-mjx: its policies have Gaussian latents, this student has FSQ")
     if (Path(args.out) / "PPONetwork_0").exists():
         raise common.DataError(f"--out {args.out}: holds a PPONetwork_0 already; give another folder")
-    make_folder("--out", args.out)
+    common.make_folder(args.out)
     policy, mean, std, sizes = intention_policy(student, params)
     write_teacher(args.out, 0, {**student.config.teacher, "network_config": sizes}, mean, std, policy)
     print(f"{args.out}/PPONetwork_0")

@@ -23,7 +23,7 @@ import optax
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
-from distill import keep_compiled, make_folder, where
+from distill import keep_compiled, where
 from evaluate import open_run
 from teacher.walker import positions
 
@@ -278,7 +278,7 @@ def main(argv=None):
     student, params, env, clips, _ = open_run(args.checkpoint, physics=args.physics)
     if env.free:
         raise common.DataError("the student's walker has a free root: these tasks are for an arm with a fixed base")
-    make_folder("--out", args.out)
+    common.make_folder(args.out)
     task = Task(args.task, env, clips, student)
     keys, curves, per_update = jax.random.split(jax.random.key(0), args.seeds), {}, NUM_ENVS * UNROLL
     for kind, std in zip(("latent", "raw"), args.std, strict=True):

@@ -182,7 +182,7 @@ def main(argv=None):
             offline[source.name] = measure_latents(model, source, args, device)
         else:
             offline[source.name], examples[source.name] = measure_actions(model, source, args, device)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
+    common.make_folder(out / "figures")
     if args.env:
         names = dict(instruction=args.instruction, image_key=args.image_key, state_key=args.state_key)
         envs = environments.make(args.env, args.tasks, args.pixels, args.limit, **names)

@@ -76,13 +76,13 @@ class Clip:
                 raise ValueError(f"row {np.argwhere(~np.isfinite(array))[0, 0]} holds NaN or infinity")
         return array
 
-    def mask(self):
-        """KEY.mask.npy as pictures (T, H, W, 3) uint8, 255 where the robot is."""
+    def mask(self, rows):
+        """KEY.mask.npy of `rows` (...) as pictures (..., H, W, 3) uint8, 255 where the robot is."""
         with self.reading("mask.npy"):
             mask = np.load(io.BytesIO(self.read("mask.npy")), allow_pickle=False)
             if mask.ndim != 3 or len(mask) != len(self) or mask.dtype != bool:
                 raise ValueError(f"{mask.dtype} {mask.shape}, expected bool ({len(self)}, H, W)")
-        return np.repeat(np.uint8(255) * mask[..., None], 3, 3)
+        return np.repeat(np.uint8(255) * mask[rows][..., None], 3, -1)
 
     def archive(self, extension):
         """A .npz member as {name: array}."""

@@ -58,14 +58,6 @@ def find_files(folder, suffixes=(".h5", ".hdf5")):
     return sorted(found)
 
 
-def make_folder(out):
-    """The folder `out`, made if it is not there; DataError if it cannot be."""
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--out {out}: {error.strerror}") from None
-
-
 def read_manifest(path, folder):
     """{file: split} of a manifest.json with `splits`: train, validation (or val), test.
 

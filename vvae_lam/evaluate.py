@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
-from data import Sequences, describe_recordings, make_folder, restore_split
+from data import Sequences, describe_recordings, restore_split
 from label import label, open_model, open_recordings
 from layers import optical_flow
 from metrics import advice, assess, codebook_metrics, count_codes, probe, reconstruction_metrics
@@ -217,7 +217,7 @@ def lines_of(report):
 def main(argv=None):
     args = parse(argv)
     model = open_model(args.checkpoint).to(setup(args)[2])
-    make_folder(f"{args.out}/figures")
+    common.make_folder(f"{args.out}/figures")
     split, held_out, training = choose_recordings(args, model)
     generator, out, gap = torch.Generator().manual_seed(0), Path(args.out), model.config.gap  # of random codes
     one = one_step(model, held_out, args)

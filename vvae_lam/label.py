@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
-from data import make_folder, read_sources
+from data import read_sources
 from model import VVAELatentActionVQVAE
 from tqdm import tqdm
 from train import setup
@@ -154,7 +154,7 @@ def write_labels_json(model, args, gap, out):
         if other:
             raise common.DataError(f"{out} holds labels of another model ({other[0]} differs): choose another --out")
         return
-    make_folder(out)
+    common.make_folder(out)
     with common.atomic(path) as temporary:
         temporary.write_text(json.dumps(about))
 

@@ -99,14 +99,6 @@ def check_file(file):
         raise DataError(f"{file}: an empty file; copy it again")
 
 
-def make_folder(folder):
-    """A folder to write into, for --out."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}") from None
-
-
 def decode_image(data, where):
     """The bytes of a PNG or JPEG file -> (H, W, 3) uint8."""
     from PIL import Image

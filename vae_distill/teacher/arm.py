@@ -20,7 +20,6 @@ import optax
 if __name__ == "__main__":  # vae_distill/ and its parent take the place of vae_distill/teacher/
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 from data import read_clips
-from distill import make_folder
 from env import Imitation
 from model import QUIET, Decoder, Encoder, gaussian_heads, intention
 
@@ -236,7 +235,7 @@ def make(walker, data, out, mocap_hz, substeps, clip_frames=0, steps=4000, seed=
         raise DataError(f"--out {out}: its walker.xml is --walker itself; give another folder")
     model = mujoco.MjModel.from_xml_string(text)
     clips = read_clips(data, model, mocap_hz, 0.0, clip_frames=clip_frames)
-    make_folder("--out", out)
+    common.make_folder(out)
     with common.atomic(out / "walker.xml") as path:
         path.write_text(text)
     config = describe(model, clips, mocap_hz, substeps)

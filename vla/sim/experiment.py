@@ -117,7 +117,7 @@ class Experiment:
         self.slots, self.locks, self.running = threading.Semaphore(args.jobs), {}, set()
         self.stopped, self.failed = 0, None
         for folder in ("done", "logs"):
-            (self.out / folder).mkdir(parents=True, exist_ok=True)
+            common.make_folder(self.out / folder)
         for number in common.SIGNALS:
             signal.signal(number, self.stop)
 

@@ -121,7 +121,7 @@ def main(argv=None):
         report["r2"] = (1 - (predict(x) - y).square().sum(0) / (y - y.mean(0)).square().sum(0)).tolist()
     for name, path in named_paths(args.videos):
         folder, shards = Path(args.out) / name, {}
-        folder.mkdir(parents=True, exist_ok=True)
+        common.make_folder(folder)
         for clip in read_clips(path):
             shards.setdefault(clip.shard, []).append(clip)
         for shard, clips in tqdm(shards.items(), disable=not sys.stderr.isatty(), unit="shard"):

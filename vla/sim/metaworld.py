@@ -195,7 +195,7 @@ def record(env, seed, noise=NOISE):
 def write(folder, tasks, episodes, seed=0, pixels=64, look="robot", distracting=False):
     """One shard per task with `episodes` successful episodes. A shard that is there already is kept."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    common.make_folder(folder)
     missing = [task for task in tasks if not (folder / f"{task}.tar").exists()]
     with tqdm(total=episodes * len(missing), unit="episode", desc=folder.name, mininterval=5) as bar:
         for task in missing:

@@ -16,8 +16,6 @@ import torch
 
 if __name__ == "__main__":  # as a script: the folder and common.py come first on the path
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
-from data import make_folder
-
 import common
 
 FPS = 5.0  # every third frame of the 15 Hz recording
@@ -56,7 +54,7 @@ def main(argv=None):
     files = [file for file in files if args.cameras is None or file.stem in args.cameras]
     if not files:
         raise common.DataError(f"--data {root}: no latent_videos/SPLIT/N/C.pt of such a camera")
-    make_folder(out)
+    common.make_folder(out)
     for file in files:
         split, episode = file.parts[-3:-1]
         states = root / "annotation" / split / f"{episode}.json"

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # as a script: the folder and common.py come first on the path
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
-from data import find_files, make_folder
+from data import find_files
 from train import setup
 from video_vae.vae import open_vae
 
@@ -290,7 +290,7 @@ def encode_all(args):
     random.shuffle(videos)  # jobs that share the folder rarely meet at one video
     for video in tqdm(videos, unit="video", disable=not sys.stderr.isatty()):
         target = out / f"{video.name}.h5"
-        make_folder(target.parent)
+        common.make_folder(target.parent)
         if target.exists():
             check_settings(target, settings)
             continue
