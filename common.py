@@ -18,6 +18,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import zlib
 from importlib import metadata, util
 from pathlib import Path
@@ -109,6 +110,18 @@ def seed_all(*key):
     import torch
 
     torch.manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def settle():
+    """Before a fork, as for a loader process: gives gloo's thread time to let go of the last collective.
+
+    It holds a lock of CPython 3.11 meanwhile, and a child that is forked then waits for that lock for ever.
+    """
+    if group():
+        time.sleep(0.05)
+
+
+os.register_at_fork(before=settle)
 
 
 def ignore_signals(_=None):

@@ -14,6 +14,7 @@ import collections
 import itertools
 import json
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -178,6 +179,8 @@ def main(argv=None):
         print(f"{out}: {totals['clips']} clips labelled, {totals['pairs']} pairs; {totals['there']} shards were there")
         print(f"{totals['short']} clips shorter than the gap (no pairs), {totals['broken']} broken ones skipped")
     if world > 1:
+        torch.distributed.barrier()
+        time.sleep(0.5)  # as at the end of train.py
         torch.distributed.destroy_process_group()
     return 0
 

@@ -1,5 +1,6 @@
 """Load a folder's modules beside the others', launch scripts, find the real data, leave nothing behind."""
 
+import contextlib
 import ctypes.util
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +55,14 @@ def free_port():
         return free.getsockname()[1]
 
 
+def family(pid):
+    """A process and all below it. torchrun puts each rank into a session of its own, where killpg does not reach."""
+    with contextlib.suppress(OSError):
+        yield pid
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            yield from family(int(child))
+
+
 def launch(*words, ranks=1, cwd=None, env=None, timeout=300):
     """Run a script and its flags in a process of its own, under torchrun if there are several ranks."""
     command = [sys.executable]
@@ -60,13 +70,19 @@ def launch(*words, ranks=1, cwd=None, env=None, timeout=300):
         command += ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port()]
     command = [str(word) for word in [*command, *words]]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "WANDB_MODE": "offline", **(env or {})}
+    env["PYTHONFAULTHANDLER"] = "1"  # SIGABRT then prints the stack of each thread
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
-    # a session of its own, so that a time-out or Ctrl-C ends torchrun's workers too
     with subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **pipes) as process:
         try:
             out, err = process.communicate(timeout=timeout)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+        except BaseException as error:
+            pids = list(family(process.pid))
+            for number in [signal.SIGABRT] * isinstance(error, subprocess.TimeoutExpired) + [signal.SIGKILL]:
+                for pid in reversed(pids):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
+                time.sleep(1)
+            print(*process.communicate(), sep="\n")  # what it said, and where each process stood
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
