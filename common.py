@@ -163,7 +163,7 @@ class Interrupt:
             highest = torch.tensor(code)
             dist.all_reduce(highest, op=dist.ReduceOp.MAX)
             code = highest.item()
-        self.code = code
+        self.code = max(code, self.code)  # a signal that came meanwhile counts at the next step
         return code > 0
 
 
@@ -198,12 +198,13 @@ def open_run(args):
                 import wandb  # noqa: F401
             except ImportError:
                 raise DataError("--wandb needs a package: pip install wandb") from None
-        number = 0
+        number, runs = 0, Path("runs", args.folder)
         while args.out is None:
             number += 1
+            make_folder(runs)
             with contextlib.suppress(FileExistsError):
-                Path("runs", args.folder, f"{number:03d}").mkdir(parents=True)
-                args.out = f"runs/{args.folder}/{number:03d}"
+                (runs / f"{number:03d}").mkdir()
+                args.out = str(runs / f"{number:03d}")
         record, log = Path(args.out) / "args.json", Path(args.out) / "log.jsonl"
         begun = record.exists() and (step_folders(args.out) or (log.exists() and log.stat().st_size))
         if begun and not args.resume:  # one that ended before its first log line has left nothing to lose
@@ -298,8 +299,11 @@ class Logger:
         if not is_main():
             return
         plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **plain}) + "\n")
+        try:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **plain}) + "\n")
+        except OSError as error:
+            raise DataError(f"{self.out}/log.jsonl cannot be written ({error.strerror})") from None
         if self.wandb:
             self.wandb.log(metrics, step=step)
         shown = "  ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())

@@ -172,12 +172,14 @@ class RegisterTokenizer(nn.Module):
 
 
 def register_transformer(train, chunks, tokens, steps, batch_size=128, lr=1e-3, mix=0.5, seed=0):
-    """RegisterTokenizer trained for `steps` steps with the augmentation, optimizer and schedule of train.py."""
+    """RegisterTokenizer trained for `steps` steps with the augmentation and optimizer of train.py."""
     torch.manual_seed(seed)
     draw, train = np.random.default_rng(seed), train.astype(np.float32)
     model = RegisterTokenizer(*chunks.shape[1:], tokens)
     opt = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=min(0.3, 100 / steps))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        opt, lr, steps, pct_start=min(0.3, 100 / steps), cycle_momentum=False
+    )
     for _ in range(steps):
         one, two = train[draw.integers(0, len(train), (2, batch_size))]
         weight = np.where(draw.random(batch_size) < 0.5, draw.uniform(-mix, 1 + mix, batch_size), 1.0)[:, None, None]

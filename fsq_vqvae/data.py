@@ -124,16 +124,21 @@ def read_sources(data, chunk, val_share=0.1, val_episodes=(), condition="none", 
     chunks, held_out = per_source(chunk, names, "--chunk"), per_source(val_episodes, names, "--val-episodes")
     bare = [word for value in val_episodes if "=" not in value for word in value.split(",")]
     sources = [read_source(name, path, chunks.get(name, "1s"), action_key) for name, path in pairs]
+    for word in bare:
+        if not any(held_out_ids([word], source.ids)[0] for source in sources):
+            raise DataError(f"--val-episodes: no episode is called {word}")
     for source in sources:
         if condition == "state" and source.state is None:
             raise DataError(f"--condition state, source {source.name}: {source.remark}")
         if source.validation.any():  # a user's own loaders have split already
+            if source.name in held_out:
+                raise DataError(f"--val-episodes: the loaders of {source.name} hold out by themselves")
             continue
         hashes = np.array([episode_hash(identity) for identity in source.ids])
         source.validation = hashes < val_share
         if source.name in held_out:
             chosen, unknown = held_out_ids(held_out[source.name].split(","), source.ids)
-            unknown = [word for word in unknown if word not in bare or len(sources) == 1]
+            unknown = [word for word in unknown if word not in bare]
             if unknown:
                 raise DataError(f"--val-episodes {source.name}: no episode is called {unknown[0]}")
             source.validation = np.isin(source.ids, list(chosen))

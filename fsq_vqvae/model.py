@@ -306,7 +306,7 @@ class FSQVQVAE(nn.Module):
 
     @torch.no_grad()
     def decode_values(self, values, source=None, context=None, closed_form=False):
-        """Coefficients (B, K), such as the means of a policy's digits, -> actions (B, T, A). The rest: see `decode`."""
+        """Coefficients (B, K), such as the means of a policy's digits, -> tensor (B, T, A). context: as in `decode`."""
         own = self.coder_of(source)
         values = as_tensor(values, "values").float().to(own.mean.device)
         base, features = own.context(self.context_of(own, context, len(values)))

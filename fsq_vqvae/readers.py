@@ -4,7 +4,6 @@ Each reader gives a Recording. Hidden files are no data; folders that are links 
 """
 
 import importlib.util
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from common import DataError, warn
+from common import DataError, read_json, warn
 
 SUFFIXES = dict(npz=(".npz",), parquet=(".parquet",), hdf5=(".hdf5", ".h5", ".hdf"))
 STATE_KEYS = ("observation.state", "state", "obs.state", "observations/qpos", "obs/joint_states")
@@ -70,14 +69,6 @@ def check_file(path):
         raise DataError(f"{path}: the file is empty; copy it again")
     if start.startswith(b"version https://git-lfs"):
         raise DataError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull` there")
-
-
-def read_json(path):
-    check_file(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DataError(f"{path}: not readable as JSON ({error})") from None
 
 
 def rate_of(timestamps, where):
@@ -142,8 +133,8 @@ def flat_names(feature):
     names = feature.get("names")
     names = next(iter(names.values()), None) if isinstance(names, dict) else names
     names = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], list) else names
-    one_each = isinstance(names, list) and list(np.ravel(feature.get("shape"))) == [len(names)]
-    return list(map(str, names)) if one_each else None
+    names = list(map(str, names)) if isinstance(names, list) else []
+    return names if list(np.ravel(feature.get("shape"))) == [len(names)] == [len(set(names))] else None
 
 
 def matrix(table, key):
@@ -160,6 +151,7 @@ def matrix(table, key):
 def read_lerobot(folder, action_key=None):
     """The parquet files of a LeRobotDataset v2.1 (one per episode) or v3.0 (many per file)."""
     info = folder / "meta" / "info.json"
+    check_file(info)
     description = read_json(info)
     try:
         fps, features = float(description["fps"]), description.get("features") or {}
@@ -246,7 +238,7 @@ def read_hdf5(folder, paths):
     found = Recording()
     for path in paths:
         check_file(path)
-        prefix = "" if len(paths) == 1 else f"{path.relative_to(folder).with_suffix('')}/"
+        prefix = "" if path == folder else f"{path.relative_to(folder).with_suffix('')}/"
         try:
             with h5py.File(path, "r") as h5:
                 if "action" in h5 and "observations" in h5:
@@ -307,6 +299,8 @@ def read_module(path):
                 break
         if name != "train":
             found.held_out |= {f"{name}/{i}" for i in range(count)}
+    if len(found.ids) == len(found.held_out):
+        raise DataError(f"{path}: its training loader is empty")
     return found, shape[0]
 
 

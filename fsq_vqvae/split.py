@@ -23,14 +23,17 @@ def named_paths(data):
 
 
 def per_source(values, names, flag):
-    """["g1=30", "droid=15"] or ["30"] -> {name: "30"}; a bare value is for all sources."""
+    """["g1=30", "droid=15"] or ["30"] -> {name: "30"}; a bare value is for the sources that have none of their own.
+
+    Several values of one source are joined by commas: lists of episodes, and nothing else.
+    """
     table = {}
     for value in values:
         name, equals, rest = value.partition("=")
         if equals and name not in names:
             raise DataError(f"{flag} {value}: no source is called {name}; there are {', '.join(names)}")
-        table.update({name: rest} if equals else dict.fromkeys(names, value))
-    return table
+        table.setdefault(name if equals else None, []).append(rest if equals else value)
+    return {name: ",".join(found) for name in names if (found := table.get(name) or table.get(None))}
 
 
 def held_out_ids(words, ids):

@@ -143,7 +143,7 @@ def learning_rate(step, args):
 
 @torch.no_grad()
 def validate(model, loaders, device):
-    """Per source mse and mae (normalised) over all ranks, and a chunk, true and decoded.
+    """Per source mse (normalised) over all ranks, and a chunk, true and decoded.
 
     Turns the network on or off for each source: on where it decodes better than the closed form, whose error is beside.
     """
@@ -153,7 +153,7 @@ def validate(model, loaders, device):
         for batch in loader:
             batch = {key: value.to(device) for key, value in batch.items()}
             metrics = model.compute_loss(batch)[1]  # in float32, as decode() runs
-            for key in ("mse", "mae", "mse_closed_form"):
+            for key in ("mse", "mse_closed_form"):
                 key, value = f"val/{name}/{key}", metrics[key].item()
                 totals[key] = totals.get(key, 0.0) + value * len(batch["mask"])
                 counts[key] = counts.get(key, 0) + len(batch["mask"])
@@ -166,7 +166,7 @@ def validate(model, loaders, device):
         if name in loaders:
             network, closed = metrics[f"val/{name}/mse"], metrics[f"val/{name}/mse_closed_form"]
             own.use_network.fill_(network < closed)
-            metrics[f"val/{name}/mse"] = min(network, closed)
+            metrics[f"val/{name}/mse"] = min(closed, network)  # not that of a network that has become NaN
         if name in largest:
             actions, context = largest[name][0][: own.steps, : own.dims], largest[name][1][None, :, : own.dims]
             decoded = model.decode(model.encode(actions, None, name, context), name, context)
@@ -184,9 +184,9 @@ def main(argv=None):
     if args.demo and rank == 0:
         demo.write(args.data[0].partition("=")[2])
     common.broadcast()  # the other ranks wait for the demo's data
-    common.seed_all(args.seed)
     split = args.val_share, args.val_episodes
     sources = read_sources(args.data, args.chunk, *split, condition=args.condition, action_key=args.action_key)
+    common.seed_all(args.seed)  # after a user's own loaders, which are read with a seed of theirs
     common.open_run(args)
     stop = common.Interrupt(args.out)
 
@@ -297,7 +297,8 @@ def main(argv=None):
     # --- end
     if not stopped:
         log.say(f"checkpoint: {log.out / 'checkpoints' / ('best' if validation else 'last')}")
-        log.say(f"figure:     {log.out / 'figures' / 'reconstruction.png'}")
+        if validation:
+            log.say(f"figure:     {log.out / 'figures' / 'reconstruction.png'}")
     log.close()
     if world > 1:
         torch.distributed.barrier()  # torchrun kills rank 0 in its last save if another rank ended 30 s before

@@ -202,6 +202,13 @@ def test_a_signal_ends_the_step(tmp_path, number, code, capfd):
     assert stop() and stop() and stop.code == code and "ending after this step" in capfd.readouterr().err
 
 
+def test_a_signal_while_the_ranks_agree_counts(tmp_path, monkeypatch):
+    """One that comes after this step's code was read ends the next step."""
+    stop = common.Interrupt(tmp_path)
+    monkeypatch.setattr(common, "group", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert not stop() and stop() and stop.code == 75
+
+
 def test_the_stop_file_ends_the_step(tmp_path):
     """A file OUT/stop ends the run as SIGTERM does."""
     stop = common.Interrupt(tmp_path)
@@ -278,6 +285,11 @@ def test_a_full_disk_is_a_data_error(tmp_path, error):
             (folder / "weights").write_bytes(b"half")
             raise error
     assert "\n" not in str(caught.value) and names(tmp_path) == ["last", "step_0000001"]
+    log = common.Logger(run_of(tmp_path))
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(DataError, match="log.jsonl cannot be written .No space left"):
+        log.write(1, dict(loss=1.0))
     with pytest.raises(TypeError), common.checkpoint(tmp_path, 2):
         raise TypeError
 
@@ -433,6 +445,11 @@ def test_runs_are_numbered(tmp_path, monkeypatch):
         args.out = None
         common.open_run(args)
         assert args.out == f"runs/FOLDER/{number}" and (tmp_path / args.out / "args.json").exists()
+    (tmp_path / "runs").rename(tmp_path / "old")
+    (tmp_path / "runs").symlink_to("/not/mounted")
+    args.out = None
+    with pytest.raises(DataError, match="--out runs/FOLDER: "):
+        common.open_run(args)
 
 
 def test_an_occupied_folder_is_refused(tmp_path):

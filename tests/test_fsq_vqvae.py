@@ -404,6 +404,11 @@ def test_every_format_reads_to_the_same_episodes(this, tmp_path):
         h5.create_group("data").attrs["env_args"] = json.dumps(dict(env_kwargs=dict(control_freq=10)))
         for i, actions in enumerate(episodes):
             h5[f"data/demo_{i}/actions"] = actions.astype(np.float64)
+    (tmp_path / "days").mkdir()
+    for day in (1, 2):  # another day's file changes no name, so none of the split
+        shutil.copy(tmp_path / "demo.hdf5", tmp_path / "days" / f"{day}.hdf5")
+        ids = this.data.read_source("x", tmp_path / "days", "5").ids
+        assert ids == [f"{name}/demo_{i}" for name in range(1, day + 1) for i in range(3)]
     os.symlink(tmp_path / "npz", tmp_path / "linked")
     os.symlink(tmp_path / "npz", tmp_path / "outer" / "link")
     os.symlink(tmp_path / "npz", tmp_path / "npz" / "again")  # a link back: each folder is read once
@@ -596,9 +601,14 @@ def test_split_depends_on_the_recording_alone(this, tmp_path):
     named = this.data.read_sources([f"x={folder}", f"b={folder}"], ["5"], 0.25, ["b=3,ep07,10-12"])
     assert named[0].validation.tolist() == first.validation.tolist()
     assert np.flatnonzero(named[1].validation).tolist() == [3, 7, 10, 11, 12]
+    several = this.data.read_sources([f"a={folder}", f"b={folder}"], ["b=6", "5"], 0.1, ["3", "7-8", "b=1"])
+    assert [np.flatnonzero(source.validation).tolist() for source in several] == [[3, 7, 8], [1]]
+    assert [source.chunk for source in several] == [5, 6]
     for words, message in (
         (([f"a={folder}"], ["5"], 0.1, ["99"]), "no episode is called 99"),
         (([f"a={folder}"], ["c=5"]), "no source is called"),
+        (([f"a={folder}"], ["a=5", "a=6"]), "--chunk 5,6: expected steps"),
+        (([f"a={folder}", f"b={folder}"], ["5"], 0.1, ["99"]), "no episode is called 99"),
         (([str(folder), str(folder)], ["5"]), "two sources"),
         (([f"a={folder}"], ["5"], 0.1, ["0-39"]), "none is left"),
         (([f"a={folder}"], ["five"]), "expected steps"),
@@ -772,7 +782,7 @@ def test_accumulation_and_amp_train_the_same_model(this, tmp_path):
         assert this.train.main(flags(folder, tmp_path / name, "--dropout", 0, *more)) == 0
     for a, b in zip(weights(tmp_path / "one").values(), weights(tmp_path / "four").values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    last = {name: log_of(tmp_path / name)[-1]["val/mse"] for name in amps}
+    last = {name: log_of(tmp_path / name)[-1]["train/mse"] for name in amps}  # validation has the closed form, too
     assert max(last.values()) < 1.1 * min(last.values())
 
 
@@ -830,7 +840,7 @@ def test_users_own_loaders(this, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one_process(tmp_path):
-    """Same curve, same normalisation, with a user's own loaders too; gradients are reduced once per optimizer step."""
+    """Same weights and normalisation, with a user's own loaders too."""
     (tmp_path / "mine.py").write_text(MODULE)
     folder = write_npz(tmp_path / "data", [30] * 8)
     for name, data in (("npz", f"a={folder}"), ("module", f"a=module:{tmp_path / 'mine.py'}")):
@@ -909,6 +919,16 @@ def test_reconstruction_numbers_of_the_report(this):
     assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-3)
     units = this.metrics.in_robot_units(true, true + np.float32([0.1, 0.2, 0, 0]))
     assert units["mae_per_dim"] == pytest.approx([0.1, 0.2, 0, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [5, 16, 30])
+def test_seams_of_a_perfect_decoder_are_the_true_ones(this, tmp_path, chunk):
+    """Whatever the chunk length, and however long the episode."""
+    source = this.data.read_source("a", write_npz(tmp_path, [9000]), str(chunk))
+    source.validation[:] = True
+    found = this.metrics.seams(source, lambda x, context: x, lambda x, context: x, np.float32(1), ())
+    assert found["seam_true"] > 0
+    assert found["seam_decoded"] == found["seam_true"] == pytest.approx(found["seam_with_ensembling"])
 
 
 @pytest.mark.slow

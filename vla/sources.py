@@ -40,22 +40,32 @@ def named_paths(words):
     return pairs
 
 
+def named(values, names, flag):
+    """["g1=3", "droid=5"] or ["3"] -> {name: "3"}; a bare value is for the sources that have none of their own.
+
+    Several values of one source are joined by commas: lists of episodes, and nothing else.
+    """
+    table = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        if equals and name not in names:
+            raise DataError(f"{flag} {value}: no source is called {name}; there are {', '.join(names)}")
+        table.setdefault(name if equals else None, []).append(rest if equals else value)
+    return {name: ",".join(found) for name in names if (found := table.get(name) or table.get(None))}
+
+
 def read_sources(data, kind, labels=None, val_share=0.1, val_episodes=(), instruction=None, say=print):
     """The sources of --data words whose clips teach `kind`.
 
     labels: their folders of label shards. instruction: for clips that have none. val_episodes: IDS or NAME=IDS, such as
     56-69,80. What cannot be used is named with the reason.
     """
-    pairs, sources, wanted = named_paths(data), [], {}
+    pairs, sources = named_paths(data), []
+    wanted = named(val_episodes, [name for name, _ in pairs], "--val-episodes")
     if kind == "latents" and not labels:
         raise DataError("--labels is needed: the folders that laq/label.py wrote, one for each word of --data")
     if labels and len(labels) != len(pairs):
         raise DataError(f"--labels names {len(labels)} folders, --data {len(pairs)}: one each, in the same order")
-    for word in val_episodes:
-        name, equals, ids = word.rpartition("=")
-        if equals and name not in dict(pairs):
-            raise DataError(f"--val-episodes {word}: no source is called {name}; there are {', '.join(dict(pairs))}")
-        wanted |= {name: ids} if equals else dict.fromkeys(dict(pairs), ids)
     for (name, path), folder in zip(pairs, labels or [None] * len(pairs), strict=True):
         about = read_labels(folder) if kind == "latents" else None
         clips, usable, reasons = read_clips(path, folder, say), [], {}
