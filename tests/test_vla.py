@@ -375,7 +375,7 @@ def small(this, home, latent=None, action=None, **more):
     heads = dict(
         latent=latent and this.model.LatentConfig(**latent), action=action and this.model.ActionConfig(**action)
     )
-    config = dict(prompt="robot, {instruction}", image_size=32, dropout=0.0) | heads | more
+    config = dict(prompt="robot, {instruction}", num_queries=2, image_size=32, dropout=0.0) | heads | more
     return this.model.VLA(this.model.VLAConfig(**config), *this.model.open_backbone(home / "small"))
 
 
@@ -668,17 +668,20 @@ def test_finetuning_with_lora(this, home, latent, tmp_path):
 
 def test_the_best_checkpoint_is_the_one_that_succeeds(this, home, latent, tmp_path, monkeypatch):
     """With --eval-env the policy acts at each validation, and best is by success, then by loss."""
-    asked, rates = [], iter([0.2, 0.6, 0.4])
+    seeds, wins = [], iter([1, 0, 0, 0, 0] + [1, 1, 0, 1, 0] + [0, 1, 0, 1, 0])
 
-    def evaluate(policy, envs, episodes, **more):
+    def run(policy, envs, seed):
         policy.reset([env.reset(0) for env in envs])
-        asked.append((policy.act([env.image() for env in envs]).shape, episodes))
-        return dict(success=next(rates), low=0.0, high=1.0), []
+        assert policy.act([env.image() for env in envs]).shape == (1, 2)
+        seeds.append(*seed)
+        return [dict(success=next(wins))]
 
-    monkeypatch.setattr(this.finetune.rollout, "evaluate", evaluate)
+    monkeypatch.setattr(this.finetune.rollout, "run", run)
+    monkeypatch.setattr(this.finetune, "EVAL_EPISODES", 5)
     words = ["--init", latent, "--steps", 3, "--eval-every", 1, "--eval-env", "tabletop"]
     assert this.finetune.main(stage3(home, tmp_path / "r", *words)) == 0
-    assert asked == [((1, 2), 10)] * 3 and [line["val/success"] for line in log_of(tmp_path / "r")] == [0.2, 0.6, 0.4]
+    assert [line["val/success"] for line in log_of(tmp_path / "r")] == [0.2, 0.6, 0.4]
+    assert seeds[:5] == seeds[5:10] and min(seeds) > 10_000  # the same scenes, and not those of evaluate.py
     assert (tmp_path / "r/checkpoints/best").resolve().name == "step_0000002"
 
 
@@ -741,7 +744,9 @@ def test_the_memory_foretold_is_the_memory_measured(this, tmp_path, freeze, amp,
 
     this.tiny.build(tmp_path / "t", [" red"], width=64, depth=6, vision_width=32)
     rank = 4 if freeze == "backbone" else 0
-    config = this.model.VLAConfig(lora_rank=rank, image_size=32, latent=this.model.LatentConfig(**LATENT))
+    config = this.model.VLAConfig(
+        num_queries=2, lora_rank=rank, image_size=32, latent=this.model.LatentConfig(**LATENT)
+    )
     with FakeTensorMode():
         fake = this.model.VLA(config, *this.model.open_backbone(tmp_path / "t", "cpu")).freeze(freeze)
     model = this.model.VLA.from_pretrained(tmp_path / "t", config).freeze(freeze).train()

@@ -54,7 +54,12 @@ def describe_latents(sources, say=print):
     first = {name: value for name, value in sources[0].labels.items() if name != "gap"}
     check_labels(sources, first)
     pairs = {id(clip): (clip, source.labels) for source in sources for clip in source.train}.values()
-    vectors = np.concatenate(collect(lambda pair: read_latents(*pair)[1], [*pairs], say=say))
+
+    def valid_vectors(pair):
+        _, vectors, valid = read_latents(*pair)
+        return vectors[valid]
+
+    vectors = np.concatenate(collect(valid_vectors, [*pairs], say=say))
     mean, std = vectors.mean(0), np.maximum(vectors.std(0), 1e-6)
     weight = std**2 / (std**2).sum(1, keepdims=True)
     return first | dict(mean=mean.tolist(), std=std.tolist(), weight=weight.tolist())
@@ -72,7 +77,8 @@ def baselines(source, say=print):
         return codes[valid]
 
     K, N = source.labels["codebook_size"], source.labels["code_seq_len"]
-    known, held = (np.concatenate(collect(valid_codes, clips, say=say)) for clips in (source.train, source.validation))
+    parts = source.train or source.validation, source.validation  # new data have nothing to train on
+    known, held = (np.concatenate(collect(valid_codes, clips, say=say)) for clips in parts)
     top = np.array([np.bincount(known[:, n], minlength=K).argmax() for n in range(N)])
     majority = held == top
     bigram = majority.copy()
@@ -184,11 +190,12 @@ class Batches(Dataset):
 
     def latents_of(self, clip, labels):
         """read_latents; the last 300 clips' are kept, as opening an archive takes longer than decoding an image."""
-        if str(clip) not in self.latents:
+        place = clip.members["latents.npz"]  # not the clip: it may be there twice, with the labels of two gaps
+        if place not in self.latents:
             if len(self.latents) >= 300:
                 self.latents.clear()
-            self.latents[str(clip)] = read_latents(clip, labels)
-        return self.latents[str(clip)]
+            self.latents[place] = read_latents(clip, labels)
+        return self.latents[place]
 
     def collate(self, samples):
         """Samples -> a batch of tensors."""

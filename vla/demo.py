@@ -83,7 +83,7 @@ def write_shards(folder, items):
 
 
 def write(folder, with_actions=False, **changes):
-    """Write the data unless it is there already, all of it or nothing. Other files in the folder are an error."""
+    """Write the data unless it is there already, all of it or nothing. Another version is replaced, folder and all."""
     about, folder = dict(DEFAULT, version=VERSION, with_actions=with_actions, **changes), Path(folder).resolve()
     there = folder / "demo.json"
     if there.exists() and common.read_json(there) == about:

@@ -53,7 +53,7 @@ def parse(argv=None):
     add("--n-action-steps", default=1, help="commands of a chunk that are carried out before the next chunk", **whole)
     add("--temporal-ensemble-coeff", type=float, metavar="X", help="average chunks by exp(-X i), oldest first")
     add("--videos", default=6, help="episodes to show in rollouts.mp4", **whole)
-    add("--batch-size", default=64, help="frames, or episodes, at a time", **whole)
+    add("--batch-size", default=64, help="frames at a time", **whole)
     add("--wandb", metavar="PROJECT", help="also log the closed loop to this Weights & Biases project")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
     add("--seed", default=0, help="of the episodes: the same seed is the same scenes and tasks", **whole)
@@ -73,16 +73,18 @@ def parse(argv=None):
 
 
 def batches(model, source, args, device):
-    """Held-out frames in batches: (clip, rows, inputs of the model). What cannot be read is named and left out."""
-    step, size = args.stride * args.batch_size, model.config.image_size
+    """Held-out frames in batches: (actions, rows, inputs of the model). What cannot be read is named and left out."""
+    step, size, S = args.stride * args.batch_size, model.config.image_size, model.config.action.state_dim
     for clip in source.validation:
         try:
+            actions, state = clip.array("actions.npy"), clip.array("state.npy") if S else None
+            if S and (state is None or state.shape[1] != S):
+                raise common.DataError(f"{clip}: {0 if state is None else state.shape[1]} state dims, expected {S}")
             for first in range(0, len(clip), step):
                 rows = np.arange(first, min(first + step, len(clip)), args.stride)
                 batch = model.preprocess([*clip.frames(size, rows)], [clip.meta["instruction"]] * len(rows))
-                if model.config.action.state_dim:
-                    batch["state"] = torch.from_numpy(clip.array("state.npy")[rows])
-                yield clip, rows, {name: value.to(device) for name, value in batch.items()}
+                batch |= dict(state=torch.from_numpy(state[rows])) if S else {}
+                yield actions, rows, {name: value.to(device) for name, value in batch.items()}
         except (OSError, common.DataError) as error:
             print(f"skipping a clip: {error}", flush=True)
 
@@ -99,8 +101,7 @@ def measure_actions(model, source, args, device):
     if len(average) != A:
         raise common.DataError(f"{source.name}: {len(average)} action dims, the checkpoint predicts {A}")
     errors, example = dict(model=[], last_action=[], mean_action=[]), None
-    for clip, rows, batch in batches(model, source, args, device):
-        actions = clip.array("actions.npy")
+    for actions, rows, batch in batches(model, source, args, device):
         steps = rows[:, None] + np.arange(H)
         present, true = steps < len(actions), actions[np.minimum(steps, len(actions) - 1)]
         predicted = model.predict_actions(batch).cpu().numpy()
@@ -142,7 +143,7 @@ def log_to_wandb(project, checkpoint, loop):
     run.finish()
 
 
-def report(args, offline, loop):
+def report(args, offline, loop, names):
     """report.md, as text."""
     lines = [f"# {args.checkpoint}", ""]
     for name, numbers in offline.items():
@@ -160,7 +161,7 @@ def report(args, offline, loop):
             rate = f"{100 * row['success']:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
             lines += [f"| {task} | {rate} of {row['episodes']} | {row['steps_of_successes'] or 0:.0f} |"]
         lines += [""]
-    lines += [f"![{file.stem}](figures/{file.name})" for file in sorted((Path(args.out) / "figures").glob("*.png"))]
+    lines += [f"![{name}](figures/{name}.png)" for name in names]
     return "\n".join(lines) + "\n"
 
 
@@ -178,6 +179,8 @@ def main(argv=None):
     split = common.read_json(split) if split.exists() else {}
     for source in sources:
         print(split_for_report(source, split), flush=True)
+        if not source.validation:
+            raise common.DataError(f"{source.name}: training held out none of these episodes: measure other data")
         if args.labels:
             offline[source.name] = measure_latents(model, source, args, device)
         else:
@@ -193,8 +196,6 @@ def main(argv=None):
                 rollout.write_video(path, [frames for _, frames in videos], envs[0].fps)
         for env in envs:
             env.close()
-        if args.wandb:
-            log_to_wandb(args.wandb, args.checkpoint, loop)
     figure = {}
     if examples:
         figure |= dict(commands=figures.commands(examples))
@@ -205,11 +206,13 @@ def main(argv=None):
             picture.savefig(path, format="png")
     with common.atomic(out / "report.json") as path:
         path.write_text(json.dumps(dict(checkpoint=args.checkpoint, offline=offline, closed_loop=loop), indent=1))
-    text = report(args, offline, loop)
+    text = report(args, offline, loop, figure)
     with common.atomic(out / "report.md") as path:
         path.write_text(text)
     print(text)
     print(f"report: {out / 'report.md'}")
+    if args.wandb and loop:
+        log_to_wandb(args.wandb, args.checkpoint, loop)
     return 0
 
 

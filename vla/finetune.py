@@ -37,7 +37,7 @@ import common
 
 HERE = Path(__file__).resolve().parent
 BETAS = (0.9, 0.95)  # AdamW, as for most transformers
-EVAL_EPISODES = 10  # of each task of --eval-env, at each validation
+EVAL_EPISODES, EVAL_SEED = 10, 10**9  # of each task of --eval-env, at each validation; other scenes than evaluate.py's
 
 
 def parse(argv=None):
@@ -99,7 +99,10 @@ def parse(argv=None):
     if args.demo:  # its preset first, so that the flags given here win
         given = sys.argv[1:] if argv is None else argv
         args = parser.parse_args([f"@{HERE / 'finetune.args'}", *given], argparse.Namespace(demo=True))
-    for name in "val_samples chunk batch_size lr clip steps accum log_every eval_every save_every keep".split():
+        if args.backbone and "--init" not in given:  # the preset's gives way
+            args.init = None
+    positive = "val_samples chunk batch_size lr clip steps accum log_every eval_every save_every keep"
+    for name in [*positive.split(), *["image_size"] * (args.image_size is not None)]:
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     for name in "val_share workers lora_rank backbone_lr lr_end warmup weight_decay augment seed".split():
@@ -112,8 +115,8 @@ def parse(argv=None):
         parser.error(f"--batch-size {args.batch_size} is no multiple of {micro_steps} (micro-steps x processes)")
     if args.resume and not args.out:
         parser.error("--resume needs --out, the folder of the run to go on with")
-    if not args.init and not args.backbone:
-        parser.error("--init CKPT (a checkpoint of train.py) is needed, or --backbone NAME to start without stage 2")
+    if bool(args.init) == bool(args.backbone):
+        parser.error("give --init CKPT (a checkpoint of train.py), or else --backbone NAME to start without stage 2")
     if args.keep_head and not args.init:
         parser.error("--keep-head needs --init, the checkpoint whose head it is")
     if args.eval_env and args.fsdp:
@@ -180,9 +183,13 @@ def validate(model, loaders, device, amp):
 
 def act(model, envs):
     """Success in --eval-env, on the same scenes each time. Rank 0 measures it for all ranks."""
-    success = rollout.evaluate(Policy(model), envs, EVAL_EPISODES, say=lambda text: None)[0]["success"] if envs else 0.0
+    wins = []
+    for number in range(EVAL_EPISODES):
+        if envs:
+            wins += [one["success"] for one in rollout.run(Policy(model), envs, [EVAL_SEED + number] * len(envs))]
+        wins = common.broadcast(wins)  # after each episode: the other ranks wait for no longer than DIST_TIMEOUT
     model.train()
-    return {"val/success": common.broadcast(success)}
+    return {"val/success": sum(wins) / len(wins)}
 
 
 def configure(args, sources, say):
@@ -232,7 +239,7 @@ def main(argv=None):
         model = VLA.from_pretrained(start, config).freeze(args.freeze).to(device)
     model.train()
     if args.checkpointing:
-        model.backbone.gradient_checkpointing_enable(dict(use_reentrant=False))
+        model.checkpoint_activations()
     groups = {}
     for name, p in model.named_parameters():
         scale = args.backbone_lr if name.startswith("backbone.") and "lora_" not in name else 1.0

@@ -69,7 +69,7 @@ class VLAConfig:
     """All that a checkpoint holds beside the backbone's own configuration: vla.json."""
 
     prompt: str = PROMPT
-    num_queries: int = 2  # N
+    num_queries: int = 4  # N, as many as LAPA's codes
     image_size: int = 224  # frames are squashed to this side for the image processor
     lora_rank: int = 0  # of LoRA layers in the language model; 0: none
     dropout: float = 0.1  # on what the heads read
@@ -149,10 +149,12 @@ class Preprocessor:
             texts.append(self.processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
         tensors = self.processor(text=texts, images=[[image] for image in images], padding=True, return_tensors="pt")
         tensors = {name: value for name, value in tensors.items() if name in self.names}
-        placeholder = dict(input_ids=self.processor.tokenizer.eos_token_id, attention_mask=1, mm_token_type_ids=0)
-        for name in placeholder.keys() & tensors.keys():
-            value = tensors[name]
-            tensors[name] = torch.cat([value, value.new_full((len(value), self.num_queries), placeholder[name])], 1)
+        last = dict(input_ids=self.processor.tokenizer.eos_token_id, attention_mask=1)
+        shape = tensors["input_ids"].shape
+        for name, value in tensors.items():
+            if value.shape == shape:  # one per token, as the token types of some families: 0 is text
+                more = value.new_full((len(value), self.num_queries), last.get(name, 0))
+                tensors[name] = torch.cat([value, more], 1)
         return tensors
 
 
@@ -210,6 +212,12 @@ class VLA(nn.Module):
     def vision_encoder(self):
         names = ("visual", "vision_tower", "vision_model")
         return next(getattr(self.backbone.model, name) for name in names if hasattr(self.backbone.model, name))
+
+    def checkpoint_activations(self):
+        """Compute layers twice in place of keeping what they hand on: much less memory."""
+        if not self.backbone.supports_gradient_checkpointing:
+            raise DataError(f"--checkpointing: a {type(self.backbone).__name__} does not support it")
+        self.backbone.gradient_checkpointing_enable(dict(use_reentrant=False))
 
     def freeze(self, what):
         """Stop training "vision" (the vision encoder) or "backbone" (all but queries, heads and LoRA layers)."""

@@ -5,6 +5,12 @@ import torch
 from model import VLA
 from shards import to_rgb
 
+from common import DataError
+
+
+class Refused(DataError, ValueError):
+    """What the policy cannot act on: a ValueError for a robot's program, one line of a script."""
+
 
 class Policy:
     """policy = Policy.from_pretrained(dir); policy.reset("push the red block left"); action = policy.act(image, state).
@@ -19,10 +25,10 @@ class Policy:
 
     def __init__(self, model, n_action_steps=1, temporal_ensemble_coeff=None):
         if model.config.action is None:
-            raise ValueError("this checkpoint predicts latent actions only: make it a policy with finetune.py")
+            raise Refused("this checkpoint predicts latent actions only: make it a policy with finetune.py")
         self.chunk_size, self.state_dim = model.config.action.chunk_size, model.config.action.state_dim
         if not 1 <= n_action_steps <= self.chunk_size:
-            raise ValueError(f"n_action_steps {n_action_steps}: the model predicts {self.chunk_size} commands at once")
+            raise Refused(f"n_action_steps {n_action_steps}: the model predicts {self.chunk_size} commands at once")
         self.model, self.n_action_steps = model.eval(), n_action_steps
         self.temporal_ensemble_coeff, self.instructions = temporal_ensemble_coeff, None
 
@@ -40,7 +46,7 @@ class Policy:
     def act(self, image, state=None):
         """image (H, W, 3) uint8, state (S,) -> command (A,) float32 in robot units; one more axis with B episodes."""
         if self.instructions is None:
-            raise ValueError("reset(instruction) comes before act")
+            raise Refused("reset(instruction) comes before act")
         if self.time % self.n_action_steps == 0:
             images, states = ([image], [state]) if self.single else (image, state)
             self.chunks.append((self.time, self.predict(images, states)))
@@ -58,20 +64,20 @@ class Policy:
         """Chunks (B, H, A) for B images (and states)."""
         images = [np.asarray(image) for image in images]
         if len(images) != len(self.instructions):
-            raise ValueError(f"{len(images)} images for {len(self.instructions)} instructions")
+            raise Refused(f"{len(images)} images for {len(self.instructions)} instructions")
         for image in images:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-                raise ValueError(f"image {image.dtype} {image.shape}, expected uint8 (H, W, 3)")
+                raise Refused(f"image {image.dtype} {image.shape}, expected uint8 (H, W, 3)")
         square, device = to_rgb(self.model.config.image_size), self.model.queries.device
         batch = self.model.preprocess([*map(square, images)], self.instructions)
         if self.state_dim:
             if states is None or np.shape(states) != (len(images), self.state_dim):
-                raise ValueError(f"state has shape {np.shape(states)[1:]}, the policy reads {self.state_dim} numbers")
+                raise Refused(f"state has shape {np.shape(states)[1:]}, the policy reads {self.state_dim} numbers")
             batch["state"] = torch.from_numpy(np.asarray(states, np.float32))
             if not batch["state"].isfinite().all():
-                raise ValueError("state holds NaN or infinity")
+                raise Refused("state holds NaN or infinity")
         batch = {name: value.to(device) for name, value in batch.items()}
         chunk = self.model.predict_actions(batch).cpu().numpy()
         if not np.isfinite(chunk).all():
-            raise ValueError("the model predicts NaN or infinity: nothing is sent to the robot")
+            raise Refused("the model predicts NaN or infinity: nothing is sent to the robot")
         return chunk

@@ -4,6 +4,7 @@ A checkpoint holds the whole weights as a plain Hugging Face folder. The optimiz
 --fsdp in shards (torch.distributed.checkpoint, folder optimizer/), which any number of ranks can read.
 """
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from model import VLA, open_backbone
+from sources import num_rows
 
 import common
 
@@ -109,7 +111,7 @@ def plan(args, config, sources, world):
     parts = memory(model, samples, tokens, patches, args.amp, args.checkpointing, shards)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frames = sum(len(clip) for source in sources for clip in source.train)
+    frames = sum(num_rows(clip, source.labels) for source in sources for clip in source.train)
     lines = [
         f"parameters       {total / 1e9:.3f} billion, {trained / 1e9:.3f} billion of them train",
         f"micro-batch      {samples} samples of {tokens} tokens on each of {world} process(es)",
@@ -156,10 +158,11 @@ def activations(model, samples, tokens, amp, checkpointing, split):
     Two layers are run without computing, and what autograd keeps is counted.
     """
     language = model.backbone.model.language_model
+    if "inputs_embeds" not in inspect.signature(language.forward).parameters:
+        raise common.DataError(f"--dry-run: it cannot foretell a {type(model.backbone).__name__}")
     layers, depth = language.layers, len(language.layers)
     low = split and amp == "bf16"  # FSDP hands its layers bfloat16 weights and inputs
     x = torch.empty(samples, tokens, model.queries.shape[1], dtype=torch.bfloat16 if low else torch.float32)
-    positions = torch.zeros(3, samples, tokens, dtype=torch.long)
 
     def kept(count):
         """Bytes kept by the first `count` layers and what is around them, weights of the model left out."""
@@ -177,13 +180,13 @@ def activations(model, samples, tokens, amp, checkpointing, split):
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 with torch.autocast("cpu", dtype, enabled=amp != "off"):
-                    language(inputs_embeds=x.requires_grad_(), position_ids=positions, use_cache=False)
+                    language(inputs_embeds=x.requires_grad_(), use_cache=False)
         finally:
             language.layers = layers
         return sum(storage.nbytes() for storage in storages.values())
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        x, positions = mode.from_tensor(x), mode.from_tensor(positions)
+        x = mode.from_tensor(x)
         for parameter in language.parameters():
             parameter.data = parameter.data.to(x.dtype)
         one, two = kept(1), kept(2)

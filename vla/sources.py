@@ -180,7 +180,8 @@ def split_for_report(source, split):
     Returns a line that tells which.
     """
     names = {clip.episode for clip in source.train + source.validation}
-    own = [one for one in split.values() if one["episodes"] == len(names) and names.issuperset(one["held_out"])]
+    own = [one for one in split.values() if one["episodes"] == len(names)]
+    own = [one for one in own if not one["held_out"] or names.intersection(one["held_out"])]
     own = [split[source.name]] if source.name in split else own
     hold_out(source, own[0]["held_out"] if own else sorted(names))
     return f"{source.name}: {'the episodes that training held out' if own else 'new data, all episodes'} are measured"

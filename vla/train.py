@@ -219,7 +219,7 @@ def main(argv=None):
         model = VLA.from_pretrained(start, config).freeze(args.freeze).to(device)
     model.train()
     if args.checkpointing:
-        model.backbone.gradient_checkpointing_enable(dict(use_reentrant=False))
+        model.checkpoint_activations()
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.ndim >= 2], weight_decay=args.weight_decay)]
     groups += [dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)]

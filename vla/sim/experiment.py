@@ -114,10 +114,16 @@ class Experiment:
         self.metaworld = args.env == "metaworld"
         self.pixels, self.chunk = (64, 8) if self.metaworld else (32, 4)
         self.per_task = 1 if self.metaworld else len(tabletop.TASKS)  # the tabletop draws its tasks
-        self.slots, self.locks, self.running = threading.Semaphore(args.jobs), {}, set()
+        self.slots, self.locks, self.running, self.torch = threading.Semaphore(args.jobs), {}, set(), threading.Lock()
         self.stopped, self.failed = 0, None
         for folder in ("done", "logs"):
             common.make_folder(self.out / folder)
+        free = ("out", "quick", "arms", "labels", "seeds", "demos", "jobs", "device")
+        flags, record = {name: value for name, value in vars(args).items() if name not in free}, self.out / "flags.json"
+        if record.exists() and (before := common.read_json(record)) != flags:
+            wrong = [name for name in flags if before.get(name) != flags[name]]
+            raise common.DataError(f"--out {args.out} was begun with another --{wrong[0].replace('_', '-')}")
+        record.write_text(json.dumps(flags))
         for number in common.SIGNALS:
             signal.signal(number, self.stop)
 
@@ -193,7 +199,8 @@ class Experiment:
         if not self.metaworld:
             texts = [tabletop.instruction(i, verb) for i in range(len(tabletop.TASKS)) for verb in tabletop.VERBS]
         build = functools.partial(tiny.build, texts=texts, family="film", pixels=self.pixels, seed=seed)
-        return self.once(f"backbone-{seed}", build)
+        with self.torch:  # it has one generator: two networks at once would draw their weights from it in turns
+            return self.once(f"backbone-{seed}", build)
 
     def labels(self, arm, videos, seed):
         """Latent actions of the videos, of a tokenizer that is trained on them; for two arms mixed up."""
