@@ -71,7 +71,8 @@ def read_pairs(clip, gap, limit, size):
 
     Returns starts (n,), frames (n 2 S S 3) uint8, thumbnails (n 2 THUMB THUMB 3) uint8.
     """
-    starts = np.unique(np.linspace(0, len(clip) - gap - 1, min(limit, len(clip) - gap)).round().astype(int))
+    n = min(limit, len(clip) - gap)
+    starts = ((np.arange(n) + 0.5) * (len(clip) - gap) / n).astype(int)  # the middles of n equal parts
     small, square, thumbs, kept = to_rgb(THUMB), to_rgb(size), [], {}
     wanted = {*starts.tolist(), *(starts + gap).tolist()}
     for row, frame in enumerate(clip.stream(lambda frame: frame)):
@@ -82,6 +83,11 @@ def read_pairs(clip, gap, limit, size):
     starts = starts[same_scene(thumbs, starts, gap)]
     frames = np.array([[kept[s], kept[s + gap]] for s in starts.tolist()], np.uint8)
     return starts, frames.reshape(-1, 2, size, size, 3), np.stack([thumbs[starts], thumbs[starts + gap]], 1)
+
+
+def some(clips, most):
+    """At most so many of the clips, by a hash of their keys: a stride would meet one camera of each episode only."""
+    return clips if len(clips) <= most else sorted(clips, key=lambda clip: episode_hash(clip.key))[:most]
 
 
 # --- training pairs
@@ -238,9 +244,9 @@ class Validation:
     """
 
     def __init__(self, source, size, limit, rank=0, world=1):
-        each, step = max(1, limit // len(source.validation)), max(1, len(source.validation) // limit)
-        self.rows, A = [], action_dim([source])
-        for clip in source.validation[::step][rank::world]:
+        clips = some(source.validation, limit)
+        each, self.rows, A = max(1, limit // len(clips)), [], action_dim([source])
+        for clip in clips[rank::world]:
             try:
                 starts, frames, _ = read_pairs(clip, source.gap(clip), each, size)
                 actions = between(clip, starts, source.gap(clip))

@@ -89,7 +89,7 @@ def samples(numbers, distractors):
 
 
 def write(folder, distractors=False):
-    """Write the data unless it is there already, all of it or nothing. Other files in the folder are an error."""
+    """Write the data unless it is there already, all of it or nothing. Another version is replaced, folder and all."""
     folder, what = Path(folder).resolve(), ABOUT | dict(distractors=distractors)
     about = folder / "demo.json"
     if about.exists() and common.read_json(about) == what:

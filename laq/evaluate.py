@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
 import metrics
-from data import between, read_pairs
+from data import between, read_pairs, some
 from model import LAQ, block_flow
 from shards import key_of, read_clips
 from sources import Source, fingerprint, named, named_paths, parse_gap
@@ -43,9 +43,9 @@ def parse(argv=None):
     add("--batch-size", default=64, help="pairs at a time", **whole)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
     args = parser.parse_args(argv)
-    for name in ("pairs", "fit_pairs", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    for name, least in dict(pairs=1, fit_pairs=1, batch_size=2).items():  # codes are shuffled within a batch
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     if args.out is None:
         folder = Path(args.checkpoint).absolute().parent
         if folder.name != "checkpoints":
@@ -65,8 +65,9 @@ def open_sources(args):
     gaps, known = named(args.gap, [name for name, _ in pairs], "--gap"), {spec["gap"] for spec in specs.values()}
     usual = known.pop() if len(known) == 1 else "0.6s"
     for name, path in pairs:
-        clips, where = read_clips(path), str(Path(path).resolve())
-        own = [spec for spec in specs.values() if spec["fingerprint"] == fingerprint(clips) or spec["path"] == where]
+        clips, where = read_clips(path), Path(path).resolve()
+        places = {str(where), str(where.parent if where.is_file() else where)}  # one shard of the run's folder, too
+        own = [spec for spec in specs.values() if spec["fingerprint"] == fingerprint(clips) or spec["path"] in places]
         own = own[0] if own else None
         gap = gaps.get(name) or (own or specs.get(name, {})).get("gap", usual)
         source = Source(name, path, clips, *parse_gap(gap))
@@ -103,7 +104,7 @@ def collect(model, source, args, device):
     long = [clip for clip in source.clips if len(clip) > source.gap(clip)]
     sides = [[clip for clip in long if (clip.episode in source.evaluated) == side] for side in (True, False)]
     for side, clips, limit in zip((True, False), sides, (args.pairs, args.fit_pairs), strict=True):
-        clips = clips[:: max(1, len(clips) // limit)]
+        clips = some(clips, limit)
         title = f"{source.name}, {'evaluated' if side else 'other'} clips"
         for clip in tqdm(clips, title, disable=not sys.stderr.isatty()):
             gap = source.gap(clip)
@@ -252,9 +253,9 @@ def main(argv=None):
     model = LAQ.from_pretrained(args.checkpoint).to(device)
     if not model.quantizer.quantizing:
         raise common.DataError(f"{args.checkpoint}: quantization has not started, so its codes mean nothing: train on")
+    reports, sheets, K, sources = {}, {}, model.config.codebook_size, open_sources(args)
     common.make_folder(f"{args.out}/figures")
-    reports, sheets, K = {}, {}, model.config.codebook_size
-    for source, own in open_sources(args):
+    for source, own in sources:
         pairs = collect(model, source, args, device)
         if pairs is None:
             print(f"{source.name} is left out: no pair of an evaluated episode can be read", flush=True)

@@ -13,6 +13,7 @@ cannot be read is named and has no labels.
 import collections
 import itertools
 import json
+import os
 import sys
 import time
 import zlib
@@ -153,6 +154,7 @@ def samples(model, clips, source, args, amp, count):
 
 def main(argv=None):
     args = parse(argv)
+    os.environ.setdefault("DIST_TIMEOUT", str(7 * 86400))  # ranks may end hours apart
     rank, world, device = setup(args)
     model = LAQ.from_pretrained(args.checkpoint).to(device)
     if not model.quantizer.quantizing:

@@ -240,7 +240,8 @@ def probe_tables(features, y, episode, camera, tested):
         own = np.flatnonzero(camera == name)
         held_out = np.intersect1d(tested, episode[own])
         folds = leave_one_out(episode[own], held_out) if len(held_out) else []
-        if not folds or min(len(part) for fold in folds for part in fold) < 2:
+        alone = len(np.unique(episode[own])) == 1 < len(np.unique(episode))  # no other episode to fit on
+        if not folds or alone or min(len(fit) for fit, _ in folds) < 2:
             continue
         folds = [(own[fit], own[test]) for fit, test in folds]
         test = np.concatenate([test for _, test in folds])

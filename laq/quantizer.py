@@ -227,7 +227,8 @@ class Quantizer(nn.Module):
     def restart_dead_codes(self, generator):
         """Put each code that no pair chose since the last check where a recent vector is."""
         K, found = self.shape[1], torch.nonzero(self.used == 0).tolist()
-        rows = torch.randint(self.filled, (len(found),), generator=generator).tolist()
+        order = torch.randperm(self.filled, generator=generator)  # each vector once: no two codes are alike
+        rows = order[torch.arange(len(found)) % self.filled].tolist()
         for (position, code), row in zip(found, rows, strict=True):
             vector = self.known()[row, position]
             self.codebook[position, code] = vector

@@ -6,7 +6,7 @@
 Run:
   python laq/train.py
   python laq/train.py @laq/base.args --data g1=shards/g1 droid=shards/droid --gap 0.6s --out runs/robots
-  torchrun --nproc_per_node 8 laq/train.py @laq/lapa.args --data shards/ --out runs/lapa --amp bf16
+  torchrun --nproc_per_node 8 laq/train.py @laq/lapa.args --data web=shards/web --out runs/lapa --amp bf16
 """
 
 import argparse
@@ -204,10 +204,10 @@ def main(argv=None):
         sizes = "image_size patch dim depth code_seq_len codebook_size code_dim motion_weight flow_weight".split()
         config = LAQConfig(**{name: getattr(args, name) for name in sizes}, action_dim=len(mean))
         model, lines = LAQ(config), []
-        model.action_mean.copy_(mean)
-        model.action_std.copy_(std)
         if args.init:
             model.load_pretrained(args.init)
+        model.action_mean.copy_(mean)  # of this data, not of --init's
+        model.action_std.copy_(std)
     model.to(device)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -246,7 +246,7 @@ def main(argv=None):
     # --- loop
     stopped, metrics = False, {}
     for step in range(first, args.steps):
-        began, waited, lr = time.perf_counter(), 0.0, learning_rate(step, args)
+        began, waited, lr, seen = time.perf_counter(), 0.0, learning_rate(step, args), []
         for group in opt.param_groups:
             group["lr"] = lr
         common.seed_all(args.seed, step)  # not the rank: each draws the noise of the whole batch and keeps its rows
@@ -255,6 +255,7 @@ def main(argv=None):
             batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
             waited += time.perf_counter() - start
             batch = augment(batch)
+            seen.append(batch["frames"])
             net.require_backward_grad_sync = micro == args.accum - 1  # DDP: one all-reduce per optimizer step
             with amp:
                 loss, found = net(batch)
@@ -276,7 +277,7 @@ def main(argv=None):
         late = done >= QUANTIZE_BY * args.steps
         if not model.quantizer.quantizing and (late or done % SENSITIVITY_EVERY == 0):
             with amp:
-                sensitivity = code_sensitivity(model, batch["frames"])
+                sensitivity = code_sensitivity(model, torch.cat(seen))
             if late or sensitivity >= args.quantize_after:
                 model.quantizer.start(args.seed)
                 best = None  # a continuous model's error is not what codes have to beat
@@ -299,7 +300,8 @@ def main(argv=None):
                 state = dict(step=done, best=best, opt=opt.state_dict(), scaler=scaler.state_dict())
                 torch.save(state, folder / "resume.pt")
         if "val/mse" in line and rank == 0:
-            log.figure(done, "codes", figures.codes(examples))
+            if examples:  # rank 0 has pairs of its own
+                log.figure(done, "codes", figures.codes(examples))
             log.figure(done, "curves", figures.curves(log.out / "log.jsonl"))
         if stopped:
             log.say(f"stopped after step {done}; go on with --resume --out {args.out}")

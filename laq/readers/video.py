@@ -205,7 +205,7 @@ def duration(video, stream):
 
 
 def resample(frames, timeline):
-    """Frames at uneven times -> frames at timeline.fps: at each moment the nearest one in time."""
+    """Frames at uneven times -> frames at timeline.fps: at each moment the last one shown, to half a frame."""
     times, last, number = timeline.times, None, 0
     for frame, time in zip(frames, times, strict=False):
         while last is not None and number / timeline.fps + 0.5 / timeline.fps < time - times[0]:
