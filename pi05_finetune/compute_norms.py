@@ -122,14 +122,11 @@ def relative_index(relative, spec, episodes):
     words = [word.lower() for word in relative or [ABSOLUTE]]
     absolute = [any(fnmatch.fnmatch(name.lower(), word) for word in words) for name in spec.names]
     if spec.proprio_names and spec.action_names:
-        missing = [
-            n for n, stays in zip(spec.names, absolute, strict=True) if not stays and n not in spec.proprio_names
-        ]
-        if missing:
-            there = ", ".join(spec.proprio_names)
-            raise DataError(f"--relative: the state has no dim {missing[0]}, only {there}; name it after --relative")
-        pairs = [-1 if stays else spec.proprio_names.index(n) for n, stays in zip(spec.names, absolute, strict=True)]
-        return pairs
+        there = spec.proprio_names
+        for n in [n for n, stays in zip(spec.names, absolute, strict=True) if not stays and there.count(n) != 1]:
+            found = f"{there.count(n)} dims" if n in there else "no dim"
+            raise DataError(f"--relative: the state has {found} {n}, only {', '.join(there)}; name it after --relative")
+        return [-1 if stays else there.index(n) for n, stays in zip(spec.names, absolute, strict=True)]
     states = np.concatenate([episode.state(spec) for episode in episodes])
     actions = np.concatenate([episode.actions for episode in episodes])
     if states.shape[1] != actions.shape[1]:

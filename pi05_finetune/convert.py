@@ -79,7 +79,8 @@ def reduce(episode, ref, args):
             own = ref.proprio_names.get(key) or ([] if vector.shape[1] != count else names)
             mine = [own.index(names[i]) for i in kept if names[i] in own]
             if len(mine) == len(kept):
-                episode.vectors[key], ref.proprio_names[key] = vector[:, mine], [own[i] for i in mine]
+                episode.vectors[key] = vector[:, mine]
+                ref.proprio_names = {**ref.proprio_names, key: [own[i] for i in mine]}  # the refs share one dict
             else:
                 episode.notes.append(f"--dims leaves {key} as it is: its dims do not have the actions' names")
         episode.actions, ref.action_names = episode.actions[:, kept], [names[i] for i in kept]
@@ -105,7 +106,9 @@ def converted(refs, args):
             missing.append(f"{ref.id} ({error})")
             continue
         episode.check_lengths()
-        rate = args.rate or control_rate(episode.timestamps, episode.name)
+        rate = control_rate(episode.timestamps, episode.name)
+        if args.rate and abs(args.rate / rate - 1) > 0.1:
+            raise DataError(f"--rate {args.rate:g}: the timestamps of {episode.name} tell {rate:.3g} steps a second")
         episode, ref = reduce(episode, ref, args)
         notes.update(episode.notes)
         yield ref, rate, episode

@@ -216,7 +216,8 @@ class PolicyBatch:
         for item in items:
             rows = item["actions"]
             rows = rows[torch.arange(self.chunk).clamp(max=len(rows) - 1)]
-            masks.append((torch.arange(self.chunk) < len(item["actions"])) & rows.isfinite().all(1))
+            seen = all(item[f"obs.{key}"].isfinite().all() for key in self.spec.required_proprio_keys)
+            masks.append((torch.arange(self.chunk) < len(item["actions"])) & rows.isfinite().all(1) & seen)
             actions.append(rows.nan_to_num(posinf=0.0, neginf=0.0))  # NaN is there only where the spec allows it
             rng = np.random.default_rng(item["noise_seed"])
             noise.append(torch.from_numpy(rng.standard_normal((self.chunk, 32), np.float32)))

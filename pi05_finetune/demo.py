@@ -103,7 +103,7 @@ def episode(rng):
 
 
 def write(folder):
-    """Write the data unless it is there already, all of it or nothing. Other files in the folder are an error."""
+    """Write the data unless it is there already, all of it or nothing. Another version is replaced, folder and all."""
     folder = Path(folder).resolve()
     metadata = folder / "demo.json"
     if metadata.exists() and common.read_json(metadata) == METADATA:

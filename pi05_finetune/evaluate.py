@@ -66,10 +66,10 @@ def parse(argv=None):
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if args.env and args.mock_model:
         parser.error("--env needs a model: there are no recorded actions that --mock-model could give")
-    if args.checkpoint and not args.out:
-        args.out = str(Path(args.checkpoint).resolve().parents[1] / "report")
-    if not args.out:
-        parser.error("--mock-model needs --out")
+    folder = Path(args.checkpoint or "").resolve().parent
+    if not args.out and folder.name != "checkpoints":
+        parser.error("--out is needed: --checkpoint names no checkpoint in a run's folder")
+    args.out = args.out or str(folder.parent / "report")
     return args
 
 
@@ -143,11 +143,12 @@ def open_episodes(args):
         saved = common.read_json(file) if file.exists() or not args.data else {}
     if not args.data and not saved:
         raise DataError("--mock-model: give --data, or a --checkpoint that tells it")
-    spec = args.spec or (None if args.data else DatasetSpec(**saved["spec"]))
+    spec = args.spec or (DatasetSpec(**saved["spec"]) if saved else None)
     spec, episodes = open_data(args.data or saved["data"], spec)
-    trained = set(saved.get("train", {}).values())
-    train = [episode for episode in episodes if episode.digest() in trained]
-    held_out = [episode for episode in episodes if episode.digest() not in trained]
+    trained = saved.get("train", {})  # {key: digest}; other --data may hold the same episodes under other names
+    was = [e.digest() in trained.values() if args.data else e.key in trained for e in episodes]
+    train = [episode for episode, known in zip(episodes, was, strict=True) if known]
+    held_out = [episode for episode, known in zip(episodes, was, strict=True) if not known]
     if not held_out:
         raise DataError("nothing to report on: the run was trained on every episode")
     if trained:
@@ -225,7 +226,8 @@ def open_loop(model, spec, held_out, args, chunk, size, norms):
 
     def predict(episodes, stride):
         sequence = SequenceConfig(chunk, stride)
-        windows = EpisodeDataset(spec, sequence=sequence, episodes=episodes, for_policy=True, image_size=size)
+        more = dict(for_policy=True, image_size=size, seed=args.seed)
+        windows = EpisodeDataset(spec, sequence=sequence, episodes=episodes, **more)
         return windows, *predictions(model, windows, args.batch_size)
 
     sources, examples = {}, {}

@@ -241,8 +241,8 @@ def preprocess_images(self, batch):
     for key in set(self.config.image_features) & set(batch):
         image, (height, width) = batch[key], self.config.image_resolution
         image = image if image.shape[1] == 3 else image.movedim(-1, 1)
-        scale = min(height / image.shape[2], width / image.shape[3])
-        size = [max(1, int(side * scale)) for side in image.shape[2:]]
+        h, w = image.shape[2:]  # in whole numbers, as data.shrink: 720 x 1280 becomes 126 x 224
+        size = [max(1, min(height, h * width // w)), max(1, min(width, w * height // h))]
         if list(image.shape[2:]) != [height, width]:
             image = F.interpolate(image.float(), size, mode="bilinear", align_corners=False).clamp(0, 1)
         top, left = (height - image.shape[2]) // 2, (width - image.shape[3]) // 2

@@ -197,7 +197,8 @@ def main(argv=None):
     warnings, changes = check(episodes, spec), []
     train, held_out = split(episodes, args.val_share, args.val_episodes)
     state_index = relative_index(args.relative, spec, train)
-    norms = open_norms(None if args.resume else args.norms, spec, train, args.chunk, state_index)
+    begun = args.resume and common.step_folders(args.out)  # its checkpoint has them
+    norms = open_norms(None if begun else args.norms, spec, train, args.chunk, state_index)
     config = Pi05Config(
         cameras=list(spec.cameras), state_dim=train[0].state(spec).shape[1], action_dim=spec.action_dim,
         stats=norms.stats(spec), size=args.size, chunk=args.chunk, image_size=args.image_size,
@@ -214,7 +215,7 @@ def main(argv=None):
     checkpoint = common.newest(out) if args.resume else None
     tokenizer = args.tokenizer or out / "tokenizer"
     if checkpoint:  # with its data, normalisation and tokenizer, whatever the data have become
-        train, held_out, changes = restore_split(episodes, common.read_json(checkpoint / "data.json"))
+        train, held_out, changes = restore_split(episodes, common.read_json(checkpoint / "data.json"), spec)
         before = read_config(checkpoint)
         config.stats, config.state_index, tokenizer = before["stats"], before["state_index"], checkpoint / "tokenizer"
     elif rank == 0:
@@ -288,6 +289,8 @@ def main(argv=None):
         log.add(dict(norm=norm))
         log.tick(time.perf_counter() - began, waited)
         if args.dry_run:
+            if step == 0:  # compiles and warms up: it does not count
+                log.flush()
             continue
 
         done, line, is_best = step + 1, {}, False

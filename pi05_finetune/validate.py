@@ -100,7 +100,7 @@ def check_camera(key, seen):
     plain = sum(float(image.std()) < 2 for image in seen)
     if len(seen) > 1 and max(np.abs(a - seen[0]).mean() for a in seen[1:]) < 0.25:
         yield "frozen", f"{key}: {len(seen)} frames spread over the episode are the same picture"
-    elif plain > 0.2 * len(seen):
+    elif plain > max(0.2 * len(seen), min(1, len(seen) - 1)):  # one frame, such as the first, may be dark
         yield "frozen", f"{key}: {plain} of {len(seen)} frames are of one colour (covered lens, lost frames)"
 
 
@@ -268,7 +268,7 @@ def read(refs, spec, frames):
     episodes, broken = [], []
     for ref in tqdm(refs, unit="episode", disable=not sys.stderr.isatty()):
         try:
-            episode = check_episode(ref.load(spec), spec)
+            episode = check_episode(ref.load(spec), spec, *episodes[:1])
             for key in spec.required_obs_keys if frames else []:
                 sample_frames(episode, key, 2)  # a video that ends early shows only when it is read
             episodes.append(episode)

@@ -1197,17 +1197,19 @@ def test_npz_to_lerobot_and_back(this, v30, tmp_path, images):
 
 def test_dims_by_name(this, tmp_path):
     """--dims keeps dims of the actions, and of the vectors that have the same names, in their own order."""
-    root = write_lerobot_v21(tmp_path / "d", [an_episode(12, 0)])
+    root = write_lerobot_v21(tmp_path / "d", [an_episode(12, i) for i in (0, 1)])
     converted(this, "--data", root, "--to", "npz", "--dims", "grip*", "x", "--out", tmp_path / "n")
-    arrays = np.load(tmp_path / "n" / "episodes" / "000000.npz")
-    np.testing.assert_array_equal(arrays["actions"], an_episode(12, 0)["actions"][:, [0, 2]])
-    np.testing.assert_array_equal(arrays["obs.state"], an_episode(12, 0)["obs.joint_pos"][:, [0, 2]])
+    for i in (0, 1):
+        arrays = np.load(tmp_path / "n" / "episodes" / f"{i:06d}.npz")
+        np.testing.assert_array_equal(arrays["actions"], an_episode(12, i)["actions"][:, [0, 2]])
+        np.testing.assert_array_equal(arrays["obs.state"], an_episode(12, i)["obs.joint_pos"][:, [0, 2]])
     info = json.loads((root / "meta" / "info.json").read_text())
     info["features"]["observation.state"]["names"] = ["gripper", "x", "other"]
     (root / "meta" / "info.json").write_text(json.dumps(info))
     converted(this, "--data", root, "--to", "npz", "--dims", "grip*", "x", "--out", tmp_path / "o")
-    arrays = np.load(tmp_path / "o" / "episodes" / "000000.npz")
-    np.testing.assert_array_equal(arrays["obs.state"], an_episode(12, 0)["obs.joint_pos"][:, [1, 0]])
+    for i in (0, 1):  # their refs share the names
+        arrays = np.load(tmp_path / "o" / "episodes" / f"{i:06d}.npz")
+        np.testing.assert_array_equal(arrays["obs.state"], an_episode(12, i)["obs.joint_pos"][:, [1, 0]])
     with refuses("--dims elbow: no such dim among x, y, gripper"):
         converted(this, "--data", root, "--to", "npz", "--dims", "elbow", "--out", tmp_path / "m")
     assert not (tmp_path / "m").exists() and not list(tmp_path.glob(".m*"))
@@ -1493,7 +1495,7 @@ def test_libero_in_chunks_of_five_by_the_suites_own_states(this, tmp_path, monke
             env.reset = lambda: started.append(number)
             return env, f"task {number}", np.arange(50)
 
-    words = ["--checkpoint", "a/b/c", "--env", "libero_spatial", "--rollouts", "3", "--tasks", "1", "0"]
+    words = ["--checkpoint", "a/checkpoints/c", "--env", "libero_spatial", "--rollouts", "3", "--tasks", "1", "0"]
     args, model = this.evaluate.parse(words), Model(True)
     model.config = SimpleNamespace(cameras=["image", "wrist_image"], image_size=28, chunk=10, state_dim=8, action_dim=7)
     policy = this.policy.Policy(model, this.libero.N_ACTION_STEPS)
@@ -1675,8 +1677,9 @@ def test_report_takes_what_was_not_trained_on(this, tmp_path, capsys):
     assert this.evaluate.main([*words, "--mock-model"]) == 0
     other = write_data(tmp_path / "other")
     (other / "spec.yaml").write_text(json.dumps(SPEC | dict(required_proprio_keys=["joint_pos", "joint_pos"])))
+    assert this.evaluate.main([*words, "--data", str(other)]) == 0  # by the run's spec, not that of the data
     with refuses("state dims are 6, but the checkpoint has 3"):
-        this.evaluate.main([*words, "--data", str(other)])
+        this.evaluate.main([*words, "--data", str(other), "--spec", str(other / "spec.yaml")])
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def read_manifest(path, folder):
         if split not in ("train", "validation", "test"):
             raise DataError(f"{path}: unknown split {split!r}, expected train, validation, test")
         places = [folder / name, folder / name.name, folder / f"{name}.h5"]
-        file = next((place for place in places if place.is_file()), None)
+        file = next((place for place in places if place.is_file() and place.is_relative_to(folder)), None)
         if file is None:
             missing.append(name)
         elif split_of.setdefault(file, split) != split:
@@ -94,6 +94,7 @@ def read_sources(data, manifest=None, val_share=0.1, val_episodes=()):
     """
     recordings = []
     for name, path in named_paths(data):
+        path = path.absolute()  # as a manifest may name its files
         folder = path if path.is_dir() else path.parent
         listed = Path(manifest) if manifest else folder / "manifest.json"
         split_of = read_manifest(listed, folder) if path.is_dir() and (manifest or listed.exists()) else {}
@@ -126,8 +127,10 @@ def hold_out(recordings, val_share, val_episodes):
     free = [recording for recording in recordings if not recording.split]
     hashes = {recording.episode: episode_hash(recording.episode) for recording in free}
     held = {episode for episode, number in hashes.items() if number < val_share}
-    if val_share > 0 and not 0 < len(held) < len(hashes):  # too few for a share; one alone is trained on
-        held = {min(hashes, key=hashes.get)} if len(hashes) > 1 else set()
+    if val_share > 0 and not held:  # too few for a share
+        held = {min(hashes, key=hashes.get)} if hashes else set()
+    if len(held) == len(hashes):  # one is left to train on
+        held -= {max(hashes, key=hashes.get)} if hashes else set()
     for recording in free:
         recording.split = "validation" if recording.episode in held else "train"
 

@@ -40,7 +40,7 @@ def recording(rng, blob):
 
 
 def write(folder):
-    """Write the data unless it is there already, all of it or nothing. Other files in the folder are an error."""
+    """Write the data unless it is there already, all of it or nothing. Another version is replaced, folder and all."""
     folder = Path(folder).resolve()
     about = folder / "demo.json"
     if about.exists() and common.read_json(about) == ABOUT:

@@ -117,7 +117,7 @@ def rollouts(model, recordings, steps, generator, keep=None):
             totals[name] = totals.get(name, 0.0) + error
         if keep is not None and i < 4:
             keep.mkdir(parents=True, exist_ok=True)
-            with common.atomic(keep / f"{Path(recording.id).name}.h5") as path, h5py.File(path, "w") as file:
+            with common.atomic(keep / f"{recording.id.replace('/', '-')}.h5") as path, h5py.File(path, "w") as file:
                 file["embeddings"] = torch.cat([x[:1], followed["true"]]).numpy()[:, :, None]
                 known = {k: v for k, v in recording.attributes.items() if k in ("vae", "scaling", "shift")}
                 file.attrs.update(known | dict(fps=(recording.fps or 2.0) / gap, rollout=True))
@@ -149,8 +149,10 @@ def probes(model, held_out, training, most=8000):
     """
     rows, motions, episodes, tested, numbers, left_out, kind = [], [], [], [], {}, {}, None
     for recording in [*held_out, *training]:
+        if len(tested) > most and recording not in held_out:
+            break
         motion, name = recording.motion(model.config.gap)
-        if motion is None or len(tested) > most:
+        if motion is None:
             continue
         own = name, motion.dtype, *motion.shape[1:]
         kind = kind or own
@@ -230,7 +232,7 @@ def main(argv=None):
     report["advice"] = advice(one, model.config.num_embeddings, found)
     longest = max(held_out, key=len)
     clip = torch.from_numpy(longest.read(np.arange(0, min(len(longest), 6 * gap + 1), gap)))
-    wholes = [torch.from_numpy(r.read(np.arange(len(r)))) for r in held_out[:16] if len(r) > gap]
+    wholes = [torch.from_numpy(r.read(np.arange(min(len(r), 512)))) for r in held_out[:16] if len(r) > gap]
     drawn = dict(prediction=figures.prediction(model, clip.to(model.mean.device)))
     drawn["code_motion"] = figures.code_motion(model, [whole.to(model.mean.device) for whole in wholes])
     for name, figure in drawn.items():

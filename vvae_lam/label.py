@@ -16,6 +16,7 @@ import re
 import sys
 import tarfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +50,14 @@ def parse(argv=None):
 def open_model(checkpoint):
     """The model of a checkpoint folder; DataError where it has no codes yet."""
     folder = Path(checkpoint)
-    no_codes = folder.name == "best" and not folder.exists() and (folder.parent / "last").exists()
-    model = VVAELatentActionVQVAE.from_pretrained(folder.with_name("last") if no_codes else folder)
+    no_best = folder.name == "best" and not folder.exists() and (folder.parent / "last").exists()
+    model = VVAELatentActionVQVAE.from_pretrained(folder.with_name("last") if no_best else folder)
     if not model.quantizer.quantizing:
-        why = "is not there, as the best model is chosen among those with codes" if no_codes else "has no codes"
+        why = "is not there, as the best model is chosen among those with codes" if no_best else "has no codes"
         cure = "train longer, or with a smaller --quantize-after (log.jsonl has the code_sensitivity that it reached)"
         raise common.DataError(f"{folder} {why}: quantization had not begun: {cure}")
+    if no_best:
+        raise common.DataError(f"{folder} is not there: nothing was validated since quantization began: give .../last")
     return model
 
 
@@ -79,30 +82,36 @@ def label(model, recording, batch_size=64):
 
 
 def frame_gap(recordings, gap):
-    """The gap in frames of the videos, between the ends of two latents: the same in all recordings."""
-    gaps = {}  # gap: the first recording that has it
+    """The gap in frames of the videos, between the ends of two latents, of most transitions."""
+    gaps = Counter()
     for recording in recordings:
         ends = recording.frame_index()
-        for found in np.unique(ends[gap:] - ends[:-gap]).tolist():
-            gaps.setdefault(found, recording)
+        gaps.update((ends[gap:] - ends[:-gap]).tolist())
+    gaps.pop(0, None)  # a frame that a resampled video repeats
     if not gaps:
         raise common.DataError(f"every recording is shorter than the gap of {gap} latent frames")
-    if len(gaps) > 1:
-        one, two = [f"{found} video frames in {recording.path}" for found, recording in gaps.items()][:2]
-        raise common.DataError(f"the gap is {one}, but {two}: labels have one gap, label these apart")
-    return next(iter(gaps))
+    usual, count = gaps.most_common(1)[0]
+    if count < gaps.total():
+        print(f"{gaps.total() - count} of {gaps.total()} transitions take not {usual} frames of the video: not valid")
+    return usual
 
 
 def sample(recording, codes, vectors, gap):
-    """KEY.latents.npz of a recording: rows of the video's frames, of which those that end a latent are valid."""
+    """KEY.latents.npz of a recording: rows of the video's frames, of which those that end a latent are valid.
+
+    But not where the next one ends more or fewer than `gap` frames later: resampled videos, repeated frames.
+    """
     ends = recording.frame_index()
-    frames, at = int(recording.attributes.get("frames", ends[-1] + 1)), ends[: len(codes)]
+    frames = int(recording.attributes.get("frames", ends[-1] + 1))
     if frames <= ends[-1]:
         raise common.DataError(f"{recording.path}: its attribute `frames` is {frames}, but a latent ends at {ends[-1]}")
-    rows = frames - gap
+    good = ends[len(ends) - len(codes) :] - ends[: len(codes)] == gap
+    if not good.any():
+        raise common.DataError(f"{recording.path}: no transition takes {gap} frames of the video: label it apart")
+    rows, at = frames - gap, ends[: len(codes)][good]
     valid, all_codes = np.zeros(rows, bool), np.zeros((rows, *codes.shape[1:]), np.int64)
     all_vectors = np.zeros((rows, *vectors.shape[1:]), np.float32)
-    valid[at], all_codes[at], all_vectors[at] = True, codes, vectors
+    valid[at], all_codes[at], all_vectors[at] = True, codes[good], vectors[good]
     file = io.BytesIO()
     np.savez(file, codes=all_codes, vectors=all_vectors, gap=gap, valid=valid)
     return file.getvalue()
@@ -131,15 +140,15 @@ def shards_of(recordings):
 
 
 def is_there(path, members):
-    """Whether the label shard is there already; DataError if it holds labels of other recordings."""
+    """Whether the label shard is there already, with all of them; DataError if it holds labels of other recordings."""
     if not path.exists():
         return False
     keys = {f"{key}.latents.npz" for key, _ in members}
     with tarfile.open(path) as tar:
-        other = [name for name in tar.getnames() if name not in keys]
-    if other:
+        there = set(tar.getnames())
+    if other := sorted(there - keys):
         raise common.DataError(f"{path} is there and holds labels of other data ({other[0]}): choose another --out")
-    return True
+    return there == keys
 
 
 def write_labels_json(model, args, gap, out):

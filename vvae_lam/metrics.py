@@ -28,7 +28,7 @@ def assess(model, latents, generator=None):
     Mean squared errors: true (with the clip's own codes), shuffled (with those of another transition of the batch),
     random (every code another one; only once codes are quantized), copy (the frame before as prediction). mae: mean
     absolute error with the true codes. With --flow: flow (what the vectors tell of the optical flow, minus the flow)
-    and no_flow (the flow itself). codes are None before quantization. generator: of the random codes.
+    and no_flow (minus its mean). codes are None before quantization. generator: of the random codes.
     """
     x = model.normalize(latents)
     patches = model.patchify(x)
@@ -47,7 +47,8 @@ def assess(model, latents, generator=None):
             found["mae"] = error.abs().flatten(1).mean(1)
     if model.config.flow:
         flow = optical_flow(x[:, :-1], x[:, 1:])
-        found |= dict(flow=mean_square(model.to_flow(vectors.flatten(2)) - flow), no_flow=mean_square(flow))
+        found["flow"] = mean_square(model.to_flow(vectors.flatten(2)) - flow)
+        found["no_flow"] = mean_square(flow - flow.mean((0, 1)))  # the mean needs no vectors
     return found, codes
 
 
@@ -118,7 +119,7 @@ def advice(numbers, K, probes=None):
 
 def ridge(x, y, new, strengths):
     """Predictions (n, A) for features `new` (n, F), one per strength: ridge regression on standardised features."""
-    mean, scale, middle = x.mean(0), x.std(0).clamp(min=1e-6), y.mean(0)
+    mean, scale, middle = x.mean(0), x.std(0, correction=min(1, len(x) - 1)).clamp(min=1e-6), y.mean(0)
     x, new = (x - mean) / scale, (new - mean) / scale
     values, vectors = torch.linalg.eigh(x.T @ x)
     left, right = new @ vectors, vectors.T @ (x.T @ (y - middle))

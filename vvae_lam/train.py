@@ -98,7 +98,7 @@ def parse(argv=None):
     if args.demo:  # its preset first, so that the flags given here win
         given = sys.argv[1:] if argv is None else argv
         args = parser.parse_args([f"@{HERE / 'demo.args'}", *given], argparse.Namespace(demo=True))
-    args.fixed = [action.dest for group in (model, optimisation) for action in group._group_actions]
+    args.fixed = [action.dest for group in (model, optimisation) for action in group._group_actions] + ["gap"]
     sizes = [action.dest for action in model._group_actions if action.type is int]
     for name in [*sizes, *"gap batch_size lr clip steps accum log_every eval_every save_every keep".split()]:
         if not 0 < getattr(args, name) <= MOST:

@@ -122,6 +122,9 @@ def split(episodes, val_share=0.1, val_episodes=()):
     """(training, held out) of a list of episodes, per data set by name or by the hash of the id."""
     train, held, unknown = [], [], Counter()
     sources = list(dict.fromkeys(episode.source for episode in episodes))
+    for word in val_episodes:
+        if "=" in word and word.partition("=")[0] not in sources:
+            raise DataError(f"--val-episodes {word}: no data set of that name, only {', '.join(sources)}")
     for name in sources:
         mine = [episode for episode in episodes if episode.source == name]
         wanted, missed = select_ids(val_episodes, name, [episode.id for episode in mine])
@@ -161,9 +164,12 @@ def split_of(data, spec, train, held_out):
     return dict(data=data, spec=vars(spec), **digests)
 
 
-def restore_split(episodes, saved):
+def restore_split(episodes, saved, spec):
     """(training, held out, lines on what changed) as a checkpoint's data.json has them; new episodes are not used."""
     there, lines = {episode.key: episode for episode in episodes}, []
+    other = [name for name, value in vars(spec).items() if saved["spec"].get(name) != value]
+    if other:
+        lines.append(f"warning: the spec has changed: {', '.join(other)}")
     parts = [[there[key] for key in saved[part] if key in there] for part in ("train", "held_out")]
     before = {**saved["train"], **saved["held_out"]}
     changed = [key for key, digest in before.items() if key in there and there[key].digest() != digest]
@@ -190,7 +196,7 @@ def open_data(data, spec=None, max_episodes=None, say=print):
     episodes, missing = [], []
     for ref in refs:
         try:
-            episodes.append(check_episode(ref.load(spec), spec))
+            episodes.append(check_episode(ref.load(spec), spec, *episodes[:1]))
         except MissingFile as error:
             missing.append(f"{ref.id} ({error})")
     if missing:
@@ -200,19 +206,11 @@ def open_data(data, spec=None, max_episodes=None, say=print):
     notes = Counter((episode.source, note) for episode in episodes for note in episode.notes)
     for (source, note), count in notes.items():
         say(f"{source}: {note} ({count} episodes)")
-    for episode in episodes:
-        for key in spec.required_proprio_keys:
-            here, there = episode.vectors[key].shape[1], episodes[0].vectors[key].shape[1]
-            if here != there:
-                raise DataError(f"{episode.name}: `obs.{key}` has {here} dims, but {there} in {episodes[0].name}")
-    dims = sum(episodes[0].vectors[key].shape[1] for key in spec.required_proprio_keys)
-    if spec.proprio_names and len(spec.proprio_names) != dims:
-        raise DataError(f"the spec has {len(spec.proprio_names)} proprio_names for {dims} dims of the state")
     return spec, episodes
 
 
-def check_episode(episode, spec):
-    """The episode, if its arrays fit the spec and each other; clipped where the spec says so."""
+def check_episode(episode, spec, first=None):
+    """The episode, if its arrays fit the spec, each other and the first episode; clipped where the spec says so."""
     if len(episode) == 0:
         raise DataError(f"{episode.name}: no steps")
     if episode.actions.shape[1] != spec.action_dim:
@@ -223,6 +221,12 @@ def check_episode(episode, spec):
     for key in spec.required_proprio_keys:
         if key not in episode.vectors:
             raise DataError(f"{episode.name}: `obs.{key}` is a camera; list it in required_obs_keys")
+        here, there = (e.vectors[key].shape[1] for e in (episode, first or episode))
+        if here != there:
+            raise DataError(f"{episode.name}: `obs.{key}` has {here} dims, but {there} in {first.name}")
+    dims = sum(episode.vectors[key].shape[1] for key in spec.required_proprio_keys)
+    if spec.proprio_names and len(spec.proprio_names) != dims:
+        raise DataError(f"the spec has {len(spec.proprio_names)} proprio_names for {dims} dims of the state")
     episode.check_lengths()
     if not spec.allow_nan:
         for name, array in [("actions", episode.actions), *episode.vectors.items()]:

@@ -52,7 +52,8 @@ class DatasetSpec:
             value = getattr(self, name)
             value = [value] * self.action_dim if is_number(value) else value
             setattr(self, name, value)
-            good = value is None or (len(value) == self.action_dim and all(map(is_number, value)))
+            good = isinstance(value, list) and len(value) == self.action_dim and all(map(is_number, value))
+            good = good or value is None
             need(good, name, f"{self.action_dim} numbers, or one for all")
         steps = self.max_episode_steps
         need(steps is None or (type(steps) is int and steps > 0), "max_episode_steps", "a whole number above 0")

@@ -258,11 +258,15 @@ def encode(video, target, vae, args, settings):
 
 def check_settings(target, settings):
     """A file that is there already must have been made with the same settings."""
-    with h5py.File(target, "r", locking=False) as file:
-        for name, value in settings.items():
-            was = file.attrs.get(name)
-            if not np.array_equal(was, value):
-                raise common.DataError(f"{target}: there already, with {name} {was}, not {value}: give another --out")
+    try:
+        with h5py.File(target, "r", locking=False) as file:
+            there = {name: file.attrs.get(name) for name in settings}
+    except OSError as error:
+        raise common.DataError(f"{target}: not a whole HDF5 file ({error}): remove it") from None
+    for name, value in settings.items():
+        if not np.array_equal(there[name], value):
+            was = f"{name} {there[name]}"
+            raise common.DataError(f"{target}: there already, with {was}, not {value}: give another --out")
 
 
 def remove_leftovers(out):
@@ -314,11 +318,13 @@ def decode(args):
     try:
         with h5py.File(args.decode, "r", locking=False) as file:
             latents, fps = file["embeddings"][()].astype(np.float32), float(file.attrs.get("fps", 2.0))
-            together = "rollout" in file.attrs
+            together, made_by = "rollout" in file.attrs, file.attrs.get("vae")
     except (OSError, KeyError, ValueError) as error:
         raise common.DataError(f"--decode {args.decode}: no data set `embeddings` to read ({error})") from None
     latents = latents if latents.ndim == 5 else latents[:, :, None]
     vae = open_vae(args.vae, setup(args)[2], args.checkout)
+    if made_by not in (None, vae.name):
+        raise common.DataError(f"--decode {args.decode}: latents of {made_by}, not of {vae.name}")
     if vae.lead or together:  # one video
         frames = vae.decode(latents.swapaxes(1, 2).reshape(-1, latents.shape[1], *latents.shape[3:]))
     else:  # chunk by chunk, as they were encoded
