@@ -983,17 +983,23 @@ def test_stopped_and_resumed_is_uninterrupted(this, arm, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_clips_that_are_added_are_told_and_leave_the_split_alone(this, arm, tmp_path, capsys):
-    """The held-out clips of the checkpoint stay; new ones are trained on."""
-    (tmp_path / "data").mkdir()
-    shutil.copy(arm.folder / "clips.h5", tmp_path / "data")
+    """The held-out clips of the checkpoint stay, also when another file changes their names; so do copies of them."""
+    (tmp_path / "data" / "day1").mkdir(parents=True)
+    shutil.copy(arm.folder / "clips.h5", tmp_path / "data" / "day1")
     words = words_of(arm, tmp_path / "run", "--data", tmp_path / "data", "--eval-every", "100")
     assert this.train.main([*words, "--steps", "8", "--val-episodes", "clips/0-2"]) == 0
-    shutil.copy(arm.folder / "clips.h5", tmp_path / "data" / "again.h5")
+    (tmp_path / "data" / "day2").mkdir()
+    shutil.copy(arm.folder / "clips.h5", tmp_path / "data" / "day2")
+    with h5py.File(tmp_path / "data" / "day2" / "clips.h5", "a") as h5:
+        half = len(h5["qpos"]) // 2  # those of four clips, in reverse
+        for key in ("qpos", "xpos"):
+            h5[key][:half] = h5[key][:half][::-1]
     capsys.readouterr()
     assert this.train.main([*words, "--steps", "12", "--resume", "--init", "nowhere"]) == 0
-    assert "8 new (trained on), 0 gone" in capsys.readouterr().out
+    assert "4 new (trained on), 0 gone" in capsys.readouterr().out
     before, after = (json.loads((tmp_path / f"run/checkpoints/step_{n:07d}/data.json").read_text()) for n in (8, 12))
-    assert before["held_out"] == after["held_out"] and len(after["clips"]) == 16
+    assert before["held_out"] == [f"clips/{i}" for i in range(3)] and len(after["clips"]) == 16
+    assert after["held_out"] == [f"day1/clips.h5/{i}" for i in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -1097,7 +1103,8 @@ def test_evaluate_writes_a_whole_report(this, arm, tmp_path):
     for name in ("tracking", "latent", "interpolation"):
         assert (out / "figures" / f"{name}.png").stat().st_size > 1000
     assert "| teacher |" in (out / "report.md").read_text()
-    shutil.copy(arm.folder / "clips.h5", tmp_path / "other.h5")  # another data set: every clip is held out
+    shutil.copy(arm.folder / "clips.h5", tmp_path / "other.h5")  # known again
     words += ["--data", tmp_path / "other.h5", "--out", tmp_path / "other"]
     assert this.evaluate.main([str(word) for word in words]) == 0
-    assert "train" not in json.loads((tmp_path / "other" / "report.json").read_text())
+    other = json.loads((tmp_path / "other" / "report.json").read_text())
+    assert other["held out"]["clips"] == found["held out"]["clips"] < 8

@@ -277,6 +277,8 @@ def read_clips(words, model, mocap_hz, val_share=0.1, val_episodes=(), clip_fram
         some, names, more = read_file(file, model, mocap_hz, clip_frames)
         if bodies is not None and names != bodies:
             raise DataError(f"{file}: names_xpos differs from {found[0][1]}: one --data holds one walker")
+        if clips and some[0]["xpos"].shape[1] != clips[0]["xpos"].shape[1]:
+            raise DataError(f"{file}: another number of bodies than {found[0][1]}: one --data holds one walker")
         bodies, notes, clips = names, notes + more, clips + some
         ids += [f"{label}/{i}" for i in range(len(some))]
         own += [f"{file.stem}/{i}" for i in range(len(some))]
@@ -304,11 +306,13 @@ def split_of(clips):
 
 
 def restore_split(clips, split):
-    """Hold out what a checkpoint lists, whatever has been added since. Returns a line for the user if clips changed."""
-    clips.held_out = np.isin(clips.ids, split["held_out"])
-    now, before = split_of(clips), dict(zip(split["clips"], split.get("checksums", ()), strict=False))
-    new, gone = len(set(clips.ids) - set(split["clips"])), len(set(split["clips"]) - set(clips.ids))
-    pairs = zip(clips.ids, now["checksums"], strict=True)
+    """Hold out what a checkpoint lists, whatever was added or renamed since. Returns a line if clips changed."""
+    pairs = list(zip(clips.ids, split_of(clips)["checksums"], strict=True))
+    before = dict(zip(split["clips"], split.get("checksums", ()), strict=False))
+    known = {checksum: name for name, checksum in before.items()}
+    then = [name if before.get(name) == checksum else known.get(checksum, name) for name, checksum in pairs]
+    clips.held_out = np.isin(then, split["held_out"])
+    new, gone = len(set(then) - set(split["clips"])), len(set(split["clips"]) - set(then))
     other = sum(before.get(name, checksum) != checksum for name, checksum in pairs)
     text = f"the clips changed since the checkpoint: {new} new (trained on), {gone} gone, {other} with other frames"
     return text if other or clips.ids != split["clips"] else ""

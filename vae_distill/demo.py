@@ -73,7 +73,7 @@ def wait(folder):
 
 
 def write(folder):
-    """Write the data unless it is there already, all of it or nothing. Other files in the folder are an error."""
+    """Write the data unless it is there already, all of it or nothing. Another version is replaced, folder and all."""
     folder = Path(folder).resolve()
     if there(folder):
         return

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from model import intention
 
-from common import DataError, make_folder
+from common import make_folder
 
 BETAS = (0.9, 0.95)
 
@@ -195,22 +195,3 @@ def broadcast(text):
 def any_process(asked):
     """True on all processes if it is on one."""
     return bool(asked) if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(asked)).any())
-
-
-# --- files
-
-
-def pack(state):
-    """A pytree as {"opt.1.mu.encoder.hidden_0.bias": array}."""
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(value) for path, value in leaves}
-
-
-def unpack(like, arrays, where):
-    """`arrays` in the structure of the pytree `like`; DataError if names or shapes differ."""
-    wanted = {name: value.shape for name, value in pack(like).items()}
-    found = {name: value.shape for name, value in arrays.items()}
-    for name in sorted({*wanted, *found}):
-        if wanted.get(name) != found.get(name):
-            raise DataError(f"{where}: {name} has shape {found.get(name)}, but this run needs {wanted.get(name)}")
-    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in wanted])

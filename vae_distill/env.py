@@ -110,7 +110,7 @@ class Imitation:
         self.ahead = int(config["reference_config"]["traj_length"])
         self.noise = float(timing["reset_noise_scale"])
         self.weights = config["env_config"]["reward_weights"]
-        self.window = int(self.weights.get("var_window_size", 50)) if "var_coeff" in self.weights else 1
+        self.window = max(2, int(self.weights.get("var_window_size", 50)) if "var_coeff" in self.weights else 2)
         self.free = self.model.njnt > 0 and self.model.jnt_type[0] == mujoco.mjtJoint.mjJNT_FREE
         for key in LIMITS if self.free else LIMITS[:1]:
             entry(config, f"env_config.reward_weights.{key}")
@@ -135,7 +135,8 @@ class Imitation:
         known = len(clips.bodies) or clips.xpos.shape[2]
         extra = self.model.nbody - known
         self.appendages = ends
-        self.shift = int(extra == 1 and self.free) if body_shift == "auto" else int(body_shift)
+        floor = extra == 1 and self.free and (not clips.bodies or "world" in clips.bodies)  # else the world is left out
+        self.shift = int(floor) if body_shift == "auto" else int(body_shift)
         if self.shift:
             # both sides one body further: the reference by the model's id, the model by the next one
             self.body, self.end = (np.minimum(i + 1, self.model.nbody - 1) for i in (body, ends))
@@ -236,7 +237,8 @@ class Imitation:
         """{term: weighted value}, distances and end-of-episode flags; costs are negative, `total` sums the reward."""
         w, frame = self.weights, self.frame_index(state)
         now = {key: self.lookup(key, state.clip, frame) for key in ("qpos", "qvel", "body", "end")}
-        action, before = state.actions[-1], state.actions[-2] if self.window > 1 else state.actions[-1]
+        before, action = state.actions[-2:]
+        jerk = jnp.square(state.actions[2:] - 2 * state.actions[1:-1] + state.actions[:-2]).sum()
 
         def near(name, distance):
             return w.get(f"{name}_reward_weight", 0.0) * jnp.exp(-w.get(f"{name}_reward_exp_scale", 1.0) * distance)
@@ -252,12 +254,11 @@ class Imitation:
             ctrl_cost=-w.get("ctrl_cost_weight", 0.0) * jnp.square(action).sum(),
             ctrl_diff_cost=-w.get("ctrl_diff_cost_weight", 0.0) * jnp.square(action - before).sum(),
             energy_cost=-w.get("energy_cost_weight", 0.0) * jnp.minimum(power, 50.0),
+            var_cost=-w.get("var_coeff", 0.0) * state.actions.var(0).sum(),
+            jerk_cost=-w.get("jerk_coeff", 0.0) * jerk,
             joint_distance=joint,
             bad_pose=(joint > w["bad_pose_dist"]).astype(jnp.float32),
         )
-        if self.window > 1:
-            jerk = jnp.square(state.actions[2:] - 2 * state.actions[1:-1] + state.actions[:-2]).sum()
-            out |= dict(var_cost=-w["var_coeff"] * state.actions.var(0).sum(), jerk_cost=-w["jerk_coeff"] * jerk)
         if self.free:
             d = state.qpos[:3] - now["qpos"][:3]
             far = jnp.square(d * jnp.array(w["penalty_pos_distance_scale"])).sum()

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
-from data import read_clips, restore_split
+from data import read_clips, restore_split, split_of
 from distill import keep_compiled
 from env import Imitation
 from metrics import ERRORS, POLICIES, free_run, lasting, latent_metrics, make_rollout, measure, smoothness, summary
@@ -55,7 +55,7 @@ def parse(argv=None):
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if min(args.train_clips, args.clip_frames or 0, args.seed) < 0:
         parser.error("--train-clips, --clip-frames and --seed must not be negative")
-    run = Path(args.checkpoint).resolve().parents[1]
+    run = Path(args.checkpoint).resolve().parent.parent
     if not args.out and not (run / "args.json").exists():
         parser.error("give --out DIR: --checkpoint lies in no run's folder that could hold the report")
     args.out = args.out or str(run / "report")
@@ -69,7 +69,7 @@ def open_run(checkpoint, **given):
     """
     checkpoint = Path(checkpoint).resolve()
     student, params = Student.from_pretrained(checkpoint)
-    record = checkpoint.parents[1] / "args.json"
+    record = checkpoint.parent.parent / "args.json"
     flags = dict(body_shift="auto", physics="mjx", clip_frames=0)
     flags |= common.read_json(record)["flags"] if record.exists() else {}
     own_data = given.get("data") is None
@@ -82,10 +82,14 @@ def open_run(checkpoint, **given):
     clips = read_clips(flags["data"], walker, teacher.mocap_hz, val_share=0, clip_frames=flags["clip_frames"])
     for note in clips.notes:
         print(note)
-    if own_data and (checkpoint / "data.json").exists():
-        print(restore_split(clips, common.read_json(checkpoint / "data.json")) or "the run's own split")
+    split = checkpoint / "data.json"
+    split = common.read_json(split) if split.exists() else {}
+    if own_data and split:
+        print(restore_split(clips, split) or "the run's own split")
     else:
-        clips.held_out[:] = True
+        known = zip(split.get("clips", ()), split.get("checksums", ()), strict=False)
+        trained_on = {checksum for name, checksum in known if name not in split["held_out"]}
+        clips.held_out[:] = [checksum not in trained_on for checksum in split_of(clips)["checksums"]]
     env = Imitation(teacher.config, walker, clips, flags["body_shift"], flags["physics"])
     env.check(teacher)
     if len(student.mean) != env.obs_size:
@@ -143,7 +147,9 @@ def without_reference(args, env, clips, student, params):
     def noise(obs, t):
         return rng.uniform(-1, 1, (n, env.model.nu))
 
-    speed, acceleration = smoothness(env, np.moveaxis(clips.qpos, 1, 0), env.rate * float(env.frames_per_step))
+    recorded = np.arange(clips.qpos.shape[1])[:, None] < clips.length  # a shorter clip is filled up with its last frame
+    recorded = np.where(recorded[..., None], np.moveaxis(clips.qpos, 1, 0), np.nan)
+    speed, acceleration = smoothness(env, recorded, env.rate * float(env.frames_per_step))
     policies = {"prior sample": sample, "prior mean": mode, "random motor commands": noise}
     rows = {}
     for name, act in policies.items():
@@ -183,7 +189,7 @@ def policy_table(rows):
     body = []
     for name, row in rows.items():
         reward, share = ("({:.4g} to {:.4g})".format(*row[f"{key}_interval"]) for key in ("reward", "reward_share"))
-        words = [name, f"{row['reward']:.4g} {reward}", f"{row['reward_share']:.3f} {share}"]
+        words = [name, f"{row['reward']:.4g} {reward}", f"{row['reward_share']:.4g} {share}"]
         body.append([*words, f"{100 * row['survival']:.0f} %", *(f"{row[key]:.2g}" for key in ERRORS)])
     return table(head.split(" | "), body)
 
@@ -240,6 +246,8 @@ def main(argv=None):
     student, params, env, clips, teacher = open_run(args.checkpoint, **given)
     common.make_folder(Path(args.out) / "figures")
     clip, start, held_out = starts(args, clips, env.ahead)
+    if not len(clip):
+        raise common.DataError("nothing to play: no clip is held out, and --train-clips is 0")
     outs = play(args, env, student, params, teacher, clip, start)
     card = {}
     for part, chosen in (("held out", held_out), ("train", ~held_out)):

@@ -116,7 +116,8 @@ def latent_metrics(out, chosen, clip, phase):
     variance = np.square(sizes) / max(np.square(sizes).sum(), 1e-12)
     shown = np.linspace(0, len(mean) - 1, min(len(mean), 3000)).astype(int)
     of_clip, of_phase = np.broadcast_to(clip[chosen], alive.shape)[alive], phase[:, chosen][alive]
-    points = dict(xy=(centred @ directions[:2].T)[shown], clip=of_clip[shown], phase=of_phase[shown])
+    xy = np.pad(centred @ directions[:2].T, ((0, 0), (0, 1)))[shown, :2]  # --latent-dim 1 has one direction
+    points = dict(xy=xy, clip=of_clip[shown], phase=of_phase[shown])
     metrics = dict(
         kl_per_dim=kl.mean(0).tolist(),
         kl=float(kl.sum(-1).mean()),

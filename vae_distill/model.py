@@ -234,14 +234,12 @@ class Student:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
-        np.savez(folder / "weights.npz", mean=self.mean, std=self.std, **flatten(params))
+        np.savez(folder / "weights.npz", mean=self.mean, std=self.std, **pack(params))
 
     @classmethod
     def from_pretrained(cls, folder):
         """(student, params) of a checkpoint folder. Never runs code from the files."""
-        config = read_config(folder)
-        arrays = read_npz(Path(folder) / "weights.npz")
-        student = cls(config, arrays.get("mean", 0), arrays.get("std", 0))
+        student = cls(read_config(folder), 0, 1)
         return student, student.load_pretrained(folder)
 
     def load_pretrained(self, folder):
@@ -251,15 +249,10 @@ class Student:
         for name, value in here.items():
             if value != there[name]:
                 raise DataError(f"{folder}: its {name} is {there[name]}, but this run has {value}")
-        arrays = read_npz(where)
-        wanted = flatten(jax.eval_shape(self.init, jax.random.key(0)))
-        wanted |= dict.fromkeys(("mean", "std"), np.zeros(config.reference_size + config.proprioception_size))
-        for name in sorted({*wanted, *arrays}):
-            here, there = (x[name].shape if name in x else None for x in (wanted, arrays))
-            if here != there:
-                raise DataError(f"{where}: {name} has shape {there}, but config.json asks for {here}")
-        self.mean, self.std = arrays.pop("mean"), arrays.pop("std")
-        return jax.tree.map(jnp.asarray, unflatten(arrays))
+        like = dict.fromkeys(("mean", "std"), np.zeros(config.reference_size + config.proprioception_size))
+        params = unpack({**like, **jax.eval_shape(self.init, jax.random.key(0))}, read_npz(where), where)
+        self.mean, self.std = (np.asarray(params.pop(name)) for name in ("mean", "std"))
+        return params
 
 
 def comparable(config):
@@ -288,16 +281,24 @@ def read_config(folder):
         raise DataError(f"{file}: not the configuration of a student ({error})") from None
 
 
-def flatten(tree, prefix=""):
-    """Nested dicts -> {"encoder.hidden_0.kernel": array}."""
-    out = {}
-    for name, value in tree.items():
-        out |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return out
+def pack(tree):
+    """A pytree as {"opt.1.mu.encoder.hidden_0.bias": array}."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in leaves}
+
+
+def unpack(like, arrays, where):
+    """`arrays` in the structure of the pytree `like`; DataError if names or shapes differ."""
+    wanted = {name: value.shape for name, value in pack(like).items()}
+    found = {name: value.shape for name, value in arrays.items()}
+    for name in sorted({*wanted, *found}):
+        if wanted.get(name) != found.get(name):
+            raise DataError(f"{where}: {name} has shape {found.get(name)}, but this run needs {wanted.get(name)}")
+    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in wanted])
 
 
 def unflatten(arrays):
-    """The other way round."""
+    """{"encoder.hidden_0.kernel": array} -> nested dicts."""
     out = {}
     for name, value in arrays.items():
         *path, last = name.split(".")

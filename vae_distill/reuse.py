@@ -55,7 +55,7 @@ def parse(argv=None):
         parser.error("--std must be above 0")
     if args.env_steps < NUM_ENVS * UNROLL:
         parser.error(f"--env-steps must be at least {NUM_ENVS * UNROLL}, those of one update")
-    args.out = args.out or str(Path(args.checkpoint).resolve().parents[1] / "reuse")
+    args.out = args.out or str(Path(args.checkpoint).resolve().parent.parent / "reuse")
     return args
 
 
@@ -76,7 +76,7 @@ class Task:
     def __init__(self, kind, env, clips, student):
         rng, self.kind, self.env, self.student = np.random.default_rng(0), kind, env, student
         self.horizon = round(HORIZON * env.rate)
-        postures = clips.qpos[~clips.held_out].reshape(-1, env.model.nq)
+        postures = np.concatenate([clips.qpos[i, : clips.length[i]] for i in np.flatnonzero(~clips.held_out)])
         self.postures = jnp.array(postures[rng.permutation(len(postures))[:1000]])
         hand = positions(env.model, rng.uniform(postures.min(0), postures.max(0), (1000, env.model.nq)))
         self.points = jnp.array(hand[:, env.end[0]])

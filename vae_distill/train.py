@@ -30,7 +30,7 @@ import figures
 from data import read_clips, restore_split, split_of
 from env import Imitation
 from metrics import make_rollout, summary
-from model import Student, StudentConfig, read_npz
+from model import Student, StudentConfig, pack, read_npz, unpack
 from teacher.checkpoint import read_teacher
 from teacher.walker import build_model
 
@@ -145,6 +145,8 @@ def setup(args):
     if args.devices > len(devices):
         raise common.DataError(f"--devices {args.devices}: there are {len(devices)} here")
     devices = devices[: args.devices or None]
+    if len({device.process_index for device in devices}) < world:
+        raise common.DataError(f"--device, --devices: each of the {world} processes needs one at least")
     if args.physics == "mujoco" and (len(devices) > 1 or world > 1):
         raise common.DataError("--physics mujoco: it runs on one core, so --devices is 1")
     if args.num_envs % len(devices):
@@ -205,7 +207,12 @@ def main(argv=None):
     rank, world, mesh = setup(args)
     if args.demo:
         (demo.write if rank == 0 else demo.wait)(args.data[0].partition("=")[2])
+    if args.resume and (record := Path(args.out) / "args.json").exists():  # --teacher may hold newer ones by now
+        kept = Path(common.read_json(record)["flags"]["teacher"])
+        same = kept.exists() and kept.parent.resolve() == Path(args.teacher).resolve()
+        args.teacher = str(kept) if same else args.teacher
     teacher = read_teacher(args.teacher)
+    args.teacher = str(teacher.path)  # what evaluate.py, reuse.py and a resumed run go by
     walker = build_model(args.walker, teacher.config)
     clips = read_clips(args.data, walker, teacher.mocap_hz, args.val_share, args.val_episodes, args.clip_frames)
     env = Imitation(teacher.config, walker, clips, args.body_shift, args.physics)
@@ -241,7 +248,9 @@ def main(argv=None):
         first, best = (common.read_json(checkpoint / "resume.json")[name] for name in ("step", "best"))
         changed = restore_split(clips, common.read_json(checkpoint / "data.json"))
         task["train"] = np.flatnonzero(~clips.held_out).astype(np.int32)
-        saved = distill.unpack(state, read_npz(checkpoint / "resume.npz"), checkpoint)
+        if not len(task["train"]):
+            raise common.DataError("--resume: none of the clips that the run was trained on is in --data")
+        saved = unpack(state, read_npz(checkpoint / "resume.npz"), checkpoint)
         if changed:  # clips have other numbers now: environments start anew
             saved["envs"] = distill.init_state(env, model, opt, args.num_envs, task, args.seed)["envs"]
         state = saved
@@ -298,7 +307,7 @@ def main(argv=None):
                 with common.checkpoint(args.out, done, is_best, args.keep) as folder:
                     model.save_pretrained(folder, saved["params"])
                     (folder / "data.json").write_text(json.dumps(split_of(clips), indent=1))
-                    np.savez(folder / "resume.npz", **distill.pack(saved))
+                    np.savez(folder / "resume.npz", **pack(saved))
                     (folder / "resume.json").write_text(json.dumps(dict(step=done, best=best)))
         if "val/action_mse" in line and rank == 0:
             log.figure(done, "tracking", figures.tracking(examples, env.rate))
@@ -310,7 +319,8 @@ def main(argv=None):
     # --- end
     if not stopped:
         log.say(f"checkpoint: {log.out / 'checkpoints' / ('best' if held_out else 'last')}")
-        log.say(f"figure:     {log.out / 'figures' / 'tracking.png'}")
+        if clips.held_out.any():
+            log.say(f"figure:     {log.out / 'figures' / 'tracking.png'}")
     log.close()
     return stop.code or 75 if stopped else 0  # 75: another process was told to stop
 

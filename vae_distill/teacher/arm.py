@@ -26,7 +26,7 @@ from model import QUIET, Decoder, Encoder, gaussian_heads, intention
 import common
 from common import DataError
 from teacher.checkpoint import write_teacher
-from teacher.walker import build_model
+from teacher.walker import body_names, build_model, positions
 
 AHEAD = 5  # reference frames that the teacher sees
 LATENT, WIDTHS = 16, (128, 128)
@@ -63,16 +63,20 @@ def unit_motors(source):
         model = spec.compile()
     except ValueError as error:
         raise DataError(f"--walker {source}: {' '.join(str(error).split())[:200]}") from None
+    if "" in body_names(model):
+        raise DataError(f"--walker {source}: body {body_names(model).index('')} has no name")
     joints = model.actuator_trnid[:, 0] if model.nu else np.zeros(0)
     if model.nu != model.nv or model.nq != model.nv or sorted(joints) != list(range(model.nv)):
         raise DataError(f"--walker {source}: {model.nv} joints and {model.nu} motors; every joint needs one of its own")
     if (model.actuator_gaintype != mujoco.mjtGain.mjGAIN_FIXED).any() or model.actuator_biastype.any():
         raise DataError(f"--walker {source}: actuators other than motors")
-    for motor, limited, (_, high) in zip(
-        spec.actuators, model.actuator_ctrllimited, model.actuator_ctrlrange, strict=True
-    ):
-        if limited:
-            # the force limit is of what comes before the gear: [-1, 1] already keeps it
+    for i, motor in enumerate(spec.actuators):
+        (low, high), force = model.actuator_ctrlrange[i], model.actuator_forcerange[i, 1]
+        if model.actuator_ctrllimited[i]:
+            if low != -high:
+                raise DataError(f"--walker {source}: motor {motor.name!r} takes {low:g} to {high:g}: not symmetric")
+            if model.actuator_forcelimited[i]:  # it holds before the gear
+                high = min(high, force / model.actuator_gainprm[i, 0])
             motor.gear, motor.ctrlrange, motor.forcelimited = motor.gear * high, (-1, 1), False
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER  # Runge-Kutta takes four times as long
     spec.option.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_CONTACT | mujoco.mjtDisableBit.mjDSBL_CONSTRAINT)
@@ -92,7 +96,7 @@ def describe(model, clips, mocap_hz, substeps):
     tenth of the hand's distance from the base; the pose may be 0.7 rad a joint off."""
     moving = [model.body(i).name for i in range(1, model.nbody) if model.body_weldid[i] == i]
     end = model.body(model.nbody - 1).name
-    reach = np.linalg.norm(clips.xpos[:, :, clips.bodies.index(end)], axis=-1).max()
+    reach = np.linalg.norm(positions(model, clips.qpos.reshape(-1, model.nq))[:, -1], axis=-1).max()
     return dict(
         env_config=dict(
             env_name="arm",
@@ -233,6 +237,9 @@ def make(walker, data, out, mocap_hz, substeps, clip_frames=0, steps=4000, seed=
     text, out = unit_motors(walker), Path(out)
     if (out / "walker.xml").resolve() == Path(walker).resolve():
         raise DataError(f"--out {out}: its walker.xml is --walker itself; give another folder")
+    there = out / "walker.xml"
+    if there.exists() and there.read_text() != text and not (out / "teacher").exists():
+        raise DataError(f"--out {out}: holds a walker.xml of another origin; give another folder")
     model = mujoco.MjModel.from_xml_string(text)
     clips = read_clips(data, model, mocap_hz, 0.0, clip_frames=clip_frames)
     common.make_folder(out)
