@@ -58,15 +58,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, line):
         try:
+            line.encode()  # Python 3.12 reads bytes that are not UTF-8 as surrogates
             return shlex.split(line, comments=True)
+        except UnicodeEncodeError:
+            self.error("preset is not UTF-8")
         except ValueError as error:
             self.error(f"preset, {line.strip()}: {error}")
 
     def parse_known_args(self, *args, **more):
         try:
             return super().parse_known_args(*args, **more)
-        except UnicodeDecodeError as error:
-            self.error(f"preset is not UTF-8: {error}")
+        except UnicodeDecodeError:
+            self.error("preset is not UTF-8")
 
     def error(self, message):
         self.exit(2, f"error: {message}\n")
