@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -313,7 +314,8 @@ def write_clips(this, folder, lengths, source="lab", size=16, per_shard=3, actio
 def test_gap_words(this):
     for text, want in {"3": (3, 3, False), "2-5": (2, 5, False), "0.4s-1.2s": (0.4, 1.2, True)}.items():
         assert this.sources.parse_gap(text) == want
-    for text in ("", "0", "-1", "1.5", "3s-5", "5-3", "s", "0.6 s", "nan"):
+    assert this.sources.named(["5", "a=3", "7"], "ab", "--x") == dict(a="3", b="5,7")
+    for text in ("", "0", "-1", "1.5", "3s-5", "5-3", "s", "0.6 s", "nan", "3,5"):
         with pytest.raises(DataError, match="--gap"):
             this.sources.parse_gap(text)
 
@@ -336,6 +338,19 @@ def test_pairs_have_the_gap_and_stay_in_their_clip(this, tmp_path):
     frames = torch.cat([dataset[step, 0, 16]["frames"] for step in range(0, 80, 4)])
     when, clip = frames[:, :, 0, 0, 0].int(), frames[:, :, 1, 0, 0]
     assert set((when[:, 1] - when[:, 0]).tolist()) == {2, 3, 4, 5} and torch.equal(clip[:, 0], clip[:, 1])
+
+
+def test_validation_sees_clips_from_end_to_end_and_all_cameras(this, tmp_path):
+    """One pair of a clip is its middle one, two lie at a quarter and three quarters; a thinned list keeps cameras."""
+    write_clips(this, tmp_path, [43] * 12)
+    source = this.sources.read_sources([f"lab={tmp_path}"], ["3"], 0.0, ["2-11"])[0]
+    for limit, starts in ((10, {20}), (20, {10, 30}), (40, {5, 15, 25, 35})):
+        held = this.data.Validation(source, 16, limit)
+        frames = torch.cat([batch["frames"] for batch in held])
+        assert len(frames) == limit and set(frames[:, 0, 0, 0, 0].tolist()) == starts
+    clips = [SimpleNamespace(key=f"{i}-{camera}", camera=camera) for i in range(200) for camera in ("top", "wrist")]
+    kept = [clip.camera for clip in this.data.some(clips, 100)]
+    assert len(kept) == 100 and 30 < kept.count("top") < 70
 
 
 def test_every_pair_of_a_clip_is_drawn_alike(this, tmp_path):
