@@ -56,7 +56,7 @@ def parse(argv=None):
     add("--batch-size", default=64, help="frames at a time", **whole)
     add("--wandb", metavar="PROJECT", help="also log the closed loop to this Weights & Biases project")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
-    add("--seed", default=0, help="of the episodes: the same seed is the same scenes and tasks", **whole)
+    add("--seed", default=1, help="of the episodes: one seed, the same scenes (0: some of the demo's own)", **whole)
     args = parser.parse_args(argv)
     for name in ("stride", "episodes", "n_action_steps", "batch_size"):
         if getattr(args, name) < 1:
