@@ -45,14 +45,14 @@ def parse(argv=None):
     folder = Path(args.checkpoint).resolve()
     if args.out is None and folder.parent.name != "checkpoints":
         parser.error("--out is needed: the checkpoint does not lie in RUN/checkpoints")
-    args.out = args.out or folder.parents[1] / "report"
+    args.out = args.out or folder.parent.parent / "report"
     return args
 
 
 def open_sources(args, model):
     """[(name in the model, Source whose validation episodes are evaluated, training sample or None)]."""
     folder = Path(args.checkpoint).resolve()
-    record, split = folder.parents[1] / "args.json", folder / "data.json"
+    record, split = folder.parent.parent / "args.json", folder / "data.json"
     flags = common.read_json(record)["flags"] if record.exists() else {}
     split = common.read_json(split) if split.exists() else {}
     key, context, own = args.action_key or flags.get("action_key"), CONTEXT[model.config.condition], {}

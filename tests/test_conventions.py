@@ -18,7 +18,7 @@ if __name__ == "__main__":
     except common.DataError as error:
         common.fail(error)
 """
-LIMITS = {"train.py": 340, "finetune.py": 352, "model.py": 380, "data.py": 320, "README.md": 130}
+LIMITS = {"train.py": 340, "finetune.py": 355, "model.py": 380, "data.py": 320, "README.md": 130}
 SHARED_FLAGS = dict(  # the groups of every train.py, and what they share, in this order
     data="data val_share val_episodes workers",
     model="",

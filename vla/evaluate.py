@@ -61,11 +61,14 @@ def parse(argv=None):
     for name in ("stride", "episodes", "n_action_steps", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
+    for name in ("seed", "videos", "limit", "pixels"):
+        if (getattr(args, name) or 0) < 0:
+            parser.error(f"--{name} must not be negative")
     if not args.data and not args.env:
         parser.error("nothing to do: give --data, --env or both")
     if args.labels and not args.data:
         parser.error("--labels needs --data, the clips that were labelled")
-    run = Path(args.checkpoint).resolve().parents[1]
+    run = Path(args.checkpoint).resolve().parent.parent
     if not args.out and not (run / "args.json").exists():
         parser.error("give --out DIR: --checkpoint lies in no run to write the report to")
     args.out = args.out or str(run / "report")

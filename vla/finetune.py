@@ -336,7 +336,8 @@ def main(argv=None):
     # --- end
     if not stopped:
         log.say(f"checkpoint: {log.out / 'checkpoints' / ('best' if validation else 'last')}")
-        log.say(f"figure:     {log.out / 'figures' / 'curves.png'}")
+        if (log.out / "figures" / "curves.png").exists():
+            log.say(f"figure:     {log.out / 'figures' / 'curves.png'}")
     log.close()
     if world > 1:
         torch.distributed.barrier()  # torchrun kills rank 0 in its last save if another rank ended 30 s before
