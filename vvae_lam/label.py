@@ -92,7 +92,8 @@ def frame_gap(recordings, gap):
         raise common.DataError(f"every recording is shorter than the gap of {gap} latent frames")
     usual, count = gaps.most_common(1)[0]
     if count < gaps.total():
-        print(f"{gaps.total() - count} of {gaps.total()} transitions take not {usual} frames of the video: not valid")
+        other = f"{gaps.total() - count} of {gaps.total()} transitions"
+        print(f"{other} do not take {usual} frames of the video: they are not valid")
     return usual
 
 

@@ -121,7 +121,7 @@ class Experiment:
         free = ("out", "quick", "arms", "labels", "seeds", "demos", "jobs", "device")
         flags, record = {name: value for name, value in vars(args).items() if name not in free}, self.out / "flags.json"
         if record.exists() and (before := common.read_json(record)) != flags:
-            wrong = [name for name in flags if before.get(name) != flags[name]]
+            wrong = [name for name in {**before, **flags} if before.get(name) != flags.get(name)]
             raise common.DataError(f"--out {args.out} was begun with another --{wrong[0].replace('_', '-')}")
         record.write_text(json.dumps(flags))
         for number in common.SIGNALS:
