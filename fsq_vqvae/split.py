@@ -82,6 +82,8 @@ def restore_split(sources, split):
     for source in sources:
         before = split.get(source.name, dict(episodes=0, held_out=[]))
         source.validation = np.isin(source.ids, before["held_out"])
+        if before["held_out"] and not source.validation.any():
+            raise DataError(f"{source.name}: no episode that the run held out is there: other data, or other names")
         now = split_of([source])[source.name]
         if now != before:
             new = len(set(now["trained_on"]) - set(before.get("trained_on", ())))
