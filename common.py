@@ -202,9 +202,10 @@ def open_run(args):
             except ImportError:
                 raise DataError("--wandb needs a package: pip install wandb") from None
         number, runs = 0, Path("runs", args.folder)
+        if args.out is None:
+            make_folder(runs)
         while args.out is None:
             number += 1
-            make_folder(runs)
             with contextlib.suppress(FileExistsError):
                 (runs / f"{number:03d}").mkdir()
                 args.out = str(runs / f"{number:03d}")

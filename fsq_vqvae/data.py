@@ -119,8 +119,6 @@ def read_sources(data, chunk, val_share=0.1, val_episodes=(), condition="none", 
     """The sources of the flags' words. data: NAME=PATH or PATH; chunk: 1s, 30 or g1=30; val_episodes: g1=56-69,80."""
     pairs = named_paths(data)
     names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise DataError(f"--data: two sources are called {max(names, key=names.count)}: write NAME=PATH")
     chunks, held_out = per_source(chunk, names, "--chunk"), per_source(val_episodes, names, "--val-episodes")
     bare = [word for value in val_episodes if "=" not in value for word in value.split(",")]
     sources = [read_source(name, path, chunks.get(name, "1s"), action_key) for name, path in pairs]

@@ -65,10 +65,8 @@ def open_sources(args, model):
                 print(f"the run's own data are out of reach, so nothing to compare with: {error}", flush=True)
     if not args.data and not own:
         raise common.DataError(f"{record} does not lead to the data: give --data NAME=PATH")
-    sources, pairs = [], named_paths(args.data) if args.data else [(name, None) for name in own]
-    if len(dict(pairs)) < len(pairs):
-        raise common.DataError("--data: two sources have one name: write NAME=PATH")
-    for name, path in pairs:
+    sources = []
+    for name, path in named_paths(args.data) if args.data else [(name, None) for name in own]:
         known = model.names[0] if len(model.names) == 1 else name
         if known not in model.names:
             raise common.DataError(f"--data {name}: the checkpoint knows {', '.join(model.names)}; write NAME=PATH")

@@ -19,6 +19,9 @@ def named_paths(data):
             name, path = re.sub(r"@.*", "", word) if word.startswith("hub:") else word, word
             name = Path(name.removeprefix("module:")).stem.replace("$", "") or "data"  # $ begins a formula in figures
         pairs.append((name, path))
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise DataError(f"--data: two sources are called {max(names, key=names.count)}: write NAME=PATH")
     return pairs
 
 

@@ -255,7 +255,8 @@ def main(argv=None):
             batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
             waited += time.perf_counter() - start
             batch = augment(batch)
-            seen.append(batch["frames"])
+            if not model.quantizer.quantizing:  # kept for the step's code sensitivity
+                seen.append(batch["frames"])
             net.require_backward_grad_sync = micro == args.accum - 1  # DDP: one all-reduce per optimizer step
             with amp:
                 loss, found = net(batch)

@@ -146,7 +146,8 @@ def open_episodes(args):
     spec = args.spec or (DatasetSpec(**saved["spec"]) if saved else None)
     spec, episodes = open_data(args.data or saved["data"], spec)
     trained = saved.get("train", {})  # {key: digest}; other --data may hold the same episodes under other names
-    was = [e.digest() in trained.values() if args.data else e.key in trained for e in episodes]
+    digests = set(trained.values())
+    was = [e.digest() in digests if args.data else e.key in trained for e in episodes]
     train = [episode for episode, known in zip(episodes, was, strict=True) if known]
     held_out = [episode for episode, known in zip(episodes, was, strict=True) if not known]
     if not held_out:

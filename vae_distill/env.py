@@ -110,7 +110,8 @@ class Imitation:
         self.ahead = int(config["reference_config"]["traj_length"])
         self.noise = float(timing["reset_noise_scale"])
         self.weights = config["env_config"]["reward_weights"]
-        self.window = max(2, int(self.weights.get("var_window_size", 50)) if "var_coeff" in self.weights else 2)
+        window = self.weights.get("var_window_size", 50) if "var_coeff" in self.weights else 2
+        self.window = max(2, int(window))
         self.free = self.model.njnt > 0 and self.model.jnt_type[0] == mujoco.mjtJoint.mjJNT_FREE
         for key in LIMITS if self.free else LIMITS[:1]:
             entry(config, f"env_config.reward_weights.{key}")

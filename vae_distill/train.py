@@ -319,7 +319,7 @@ def main(argv=None):
     # --- end
     if not stopped:
         log.say(f"checkpoint: {log.out / 'checkpoints' / ('best' if held_out else 'last')}")
-        if clips.held_out.any():
+        if held_out:
             log.say(f"figure:     {log.out / 'figures' / 'tracking.png'}")
     log.close()
     return stop.code or 75 if stopped else 0  # 75: another process was told to stop

@@ -102,7 +102,8 @@ def parse(argv=None):
         if args.backbone and "--init" not in given:  # the preset's gives way
             args.init = None
     positive = "val_samples chunk batch_size lr clip steps accum log_every eval_every save_every keep"
-    for name in [*positive.split(), *["image_size"] * (args.image_size is not None)]:
+    positive += " image_size" * (args.image_size is not None)
+    for name in positive.split():
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     for name in "val_share workers lora_rank backbone_lr lr_end warmup weight_decay augment seed".split():
@@ -183,10 +184,10 @@ def validate(model, loaders, device, amp):
 
 def act(model, envs):
     """Success in --eval-env, on the same scenes each time. Rank 0 measures it for all ranks."""
-    wins = []
+    wins, policy = [], Policy(model)
     for number in range(EVAL_EPISODES):
         if envs:
-            wins += [one["success"] for one in rollout.run(Policy(model), envs, [EVAL_SEED + number] * len(envs))]
+            wins += [one["success"] for one in rollout.run(policy, envs, [EVAL_SEED + number] * len(envs))]
         wins = common.broadcast(wins)  # after each episode: the other ranks wait for no longer than DIST_TIMEOUT
     model.train()
     return {"val/success": sum(wins) / len(wins)}

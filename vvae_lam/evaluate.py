@@ -148,8 +148,9 @@ def probes(model, held_out, training, most=8000):
     whose motion is of another kind than that of the first.
     """
     rows, motions, episodes, tested, numbers, left_out, kind = [], [], [], [], {}, {}, None
-    for recording in [*held_out, *training]:
-        if len(tested) > most and recording not in held_out:
+    for number, recording in enumerate([*held_out, *training]):
+        is_held_out = number < len(held_out)
+        if len(tested) > most and not is_held_out:
             break
         motion, name = recording.motion(model.config.gap)
         if motion is None:
@@ -166,7 +167,7 @@ def probes(model, held_out, training, most=8000):
         rows.append({key: x[good] for key, x in features_of(model, recording).items()})
         motions.append(torch.from_numpy(motion[good]))
         episodes += [numbers.setdefault(recording.episode, len(numbers))] * count
-        tested += [recording in held_out] * count
+        tested += [is_held_out] * count
     if not any(tested):
         return None, left_out
     motion = torch.cat(motions)
