@@ -221,6 +221,9 @@ def open_run(args):
         for name in args.fixed:
             if before.get(name) != flags[name]:
                 raise DataError(f"--resume keeps --{name.replace('_', '-')} {before.get(name)}, not {flags[name]}")
+        for name in ("val_share", "val_episodes", "manifest") if step_folders(args.out) else ():
+            if before.get(name) != flags.get(name):
+                warn(f"--{name.replace('_', '-')} is not looked at: a resumed run holds out what it held out before")
         packages = [name for name in ("torch", "numpy", "jax", "transformers", "lerobot") if util.find_spec(name)]
         versions = {"python": sys.version.split()[0], **{name: metadata.version(name) for name in packages}}
         with atomic(record) as path:

@@ -125,8 +125,13 @@ def baselines(places, chunk, mean):
 
 
 def interval(errors, groups, draws=1000):
-    """95 % interval of the mean of `errors` (N,), by drawing whole episodes: `groups` (N,) tells which is of which."""
+    """95 % interval of the mean of `errors` (N,), by drawing whole episodes: `groups` (N,) tells which is of which.
+
+    None for a single episode, which says nothing about others.
+    """
     sums = np.stack([(errors[groups == g].sum(), (groups == g).sum()) for g in np.unique(groups)])
+    if len(sums) == 1:
+        return None
     picked = np.random.default_rng(0).integers(len(sums), size=(draws, len(sums)))
     means = sums[picked, 0].sum(1) / sums[picked, 1].sum(1)
     return np.quantile(means, [0.025, 0.975]).tolist()
@@ -189,9 +194,11 @@ ROWS = dict(
 
 def summary(name, source):
     """One line on a data set."""
-    methods = [source["methods"][key] for key in ("model", "last action")]
-    ours, last = ("{:.3g} ({:.3g} to {:.3g})".format(m["mse_normalised"], *m["interval"]) for m in methods)
-    return f"{name}: normalised MSE {ours}, of the last action held {last}"
+    words = []
+    for method in (source["methods"]["model"], source["methods"]["last action"]):
+        ends = "{:.3g} to {:.3g}".format(*method["interval"]) if method["interval"] else "one episode: no interval"
+        words.append(f"{method['mse_normalised']:.3g} ({ends})")
+    return f"{name}: normalised MSE {words[0]}, of the last action held {words[1]}"
 
 
 def report(args, loop, sources):

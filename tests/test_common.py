@@ -466,13 +466,17 @@ def test_an_occupied_folder_is_refused(tmp_path):
         common.open_run(run_of(tmp_path / "file"))
 
 
-def test_resume_keeps_model_and_optimisation_flags(tmp_path):
-    """--resume refuses a changed flag of args.fixed by name and takes any other; it removes a left-over OUT/stop."""
+def test_resume_keeps_model_and_optimisation_flags(tmp_path, capsys):
+    """--resume refuses a changed flag of args.fixed by name and takes any other; it removes a left-over OUT/stop.
+
+    It says that the split stays, once a checkpoint has one.
+    """
     common.open_run(run_of(tmp_path, steps=7))
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "checkpoints" / "step_0000001").mkdir(parents=True)
     (tmp_path / "stop").touch()
     common.open_run(run_of(tmp_path, resume=True, steps=9, accum=2, val_episodes=["3"]))
     assert not (tmp_path / "stop").exists()
+    assert "--val-episodes is not looked at" in capsys.readouterr().err
     before = (tmp_path / "args.json").read_text()
     with pytest.raises(DataError, match="--resume keeps --lr 0.5, not 1.0"):
         common.open_run(run_of(tmp_path, resume=True, lr=1.0))

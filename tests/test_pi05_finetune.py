@@ -1315,6 +1315,7 @@ def test_intervals_are_over_episodes(this):
     few = this.evaluate.interval(np.repeat([1.0, 2, 3, 4], 50), np.repeat(range(4), 50))
     many = this.evaluate.interval(np.repeat([1.0, 2, 3, 4], 50), np.arange(200))
     assert few[1] - few[0] > 5 * (many[1] - many[0]) and few[0] < 2.5 < few[1]
+    assert this.evaluate.interval(np.ones(50), np.zeros(50)) is None  # one episode says nothing about others
     low, high = this.demo.wilson(8, 10)
     assert low == pytest.approx(0.490, abs=1e-3) and high == pytest.approx(0.943, abs=1e-3)
 

@@ -859,6 +859,7 @@ def test_interval_covers_the_mean_of_clips(this):
         low, high = this.metrics.interval(values, np.repeat(np.arange(20), 5), rng, count=300)
         hits += low < 0 < high
     assert 0.85 < hits / 200 < 0.99
+    assert this.metrics.interval(np.ones(5), np.zeros(5), rng) is None  # one clip says nothing about others
 
 
 def test_latent_metrics_count_what_carries_information(this):

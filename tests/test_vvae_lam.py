@@ -754,7 +754,8 @@ def test_it_learns_to_use_its_codes(this, tmp_path, monkeypatch):
 
 
 def test_overfit_says_whether_it_got_there(this, latents, tmp_path, capsys, monkeypatch):
-    """Exit code 0 and an early end once MSE and MAE are low, with codes; 1 if the steps do not suffice."""
+    """Exit code 0 and an early end once MSE and MAE are low, with codes, also when asked again; 1 if the steps do not
+    suffice."""
     assert this.train.OVERFIT == dict(mse_loss=0.01, mae_loss=0.05)
     monkeypatch.setattr(this.train, "OVERFIT", dict(mse_loss=0.1, mae_loss=0.2))  # sooner
     monkeypatch.setattr(this.train, "CHECK_EVERY", 20)
@@ -763,6 +764,8 @@ def test_overfit_says_whether_it_got_there(this, latents, tmp_path, capsys, monk
     assert this.train.main(flags(latents, tmp_path / "good", *long)) == 0
     last = log_of(tmp_path / "good")[-1]
     assert last["val/mse_loss"] < 0.1 and last["val/mae_loss"] < 0.2 and last["step"] < 600
+    assert "overfit test passed" in capsys.readouterr().out
+    assert this.train.main([*flags(latents, tmp_path / "good", *long), "--resume"]) == 0
     assert "overfit test passed" in capsys.readouterr().out
     assert this.train.main(flags(latents, tmp_path / "bad", *more, "--steps", 2)) == 1
     assert "overfit test FAILED" in capsys.readouterr().out

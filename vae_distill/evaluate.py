@@ -188,7 +188,8 @@ def policy_table(rows):
     head = "policy | reward (95 %) | / teacher (95 %) | survival | action MSE | joint error | body error"
     body = []
     for name, row in rows.items():
-        reward, share = ("({:.4g} to {:.4g})".format(*row[f"{key}_interval"]) for key in ("reward", "reward_share"))
+        ends = (row["reward_interval"], row["reward_share_interval"])
+        reward, share = ("({:.4g} to {:.4g})".format(*pair) if pair else "(one clip)" for pair in ends)
         words = [name, f"{row['reward']:.4g} {reward}", f"{row['reward_share']:.4g} {share}"]
         body.append([*words, f"{100 * row['survival']:.0f} %", *(f"{row[key]:.2g}" for key in ERRORS)])
     return table(head.split(" | "), body)

@@ -74,9 +74,11 @@ def summary(out, chosen=slice(None)):
 
 def interval(values, clip, rng, over=None, count=1000):
     """95 % bootstrap interval of sum(values) / sum(over), without `over` of the mean of `values` (E); clips are drawn,
-    as episodes of one clip are alike."""
+    as episodes of one clip are alike. None for a single clip, which says nothing about others."""
     over = np.ones_like(values) if over is None else over
     groups = [clip == i for i in np.unique(clip)]
+    if len(groups) == 1:
+        return None
     drawn = rng.integers(len(groups), size=(count, len(groups)))
     above, below = (np.array([x[group].sum() for group in groups])[drawn].sum(1) for x in (values, over))
     return np.quantile(above / below, [0.025, 0.975]).tolist()

@@ -221,12 +221,12 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # --- resume
-    first, best = 0, None
+    first, best, passed = 0, None, False
     if checkpoint:
         state = common.load(checkpoint / "resume.pt")
         opt.load_state_dict(state["opt"])
         scaler.load_state_dict(state["scaler"])
-        first, best = state["step"], state["best"]
+        first, best, passed = state["step"], state["best"], state.get("passed", False)
     log = common.Logger(args, first)
     log.say(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {world} process(es)")
     net = torch.compile(model) if args.compile else model
@@ -248,8 +248,8 @@ def main(argv=None):
     clips = -(-CODEBOOK_FROM // (args.sequence_length - 1))
 
     # --- loop
-    stopped, passed, line = False, False, {}
-    for step in range(first, args.steps):
+    stopped, line = False, {}
+    for step in range(first, first if passed else args.steps):
         began, waited, lr = time.perf_counter(), 0.0, learning_rate(step, args)
         for group in opt.param_groups:
             group["lr"] = lr
@@ -299,7 +299,7 @@ def main(argv=None):
             with common.checkpoint(args.out, done, is_best, args.keep) as folder:
                 model.save_pretrained(folder)
                 (folder / "data.json").write_text(json.dumps(split, indent=1))
-                state = dict(step=done, best=best, opt=opt.state_dict(), scaler=scaler.state_dict())
+                state = dict(step=done, best=best, passed=passed, opt=opt.state_dict(), scaler=scaler.state_dict())
                 torch.save(state, folder / "resume.pt")
         if "val/mse_loss" in line and rank == 0:
             for name, figure in figures.of_run(model, example, log.out / "log.jsonl"):
