@@ -291,3 +291,29 @@ def test_help_of_every_script(file, tmp_path):
     assert "usage:" in done.stdout and not done.stderr and not list(tmp_path.iterdir())
     named = re.findall(r"^  --([a-z-]+) ([A-Z_]+)", done.stdout, re.M)
     assert not [name for name, value in named if name.replace("-", "_").upper() == value], "--x X: name what it takes"
+
+
+BENCHES = dict(
+    fsq_vqvae="",
+    laq="--loader --repeats 1 --threads 1",
+    loaders="vvae_lam",
+    pi05_finetune="--repeats 1",
+    pi05_videos="--episodes 4 --frames 10",
+    vae_distill="--envs 8 --repeats 1 --only physics iteration",
+    vla="--repeats 1",
+    vvae_lam="--parts loader",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BENCHES)
+def test_benchmarks_run(name, tmp_path):
+    """Each benchmark that tests/bench/all.py runs still fits the code that it times."""
+    done = launch(ROOT / "tests" / "bench" / f"{name}.py", *BENCHES[name].split(), cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"\d(\.\d+)?( |x|$)", done.stdout, re.M), done.stdout
+
+
+def test_every_benchmark_is_run_by_a_test():
+    experiments = {"all", "timing", "fsq_policy", "pi05_mistakes"}
+    assert {file.stem for file in (ROOT / "tests" / "bench").glob("*.py")} - experiments == set(BENCHES)

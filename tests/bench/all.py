@@ -1,4 +1,4 @@
-"""Every benchmark of this folder in turn, as one Markdown page of their tables.
+"""The benchmarks of this folder in turn, as one Markdown page of their tables.
 
 Run:
   python tests/bench/all.py --out runs/bench.md
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+NO_TIMINGS = ("fsq_policy", "pi05_mistakes")  # experiments, one of them an hour long: only if named
 
 
 def main():
@@ -27,7 +28,7 @@ def main():
     if unknown:
         parser.error(f"--only {sorted(unknown)[0]}: there are {', '.join(found)}")
     failed, page = 0, ["# Benchmarks", "", f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPU cores", ""]
-    for name in args.only or found:
+    for name in args.only or [name for name in found if name not in NO_TIMINGS]:
         words = [sys.executable, str(found[name]), *shlex.split("" if name == "loaders" else args.flags)]
         start, load = time.monotonic(), os.getloadavg()[0]
         print(f"{name} ...", flush=True)

@@ -94,12 +94,10 @@ def bench_step(rows, sources):
 
 def bench_loop(rows, sources, words):
     """The whole train.py loop (AMP, scaler, accumulation, log, stop flag) against a bare one and Accelerate's."""
-    sizes = dict(hidden_dim=32)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
-    steps, batch_size = 60, 16
+    steps, batch_size = 60, 128
 
     def bare_like(prepare):
-        model = fitted(sources, **sizes)
+        model = fitted(sources)
         opt = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95))
         known = fsq_vqvae.model.CONTEXT["action"]
         batches = fsq_vqvae.data.TrainBatches(sources, batch_size, 0, context=known)
@@ -143,10 +141,9 @@ def bench_loop(rows, sources, words):
             clock = time.perf_counter
             time.perf_counter = time.process_time  # the log's steps_per_s in CPU time, as the others
             try:
-                late = ["--eval-every", "9999", "--save-every", "9999", "--val-share", "0", "--log-every", "20"]
-                fsq_vqvae.train.main(
-                    [*words, "--out", out + "/run", "--steps", steps, "--batch-size", batch_size, *late, *flags]
-                )
+                late = "--eval-every 9999 --save-every 9999 --val-share 0 --log-every 20".split()
+                sizes = f"--steps {steps} --batch-size {batch_size}".split()
+                fsq_vqvae.train.main([*words, "--out", out + "/run", *sizes, *late])
             finally:
                 time.perf_counter = clock
             lines = [json.loads(line) for line in Path(out, "run", "log.jsonl").read_text().splitlines()]

@@ -9,6 +9,7 @@ A folder with flags of its train.py, or every folder's demo. 30 steps with --wor
 batch size * steps / processor seconds in which the loop waited for its batch. vae_distill has no loader.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -36,8 +37,10 @@ def rate(folder, flags, out):
 
 
 def main():
-    if sys.argv[1:]:
-        folder, *flags = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", choices=FOLDERS, help="whose loader; without it all of them")
+    args, flags = parser.parse_known_args()
+    if folder := args.folder:
         with tempfile.TemporaryDirectory() as scratch:
             found = rate(folder, flags, f"{scratch}/run")
         return print(f"| {folder} | {found:.0f} |", flush=True)

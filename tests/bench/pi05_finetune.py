@@ -171,7 +171,9 @@ def main():
     torch.set_num_threads(args.threads)
     rows = []
     if args.size == "medium":
-        pi05.lerobot_patch.TINY, pi05.lerobot_patch.TINY_VISION = MEDIUM, MEDIUM_VISION
+        lerobot = pi05.lerobot_patch.modeling_pi05
+        lerobot.get_gemma_config = lambda variant: lerobot.GemmaConfig(**MEDIUM[variant])
+        pi05.lerobot_patch.TINY_VISION = MEDIUM_VISION
     for checkpointing in (False, True):
         compare(args, rows, checkpointing)
     print(f"\ntorch {torch.__version__}, {args.device}, {args.threads} thread(s), amp {args.amp}\n")

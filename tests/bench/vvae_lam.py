@@ -182,6 +182,7 @@ def bench_loader(sequences=200, length=8):
                 with h5py.File(Path(folder, f"{n}.h5"), "w") as file:
                     data = rng.normal(size=(30, 16, 2, 64, 64)).astype(np.float16)
                     file.create_dataset("embeddings", data=data, chunks=(1, 16, 2, 64, 64), **storage)
+                    file.attrs["causal"] = True  # both latents of a chunk are used
             found = loaded.data.Sequences(loaded.data.read_sources([folder], val_share=0.0), length)
             picks = rng.integers(0, len(found), sequences)
 
