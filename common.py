@@ -49,7 +49,7 @@ class ArgumentParser(argparse.ArgumentParser):
     class Help(argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
             default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
-            hidden = default is None or default is False or default is argparse.SUPPRESS
+            hidden = default is None or default is False or default in ("", argparse.SUPPRESS)
             return action.help + ("" if hidden else f" [{default}]")
 
     def __init__(self, description):
@@ -206,16 +206,20 @@ def open_run(args):
             make_folder(runs)
         while args.out is None:
             number += 1
-            with contextlib.suppress(FileExistsError):
+            try:
                 (runs / f"{number:03d}").mkdir()
                 args.out = str(runs / f"{number:03d}")
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise DataError(f"{runs} cannot be written into ({error.strerror}): give --out") from None
         record, log = Path(args.out) / "args.json", Path(args.out) / "log.jsonl"
         begun = record.exists() and (step_folders(args.out) or (log.exists() and log.stat().st_size))
         if begun and not args.resume:  # one that ended before its first log line has left nothing to lose
             raise DataError(f"{args.out} holds a run already: --resume goes on with it, another --out starts a new one")
         make_folder(args.out)
         lock(args.out)
-        record.with_name("stop").unlink(missing_ok=True)
+        remove(record.with_name("stop"))
         flags = {name: value for name, value in vars(args).items() if name not in ("demo", "fixed", "folder")}
         before = read_json(record)["flags"] if begun else flags
         for name in args.fixed:
@@ -254,7 +258,7 @@ class Logger:
             return
         (self.out / "figures").mkdir(exist_ok=True)
         file, kept = self.out / "log.jsonl", []
-        for line in file.read_text().splitlines(keepends=True) if file.exists() else ():
+        for line in file.read_text(errors="replace").splitlines(keepends=True) if file.exists() else ():
             try:
                 kept += [line] if json.loads(line)["step"] <= first else []
             except (ValueError, LookupError, TypeError):
@@ -406,18 +410,27 @@ def checkpoint(out, step, best=False, keep=2):
         sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         (folder / "manifest.json").write_text(json.dumps(dict(step=step, best=best, files=sizes), indent=1))
     link(root / f"step_{step:07d}", best)
-    linked = {(root / name).resolve() for name in ("last", "best")}
+    linked = {(root / "last").resolve(), *[old.resolve() for old in step_folders(out) if was_best(old)][-1:]}
     for old in step_folders(out)[:-keep]:
         if old.resolve() not in linked:
-            (old / "manifest.json").unlink(missing_ok=True)  # killed in here: not taken for a complete checkpoint
+            remove(old / "manifest.json")  # killed in here: not taken for a complete checkpoint
             remove(old)
+
+
+def was_best(folder):
+    """Whether a checkpoint was the best so far when it was saved: known without links, too."""
+    with contextlib.suppress(DataError, AttributeError):
+        return read_json(folder / "manifest.json").get("best") is True
 
 
 def link(folder, best):
     """Point `last`, and `best` if it is the best so far, at a checkpoint."""
     for name in ["last"] + ["best"] * best:
+        path = folder.parent / name
+        if path.is_dir() and not path.is_symlink():  # the run was copied, and its links became folders
+            remove(path)
         try:
-            with atomic(folder.parent / name) as temporary:
+            with atomic(path) as temporary:
                 temporary.symlink_to(folder.name)
         except DataError as error:  # a file system without links: the run itself does not need them
             warn(f"no link to {folder.name}: {error}")

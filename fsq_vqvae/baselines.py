@@ -1,6 +1,6 @@
 """Other action tokenizers to hold ours against. All work on chunks (B, T, A) in normalised units.
 
-Each is fitted on training chunks and gives, for held-out chunks, a Coded. None clips what it was not told to clip.
+Each is fitted on training chunks and gives, for held-out chunks, a Coded. None clips unless its published rule does.
 """
 
 import math
@@ -33,8 +33,8 @@ def dct_matrix(steps):
 
 
 def first_action(chunks):
-    """Sends nothing: the first action, which it is given, is held."""
-    return Coded("first action held (given it)", np.broadcast_to(chunks[:, :1], chunks.shape), np.zeros(len(chunks)), 0)
+    """First-action baseline: sends nothing; every step is the first action, which it is given."""
+    return Coded("first-action baseline", np.broadcast_to(chunks[:, :1], chunks.shape), np.zeros(len(chunks)), 0)
 
 
 class Bins:

@@ -116,7 +116,7 @@ def read_source(name, path, size="1s", action_key=None):
 
 
 def read_sources(data, chunk, val_share=0.1, val_episodes=(), condition="none", action_key=None):
-    """The sources of the flags' words. data: NAME=PATH or PATH; chunk: 1s, 30 or g1=30; val_episodes: g1=56-69,80."""
+    """The sources that the flags name. data: NAME=PATH or PATH; chunk: 1s, 30 or g1=30; val_episodes: g1=56-69,80."""
     pairs = named_paths(data)
     names = [name for name, _ in pairs]
     chunks, held_out = per_source(chunk, names, "--chunk"), per_source(val_episodes, names, "--val-episodes")

@@ -76,6 +76,9 @@ def open_sources(args, model):
             raise common.DataError(
                 f"--data {name}: {source.actions.shape[1]} action dims, the checkpoint has {coder.dims}"
             )
+        then = coder.source["fps"] or source.fps
+        if source.fps and abs(source.fps / then - 1) > 0.1:
+            raise common.DataError(f"--data {name}: {source.fps:.3g} Hz, but {known} was trained at {then:.3g} Hz")
         if model.config.condition == "state" and source.state is None:
             raise common.DataError(f"--data {name}: the tokenizer needs the state; {source.remark}")
         if path is not None:

@@ -63,8 +63,8 @@ class SourceCoder(nn.Module):
         levels = [n for token in source["levels"] for n in token]
         K, L = len(levels), max(levels, default=1)
         token = [n for n, of_token in enumerate(source["levels"]) for _ in of_token]
-        basis = [math.prod(of_token[:i]) for of_token in source["levels"] for i in range(len(of_token))]
-        for name, value in dict(levels=levels, token=token, radix=basis).items():
+        radix = [math.prod(of_token[:i]) for of_token in source["levels"] for i in range(len(of_token))]
+        for name, value in dict(levels=levels, token=token, radix=radix).items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.int64))  # index = sum of digit * radix
         self.register_buffer("center", torch.tensor(source["center"]))  # A
         self.register_buffer("scale", torch.tensor(source["scale"]))  # A
@@ -79,12 +79,12 @@ class SourceCoder(nn.Module):
         nn.init.zeros_(self.leave.weight)  # training starts from the closed form
         nn.init.zeros_(self.leave.bias)
 
-    def take(self, found):
-        """Take over a transform_coding.Fit."""
+    def load_fit(self, fit):
+        """Copy a transform_coding.Fit into the buffers."""
         for name in ("weight", "mean", "basis", "span", "deviation"):
-            getattr(self, name).copy_(torch.from_numpy(getattr(found, name)))
+            getattr(self, name).copy_(torch.from_numpy(getattr(fit, name)))
         self.edges.fill_(torch.inf)  # beyond a coefficient's own levels, so that no value gets there
-        for k, points in enumerate(found.points):
+        for k, points in enumerate(fit.points):
             self.points[k] = torch.from_numpy(np.pad(points, (0, self.points.shape[1] - len(points)), "edge"))
             self.edges[k, : len(points) - 1] = torch.from_numpy((points[1:] + points[:-1]) / 2)
 
@@ -111,7 +111,7 @@ class SourceCoder(nn.Module):
     def quantize(self, x, features):
         """x (B, X), features (B, C) -> digits (B, K): the number of the nearest point of each coefficient."""
         z = (x - features @ self.weight - self.mean) @ self.basis.T
-        return (z[..., None] > self.edges).sum(-1)
+        return (z[..., None] > self.edges).sum(-1)  # B K L-1 -> B K
 
     def pack(self, digits):
         """digits (B, K) -> indices (B, N) int64, each below its token's product of levels."""
@@ -181,7 +181,7 @@ class FSQVQVAE(nn.Module):
             described.append({**source, "spread": spread, "levels": found.levels})
         model = cls(Config(described, **config))
         for own, found in zip(model.coders, fits, strict=True):
-            own.take(found)
+            own.load_fit(found)
         return model
 
     # --- training
@@ -369,6 +369,10 @@ class FSQVQVAE(nn.Module):
                     here, there = self.sources[s][key], theirs.source[key]
                     if here != there:
                         raise DataError(f"{folder}: {key} of {name} is {there}, here {here}")
+                ends, known = np.array([self.sources[s]["low"], self.sources[s]["high"]]), theirs.source
+                reach = np.abs((ends - known["center"]) / known["scale"]).max()
+                if reach > 20:
+                    raise DataError(f"{folder}: its {name} reaches 1/{reach:.3g} as far: another robot? write NAME=")
                 self.coders[s] = theirs
                 self.sources[s] = theirs.source
         return self

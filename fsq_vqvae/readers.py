@@ -39,7 +39,8 @@ class Recording:
     def add(self, identity, actions, state=None, rate=None):
         """TypeError for what is no array of numbers, such as texts or complex numbers."""
         self.ids.append(identity)
-        self.actions.append(np.asarray(actions).astype(np.float32, casting="same_kind"))
+        actions = np.asarray(actions).astype(np.float32, casting="same_kind")
+        self.actions.append(actions[:, None] if actions.ndim == 1 else actions)
         self.states.append(None if state is None else np.asarray(state).astype(np.float32, casting="same_kind"))
         self.rates += [rate] if rate else []
 
@@ -77,10 +78,12 @@ def rate_of(timestamps, where):
     if len(steps) == 0:
         return None
     median = np.median(steps)
-    if not median > 0:
+    if not steps.min() > 0:
         raise DataError(f"{where}: `timestamps` do not increase (float32 is too coarse for seconds since 1970)")
-    if not 0.5 <= 1 / median <= 2000:
+    if not 0.99 <= 1 / median <= 2000:
         raise DataError(f"{where}: `timestamps` give {1 / median:.3g} Hz; are they in seconds?")
+    if steps.max() > 3 * median:
+        warn(f"{where}: {steps.max():.3g} s pass between two steps of {median:.3g} s: chunks run across it")
     return 1 / median
 
 
@@ -341,6 +344,8 @@ def check(found, path):
                 step, dim = np.argwhere(~np.isfinite(values))[0]
                 raise DataError(f"{where}: {what} hold NaN or infinity at step {step}, dim {dim}")
     rates = sorted(found.rates)
+    if rates and len(rates) < len(found.ids):
+        warn(f"{path}: {len(found.ids) - len(rates)} episodes do not tell their rate; {rates[0]:.3g} Hz is taken")
     if rates and rates[-1] > 1.1 * rates[0]:
         raise DataError(
             f"--data {path}: episodes of {rates[0]:.3g} Hz and of {rates[-1]:.3g} Hz in one folder; put each rate into "

@@ -26,7 +26,7 @@ def named_paths(data):
 
 
 def per_source(values, names, flag):
-    """["g1=30", "droid=15"] or ["30"] -> {name: "30"}; a bare value is for the sources that have none of their own.
+    """["g1=30", "droid=15"] or ["30"] -> {name: "30"}; a bare value is for all other sources.
 
     Several values of one source are joined by commas: lists of episodes, and nothing else.
     """

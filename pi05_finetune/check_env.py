@@ -31,6 +31,8 @@ def packages(file):
     from packaging.requirements import Requirement
 
     good, problems = [], []
+    if not Path(file).exists():
+        return ["no requirements.txt beside this folder: packages are not compared; see README.md"], []
     for line in Path(file).read_text().splitlines():
         text = line.partition("#")[0].strip()
         if not text:

@@ -76,7 +76,7 @@ def reduce(episode, ref, args):
         names = ref.action_names or [f"action {i}" for i in range(count)]
         kept = select_dims(args.dims, names)
         for key, vector in episode.vectors.items():
-            own = ref.proprio_names.get(key) or ([] if vector.shape[1] != count else names)
+            own = ref.proprio_names.get(key) or []
             mine = [own.index(names[i]) for i in kept if names[i] in own]
             if len(mine) == len(kept):
                 episode.vectors[key] = vector[:, mine]
@@ -162,12 +162,19 @@ def write_lerobot(root, episodes, pictures):
             for key, images in cameras.items():
                 axes, kind = ["height", "width", "channels"], "image" if pictures else "video"
                 features[key] = dict(dtype=kind, shape=next(images()).shape, names=axes)
+            if any("/" in key for key in features):
+                raise DataError(f"LeRobot's names hold no /: rename one of {', '.join(features)}")
             data = LeRobotDataset.create("local/data", round(rate), features, root=root, use_videos=not pictures)
+        if abs(rate / data.fps - 1) > 0.1 or np.diff(episode.timestamps).max() > 3 / rate:
+            raise DataError(f"{episode.name}: {rate:.3g} Hz or a pause; a LeRobotDataset has steps of {data.fps} Hz")
         cameras = {key: images() for key, images in cameras.items()}
         for i, action in enumerate(episode.actions):
             frame = {f"observation.{key}": value[i] for key, value in episode.vectors.items()}
             frame |= {key: next(images) for key, images in cameras.items()}
-            data.add_frame(dict(action=action, task=episode.task_at(i), **frame))
+            try:
+                data.add_frame(dict(action=action, task=episode.task_at(i), **frame))
+            except ValueError as error:  # LeRobot's: keys or shapes other than the first episode's
+                raise DataError(f"{episode.name}: {' '.join(str(error).split())}") from None
         data.save_episode(parallel_encoding=False)
         count += 1
     if data is not None:
@@ -187,6 +194,8 @@ def main(argv=None):
     episodes = converted([ref for ref in refs if wanted is None or ref.id in wanted], args)
     common.make_folder(out.parent)
     with common.atomic(out, folder=True) as folder:
+        if (source / "spec.yaml").exists():
+            print(f"{source}/spec.yaml is not carried over: names, limits and action_type are lost")
         count = write_npz(folder, episodes) if args.to == "npz" else write_lerobot(folder, episodes, args.images)
         if count == 0:
             raise DataError(f"--data {source}: no whole episode")

@@ -228,8 +228,11 @@ class PolicyBatch:
         batch["observation.state"] = torch.stack(states).nan_to_num()
         for name, key in self.spec.cameras.items():
             images = [item[f"obs.{key}"][0].movedim(-1, 0).contiguous() for item in items]
-            if len({image.shape for image in images}) > 1:
-                raise DataError(f"camera {key} has other proportions in other episodes: convert.py --image-size")
+            side = max(max(image.shape) for image in images)
+            if len({image.shape for image in images}) > 1:  # black borders, as the policy adds them to each alone
+                gaps = [(side - image.shape[2], side - image.shape[1]) for image in images]
+                borders = [[w // 2, w - w // 2, h // 2, h - h // 2] for w, h in gaps]
+                images = [F.pad(image, border) for image, border in zip(images, borders, strict=True)]
             batch[f"observation.images.{name}"] = torch.stack(images)
         return self.processor(batch) if self.processor else batch
 

@@ -33,6 +33,7 @@ from readers.spec import DatasetSpec, load_spec
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from train import setup
+from validate import check
 
 import common
 from common import DataError
@@ -150,6 +151,8 @@ def open_episodes(args):
         raise DataError("--mock-model: give --data, or a --checkpoint that tells it")
     spec = args.spec or (DatasetSpec(**saved["spec"]) if saved else None)
     spec, episodes = open_data(args.data or saved["data"], spec)
+    if not spec.required_obs_keys:
+        raise DataError("the report shows at least one camera: name it in the spec's required_obs_keys")
     trained = saved.get("train", {})  # {key: digest}; other --data may hold the same episodes under other names
     digests = set(trained.values())
     was = [e.digest() in digests if args.data else e.key in trained for e in episodes]
@@ -159,6 +162,8 @@ def open_episodes(args):
         raise DataError("nothing to report on: the run was trained on every episode")
     if trained:
         print(f"{len(held_out)} episodes to report on, {len(train)} others were trained on")
+    for line in check(held_out, spec):
+        print(line)
     return spec, train, held_out[: args.max_episodes]
 
 

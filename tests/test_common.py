@@ -57,7 +57,7 @@ def test_help_shows_defaults_and_keeps_lines(capsys):
         parser_of().parse_args(["--help"])
     shown = capsys.readouterr().out
     assert "Run:\n  python x" in shown and all(text in shown for text in ("[5]", "[0.0]", "[8 5]"))
-    assert "None" not in shown and "False" not in shown and "SUPPRESS" not in shown
+    assert not [word for word in ("None", "False", "SUPPRESS", "[]") if word in shown]
 
 
 @pytest.mark.parametrize("words", [["--step", "3"], ["--steps", "x"], ["--nothing"], ["@nowhere.args"]])
@@ -621,3 +621,14 @@ def test_read_json_names_the_file(tmp_path):
             common.read_json(path)
     path.write_text('{"a": "ü"}', encoding="utf-8")
     assert common.read_json(path) == SimpleNamespace(a="ü").__dict__
+
+
+def test_the_best_stays_without_links_and_after_a_copy(tmp_path, monkeypatch):
+    write(tmp_path, 10, best=True)
+    common.shutil.copytree(tmp_path, tmp_path / "copy")  # follows links
+    write(tmp_path / "copy", 20, best=True, keep=1)
+    assert (tmp_path / "copy/checkpoints/best").resolve().name == "step_0000020"
+    monkeypatch.setattr(Path, "symlink_to", lambda *call, **more: os.chmod("/nowhere", 0))
+    for step in (30, 40, 50):
+        write(tmp_path, step, keep=1)
+    assert (tmp_path / "checkpoints/step_0000010").exists()

@@ -988,3 +988,32 @@ def test_real_g1_reaches_the_front(this, tmp_path):
     assert this.train.main([*map(str, words)]) == 0
     last = log_of(tmp_path)[-1]
     assert last["val/g1/mse_closed_form"] < 1.55e-3 and last["val/mse"] < 1.5e-3
+
+
+def test_init_of_another_robot_is_refused(this, tmp_path):
+    """Two sources of one name whose motions differ twentyfold: the closed form of one means nothing for the other."""
+    a, b = (write_npz(tmp_path / name / "episodes", [30] * 4, rate=10) for name in "ab")
+    for file in b.glob("*.npz"):
+        np.savez(file, actions=1000 + 50 * np.load(file)["actions"], timestamps=np.arange(30) / 10)
+    assert this.train.main(["--data", str(a), "--steps", "1", "--hidden-dim", "8", "--out", str(tmp_path / "r")]) == 0
+    more = ["--init", str(tmp_path / "r" / "checkpoints" / "last"), "--out", str(tmp_path / "s")]
+    with pytest.raises(DataError, match="another robot"):
+        this.train.main(["--data", str(b), "--steps", "1", "--hidden-dim", "8", *more])
+
+
+@pytest.mark.parametrize("times", [np.r_[:9, :9] / 10, np.arange(18) * 2.0, np.arange(18) * 8.0])
+def test_times_set_back_or_in_milliseconds(this, tmp_path, times):
+    np.savez(tmp_path / "e.npz", actions=np.zeros((18, 2)), timestamps=times)
+    with pytest.raises(DataError, match="e.npz: .*(increase|seconds)"):
+        this.readers.read(tmp_path)
+
+
+def test_a_pause_is_told(this, tmp_path, capsys):
+    np.savez(tmp_path / "e.npz", actions=np.zeros((18, 2)), timestamps=np.r_[:9, 59:68] / 10)
+    assert this.readers.read(tmp_path).rates == [pytest.approx(10)]
+    assert "e.npz: 5.1 s pass between two steps of 0.1 s" in capsys.readouterr().err
+
+
+def test_actions_of_one_dim_without_its_axis(this, tmp_path):
+    np.savez(tmp_path / "e.npz", actions=np.arange(9.0))
+    assert this.readers.read(tmp_path).actions[0].shape == (9, 1)

@@ -1925,3 +1925,84 @@ def test_real_g1_validates_trains_and_reports(this, tmp_path):
     assert this.evaluate.main(words) == 0
     source = json.loads((tmp_path / "r" / "report.json").read_text())["sources"]["g1"]
     assert np.isfinite(source["methods"]["model"]["mse_normalised"]) and len(source["dims"]) == 26
+
+
+def test_paligemmas_tokenizer_with_its_image_token(this, tmp_path):
+    from tokenizers import AddedToken, Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(257152)}, unk_token="w0"))
+    tokenizer.add_special_tokens([AddedToken("<image>", special=True)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0").save_pretrained(tmp_path / "t")
+    this.processor.check_tokenizer(tmp_path / "t", "full")
+
+
+def test_dims_in_another_order_are_refused(this, tmp_path):
+    roots = [write_lerobot_v21(tmp_path / name, [an_episode(12, i) for i in (0, 1)]) for name in "ab"]
+    info = roots[1] / "meta" / "info.json"
+    info.write_text(info.read_text().replace('["x", "y", "gripper"]', '["gripper", "x", "y"]'))
+    with refuses("b: dims in the order gripper, x, y, the spec has x, y, gripper"):
+        this.dataset.open_data([f"a={roots[0]}", f"b={roots[1]}"])
+
+
+def test_pictures_of_depth_and_turned_ones(this):
+    """A 16-bit PNG is no colour; EXIF turns a picture as viewers do."""
+    import io
+
+    from PIL import Image
+
+    Image.fromarray(np.full((4, 6), 900, np.uint16)).save(deep := io.BytesIO(), "PNG")
+    with refuses("I;16 .depth"):
+        this.episode.decode_image(deep.getvalue(), "x")
+    (exif := Image.Exif())[274] = 6
+    Image.new("RGB", (6, 4)).save(turned := io.BytesIO(), "JPEG", exif=exif)
+    assert this.episode.decode_image(turned.getvalue(), "x").shape == (6, 4, 3)
+
+
+@pytest.mark.parametrize("steps", [np.arange(12) / 30, np.r_[np.arange(6), 90 + np.arange(6)] / 10])
+def test_convert_refuses_uneven_times(this, tmp_path, steps):
+    """A LeRobotDataset has one rate: another one, or a pause, would be flattened."""
+    data = write_data(tmp_path / "d", (12, 12), e1=change(timestamps=steps))
+    with refuses("a LeRobotDataset has steps of 10 Hz"):
+        converted(this, "--data", data, "--to", "lerobot", "--images", "--out", tmp_path / "l")
+
+
+def test_convert_refuses_episodes_that_differ(this, tmp_path):
+    data = write_data(tmp_path / "d", (12, 12), e1=without("obs.joint_pos"))
+    with refuses("episode ep1: Feature mismatch"):
+        converted(this, "--data", data, "--to", "lerobot", "--images", "--out", tmp_path / "l")
+
+
+def test_cameras_of_other_proportions_in_one_batch(this, tmp_path):
+    """They get black borders, as the policy gives them."""
+    wide = np.random.default_rng(0).integers(0, 255, (15, 14, 28, 3), dtype=np.uint8)
+    spec, episodes, _ = opened(this, write_data(tmp_path / "d", e1=change(**{"obs.camera": wide})))
+    windows = windows_of(this, spec, episodes, for_policy=True, image_size=28)
+    images = batch_of(this, windows, [0, 20])["observation.images.camera"]
+    assert images.shape == (2, 3, 28, 28) and not images[1, :, :7].any() and not images[1, :, 21:].any()
+
+
+@pytest.mark.parametrize("rate", [100, 125, 500])
+def test_times_in_milliseconds(this, rate):
+    with refuses("are they in seconds"):
+        this.episode.control_rate(np.arange(9) * 1000 / rate, "x")
+
+
+def test_copies_that_editors_leave_are_no_episodes(this, tmp_path):
+    root = write_lerobot_v21(tmp_path / "d", [an_episode(12, i) for i in (0, 1)])
+    (root / "data" / "chunk-000" / ".ipynb_checkpoints").mkdir()
+    for name in ("episode_000001 (1)", ".ipynb_checkpoints/episode_000001-checkpoint"):
+        file = root / "data" / "chunk-000" / "episode_000001.parquet"
+        shutil.copy(file, file.parent / f"{name}.parquet")
+    assert [ref.id for ref in this.dataset.list_episodes("x", root)] == ["0", "1"]
+
+
+def test_evaluation_checks_the_episodes(this, tmp_path):
+    """A camera is there for the figure, and the rate is the one of the spec."""
+    data = write_data(tmp_path / "d", **{f"e{i}": without("obs.camera") for i in range(4)})
+    (data / "spec.yaml").unlink()
+    with refuses("at least one camera"):
+        this.evaluate.main(["--mock-model", "--data", str(data), "--out", str(tmp_path / "r")])
+    data = write_data(tmp_path / "e", e0=change(timestamps=np.arange(20) / 30))
+    with refuses("ep0: rate: timestamps tell 30 Hz"):
+        this.evaluate.main(["--mock-model", "--data", str(data), "--out", str(tmp_path / "r")])

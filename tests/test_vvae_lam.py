@@ -977,7 +977,7 @@ def test_report(this, evaluate, latents, checkpoint, tmp_path):
     text = (tmp_path / "one" / "report.md").read_text()
     assert set(report["probes"]) >= wanted and "Advice: not good enough" in text
     assert text.count(".png") == len(list((tmp_path / "one" / "figures").glob("*.png"))) == 2
-    with H5(tmp_path / "one" / "rollouts" / "r0.h5") as file:
+    with H5(tmp_path / "one" / "rollouts" / "two-r0.h5") as file:
         assert file["embeddings"].shape == (12, 2, 1, 8, 8)
 
 
@@ -1424,3 +1424,46 @@ def test_real_droid_latents_and_states(sources, tmp_path):
     np.testing.assert_allclose(np.sin(motion[:, 3:6]), np.sin(moved[:, 3:6]), atol=1e-5)
     np.testing.assert_allclose(motion[:, :3], moved[:, :3], atol=1e-6)
     assert np.abs(motion).max() < np.pi
+
+
+def test_copies_of_a_held_out_recording_are_held_out(this, latents, tmp_path, capsys):
+    """In the first run as after --resume."""
+    folder = shutil.copytree(latents, tmp_path / "data")
+    shutil.copy(folder / "r1.h5", folder / "copy.h5")
+    for more in (["--steps", 2], ["--steps", 4, "--resume"]):
+        assert this.train.main(flags(folder, tmp_path / "run", *more)) == 0
+        assert "training sequences of 4 from 4 recordings" in capsys.readouterr().out
+
+
+def test_attributes_of_any_text_type(recordings, tmp_path):
+    about = dict(axes=list("NCTHW"), causal=np.bytes_("true"), key=np.bytes_("k"))
+    found = recordings.inspect(write_h5(tmp_path / "a.h5", frames(4), attributes=about))
+    assert found.every and found.attributes["key"] == "k"
+
+
+def test_a_recording_is_the_same_in_any_float_type(recordings, tmp_path):
+    x = frames(4).astype(np.float16)
+    a, b = (write_h5(tmp_path / f"{n}.h5", x.astype(n)) for n in ("float16", "float32"))
+    assert recordings.inspect(a).fingerprint() == recordings.inspect(b).fingerprint()
+
+
+def test_rows_that_were_never_written_are_named(recordings, tmp_path):
+    for name in ("states", "frame_index"):
+        path = write_h5(tmp_path / f"{name}.h5", frames(4))
+        with h5py.File(path, "a") as file:
+            file.create_dataset(name, (4,), "i8")
+        with pytest.raises(DataError, match=f"`{name}`: no value was written"):
+            found = recordings.inspect(path)
+            found.motion(1), found.frame_index()
+
+
+def test_avi_with_b_frames(encode, tmp_path):
+    """AVI gives a frame the time of its packet, which comes in another order."""
+    with encode.av.open(str(tmp_path / "a.avi"), "w") as video:
+        stream = video.add_stream("libx264", rate=8)
+        stream.height = stream.width = 32
+        picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+        images = [encode.av.VideoFrame.from_ndarray(np.roll(picture, 2 * k, 1), format="rgb24") for k in range(24)]
+        video.mux([packet for image in [*images, None] for packet in stream.encode(image)])
+    video = encode.Video(tmp_path / "a.avi", "a")
+    assert encode.frame_times(video, 4.0)[2].tolist() == list(range(0, 24, 2))

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
-import mujoco
 import numpy as np
-from teacher.walker import body_names, name_of_qpos, positions, velocities
+from teacher.walker import body_names, check_clip, positions, velocities
 
 from common import DataError
 
 REFERENCE_CLIP = ("position", "quaternion", "joints")
-TOLERANCE = 5e-3  # of the walker's size: kinematics of a right file reproduce its xpos to 1e-6
 LOCKED = "another process has it open, or its file system has no locks: HDF5_USE_FILE_LOCKING=FALSE reads it still"
 
 
@@ -99,6 +97,8 @@ def read_reference_clip(group):
     arrays = dict(qpos=np.concatenate([read_dataset(group, key) for key in REFERENCE_CLIP], -1))
     if "body_positions" in group:
         arrays["xpos"] = read_dataset(group, "body_positions")
+        if arrays["xpos"].shape[:2] != arrays["qpos"].shape[:2]:
+            raise DataError(f"`body_positions` has shape {arrays['xpos'].shape}, but `joints` {group['joints'].shape}")
     velocity = ("velocity", "angular_velocity", "joints_velocity")
     if all(key in group for key in velocity):
         arrays["qvel"] = np.concatenate([read_dataset(group, key) for key in velocity], -1)
@@ -133,9 +133,11 @@ def read_file(file, model, mocap_hz, clip_frames=0):
     if not clips:
         raise DataError(f"{file}: holds no clip")
     notes = [f"{file}: the last {rest} frames are no whole clip and are left out"] if rest else []
+    if "xpos" not in clips[0]:
+        notes.append(f"{file}: no xpos: unit, order of joints and walker of the clips are not checked")
     recomputed = 0
     for i, clip in enumerate(clips):
-        check(model, clip, bodies, joints, f"{file}, clip {i}")
+        check_clip(model, clip, bodies, joints, f"{file}, clip {i}")
         velocity = velocities(model, clip["qpos"], mocap_hz)
         if not usable(clip.get("qvel"), velocity):
             clip["qvel"], recomputed = velocity, recomputed + 1
@@ -144,51 +146,6 @@ def read_file(file, model, mocap_hz, clip_frames=0):
     if recomputed:
         notes.append(f"{file}: qvel of {recomputed} clips is absent or wrong and was computed from qpos")
     return clips, bodies, notes
-
-
-# --- does it fit the walker?
-
-
-def check(model, clip, bodies, joints, where):
-    """DataError unless the walker's kinematics put its bodies where the clip has them."""
-    qpos, own = clip["qpos"], [name_of_qpos(model, i) for i in range(model.nq)]
-    if qpos.ndim != 2 or qpos.shape[1] != model.nq or qpos.dtype.kind not in "fiu":
-        shape = f"{qpos.dtype} {qpos.shape}, the walker (frames, {model.nq})"
-        raise DataError(f"{where}: qpos has shape {shape}: another walker?")
-    if "xpos" in clip and (clip["xpos"].shape[2:] != (3,) or len(bodies) not in (0, clip["xpos"].shape[1])):
-        raise DataError(f"{where}: xpos has shape {clip['xpos'].shape}, and names_xpos names {len(bodies)} bodies")
-    for key in ("qpos", "xpos"):
-        if key in clip and not np.isfinite(clip[key]).all():
-            frame = np.argwhere(~np.isfinite(clip[key]))[0][0]
-            raise DataError(f"{where}: {key} holds NaN or infinity at frame {frame}")
-    other = [i for i in range(model.nq) if joints[i] != own[i]] if len(joints) == model.nq else []
-    named = f"names_qpos has {joints[other[0]]!r} at {other[0]}, the walker {own[other[0]]!r}" if other else ""
-    for joint in range(model.njnt):
-        at = model.jnt_qposadr[joint] + 3 * (model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_FREE)
-        if model.jnt_type[joint] in (mujoco.mjtJoint.mjJNT_FREE, mujoco.mjtJoint.mjJNT_BALL):
-            if np.abs(np.linalg.norm(qpos[:, at : at + 4], axis=-1) - 1).max() > 0.01:
-                raise DataError(f"{where}: qpos {at} to {at + 3} is no unit quaternion; {named or 'another walker?'}")
-    if "xpos" not in clip:
-        if named:
-            raise DataError(f"{where}: {named}, and there is no xpos to check the order with")
-        return
-    frames = np.unique(np.linspace(0, len(qpos) - 1, 20).astype(int))
-    count, known = clip["xpos"].shape[1], {name: i for i, name in enumerate(body_names(model))}
-    order = [known.get(name) for name in bodies] if bodies else range(model.nbody - count, model.nbody)
-    pairs = [(at, body) for at, body in enumerate(order) if body is not None and body > 0]
-    if not pairs or (count > model.nbody and not bodies):
-        raise DataError(f"{where}: its {count} bodies are not the walker's {model.nbody}: another walker?")
-    at, body = np.array(pairs).T
-    here = positions(model, qpos[frames])
-    apart = np.linalg.norm(here[:, body] - clip["xpos"][frames][:, at], axis=-1).max(0)
-    size = np.linalg.norm(here[:, 1:] - here[:, 1:].mean(1, keepdims=True), axis=-1).max()
-    if apart.max() > TOLERANCE * size:
-        name, far = body_names(model)[body[apart.argmax()]], apart.max()
-        kinds = "another walker, scale or unit, degrees, another order of joints, or quaternions with w last"
-        raise DataError(
-            f"{where}: the walker's kinematics put body {name!r} {far:.2g} away from its xpos (the walker measures "
-            f"{2 * size:.2g}): {named or kinds}?"
-        )
 
 
 def usable(stored, computed):
@@ -227,8 +184,11 @@ def find_files(path):
 
 def labels(files):
     """A short name for every file: its stem, or as much of its path as tells it from the others."""
-    if len({file.resolve() for file in files}) < len(files):
-        raise DataError("--data names a file twice")
+    known = {}
+    for file in files:
+        if file.resolve() in known:
+            raise DataError(f"--data names a file twice: {known[file.resolve()]} and {file}")
+        known[file.resolve()] = file
     for name in (lambda f: f.stem, lambda f: f.name, lambda f: f"{f.parent.name}/{f.name}", str):
         names = [name(file) for file in files]
         if len(set(names)) == len(names):

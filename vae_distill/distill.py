@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from model import intention
 
-from common import make_folder
+from common import DataError, make_folder
 
 BETAS = (0.9, 0.95)
 
@@ -147,6 +147,15 @@ def keep_compiled(folder):
     """Keep compiled programs in a folder, for the next start."""
     make_folder(folder, "--compile-cache")
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).resolve()))
+
+
+def find_devices():
+    """DataError where JAX has no device, as with JAX_PLATFORMS=cuda and a JAX for CPUs."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        told = (str(error) or "no backend").splitlines()[0][:150]
+        raise DataError(f"JAX has no device here (JAX_PLATFORMS is {jax.config.jax_platforms}): {told}") from None
 
 
 def replicate(mesh, tree):

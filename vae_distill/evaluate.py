@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
 from data import read_clips, restore_split, split_of
-from distill import keep_compiled
+from distill import find_devices, keep_compiled
 from env import Imitation
 from metrics import ERRORS, POLICIES, free_run, lasting, latent_metrics, make_rollout, measure, smoothness, summary
 from model import ACTIVE, Student
@@ -132,7 +132,7 @@ def play(args, env, student, params, teacher, clip, start):
 
 def without_reference(args, env, clips, student, params):
     """Rows of the report: does it last for --seconds, and how fast and how jerky is it, against the clips."""
-    rng, steps, n = np.random.default_rng(args.seed), round(args.seconds * env.rate), FREE_EPISODES
+    rng, steps, n = np.random.default_rng(args.seed), max(3, round(args.seconds * env.rate)), FREE_EPISODES
     start = clips.qpos[rng.integers(len(clips.ids), size=n), 0]
     key = jax.random.key(args.seed)
 
@@ -239,10 +239,7 @@ def main(argv=None):
     keep_compiled(args.compile_cache)
     if args.device != "auto":
         jax.config.update("jax_platforms", dict(gpu="cuda").get(args.device, args.device))
-    try:
-        jax.devices()
-    except RuntimeError as error:
-        raise common.DataError(f"--device {args.device}: {str(error).splitlines()[0][:150]}") from None
+    find_devices()
     given = {name: getattr(args, name) for name in ("teacher", "walker", "data", "clip_frames", "physics")}
     student, params, env, clips, teacher = open_run(args.checkpoint, **given)
     common.make_folder(Path(args.out) / "figures")

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
+from distill import find_devices
 from model import QUIET, Student
 from teacher.checkpoint import write_teacher
 
@@ -57,12 +58,14 @@ def intention_policy(student, params):
 
 def main(argv=None):
     args = parse(argv)
+    find_devices()
     student, params = Student.from_pretrained(args.checkpoint)
     if not args.track_mjx:
-        out = Path(args.out)
-        if out.is_file() or {file.name for file in out.glob("*")} - {"config.json", "weights.npz", "policy.py"}:
+        out = Path(args.out).absolute()
+        others = {file.name for file in out.glob("*")} - {"config.json", "weights.npz", "policy.py"}
+        if others or out.is_file() or out in (Path.cwd(), *Path.cwd().parents):
             raise common.DataError(f"--out {out}: is or holds other files; give the policy a folder of its own")
-        with common.atomic(args.out, folder=True) as folder:
+        with common.atomic(out, folder=True) as folder:
             student.save_pretrained(folder, params)
             shutil.copy(Path(__file__).with_name("policy.py"), folder)
         print(f"{args.out}: config.json, weights.npz, policy.py")

@@ -53,5 +53,7 @@ class Policy:
 
     def decode(self, proprioception, z):
         x = np.concatenate([z, self.normalize(proprioception)], -1)
+        if not np.isfinite(x).all():
+            raise ValueError("proprioception or latent holds NaN or infinity")
         last = len(self.config["decoder_hidden_sizes"])
         return np.tanh(self.dense(f"decoder.hidden_{last}", self.hidden("decoder", x)))

@@ -23,7 +23,7 @@ import optax
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 import figures
-from distill import keep_compiled, where
+from distill import find_devices, keep_compiled, where
 from evaluate import open_run
 from teacher.walker import positions
 
@@ -275,6 +275,7 @@ def compare(curves, steps_per_update):
 def main(argv=None):
     args = parse(argv)
     keep_compiled(args.compile_cache)
+    find_devices()
     student, params, env, clips, _ = open_run(args.checkpoint, physics=args.physics)
     if env.free:
         raise common.DataError("the student's walker has a free root: these tasks are for an arm with a fixed base")

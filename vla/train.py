@@ -285,7 +285,8 @@ def main(argv=None):
         log.tick(time.perf_counter() - began, waited)
 
         done, line, is_best = step + 1, {}, False
-        ended, stopped = done == args.steps, stop()
+        ended = done == args.steps
+        stopped = stop() and not ended
         if done % args.log_every == 0 or ended:
             line.update(log.flush(lr=lr))
             line["tokens_per_s"] = line["train/tokens"] * line["steps_per_s"]
@@ -305,7 +306,7 @@ def main(argv=None):
                 scaling.save(path, model, opt, state, args.fsdp)
         if "val/loss" in line and rank == 0:
             log.figure(done, "curves", figures.curves(log.out / "log.jsonl"))
-        if stopped and not ended:
+        if stopped:
             log.say(f"stopped after step {done}; go on with --resume --out {args.out}")
             break
 

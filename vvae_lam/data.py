@@ -18,7 +18,7 @@ import torch
 from recordings import AXES, inspect, reason
 from torch.utils.data import DataLoader, Dataset
 
-from common import DataError, ignore_signals
+from common import DataError, ignore_signals, warn
 
 # --- recordings: what --data names, and how they are split
 
@@ -55,6 +55,8 @@ def find_files(folder, suffixes=(".h5", ".hdf5")):
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(where, n) for n in names if n.lower().endswith(suffixes) and not n.startswith(".")]
+    if bad := [str(file) for file in found if "\\udc" in ascii(file)]:
+        raise DataError(f"{ascii(bad[0])}: its name is not UTF-8: rename it")
     return sorted(found)
 
 
@@ -99,6 +101,8 @@ def read_sources(data, manifest=None, val_share=0.1, val_episodes=()):
         listed = Path(manifest) if manifest else folder / "manifest.json"
         split_of = read_manifest(listed, folder) if path.is_dir() and (manifest or listed.exists()) else {}
         files = list(split_of) or (find_files(path) if path.is_dir() else [path])
+        if more := len(set(find_files(path)) - set(files)) if split_of else 0:
+            warn(f"{listed}: names no split for {more} files of {path}: they are left out")
         if not files:
             raise DataError(f"--data {path}: no .h5 files (video_vae/encode_videos.py writes them)")
         for file in files:

@@ -117,7 +117,8 @@ def rollouts(model, recordings, steps, generator, keep=None):
             totals[name] = totals.get(name, 0.0) + error
         if keep is not None and i < 4:
             keep.mkdir(parents=True, exist_ok=True)
-            with common.atomic(keep / f"{recording.id.replace('/', '-')}.h5") as path, h5py.File(path, "w") as file:
+            name = f"{recording.source}-{recording.id}".replace("/", "-")
+            with common.atomic(keep / f"{name}.h5") as path, h5py.File(path, "w") as file:
                 file["embeddings"] = torch.cat([x[:1], followed["true"]]).numpy()[:, :, None]
                 known = {k: v for k, v in recording.attributes.items() if k in ("vae", "scaling", "shift")}
                 file.attrs.update(known | dict(fps=(recording.fps or 2.0) / gap, rollout=True))
@@ -233,7 +234,8 @@ def main(argv=None):
     report["advice"] = advice(one, model.config.num_embeddings, found)
     longest = max(held_out, key=len)
     clip = torch.from_numpy(longest.read(np.arange(0, min(len(longest), 6 * gap + 1), gap)))
-    wholes = [torch.from_numpy(r.read(np.arange(min(len(r), 512)))) for r in held_out[:16] if len(r) > gap]
+    some = [r for r in held_out if len(r) > gap][:16]
+    wholes = [torch.from_numpy(r.read(np.arange(min(len(r), 512)))) for r in some]
     drawn = dict(prediction=figures.prediction(model, clip.to(model.mean.device)))
     drawn["code_motion"] = figures.code_motion(model, [whole.to(model.mean.device) for whole in wholes])
     for name, figure in drawn.items():

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
-from data import read_sources
+from data import kind_of, read_sources
 from model import VVAELatentActionVQVAE
 from tqdm import tqdm
 from train import setup
@@ -66,6 +66,9 @@ def open_recordings(data, model):
     recordings = read_sources(data, val_share=0.0)
     if recordings[0].shape != model.shape:
         raise common.DataError(f"--data: C, H, W are {recordings[0].shape}, but the checkpoint has {model.shape}")
+    vae = str(kind_of(recordings[0])["vae"])
+    if vae != model.config.vae and "unknown" not in (vae, model.config.vae):
+        raise common.DataError(f"--data: latents of {vae}, but the checkpoint was trained on {model.config.vae}")
     return recordings
 
 
@@ -145,8 +148,11 @@ def is_there(path, members):
     if not path.exists():
         return False
     keys = {f"{key}.latents.npz" for key, _ in members}
-    with tarfile.open(path) as tar:
-        there = set(tar.getnames())
+    try:
+        with tarfile.open(path) as tar:
+            there = set(tar.getnames())
+    except tarfile.TarError as error:
+        raise common.DataError(f"{path}: not a whole shard ({str(error).splitlines()[0]}): remove it") from None
     if other := sorted(there - keys):
         raise common.DataError(f"{path} is there and holds labels of other data ({other[0]}): choose another --out")
     return there == keys

@@ -48,6 +48,7 @@ class Config:
     mean: tuple = (0.0,)  # per channel; the model works on (latent - mean) / std, and its errors are in those units
     std: tuple = (1.0,)
     gap: int = 1  # latent frames between two frames of a training sequence
+    vae: str = "unknown"  # whose latents these are, as the files say
 
 
 MAY_DIFFER = {"commitment_weight", "gap"}  # the weights fit all the same

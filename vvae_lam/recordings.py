@@ -89,7 +89,7 @@ class Recording:
         """What tells the recording from others, whatever its file is called: number of latents, and some chunks."""
         step = max(1, (self.chunks - 1) // 2)
         some = self.stored(slice((self.chunks - 1) % step, None, step))  # with the last: episodes may begin alike
-        return f"{self.chunks * self.chunk_frames}-{zlib.crc32(some.tobytes()):08x}"
+        return f"{self.chunks * self.chunk_frames}-{zlib.crc32(some.astype(np.float32).tobytes()):08x}"
 
     def motion(self, gap):
         """(what happens from frame t to t + gap (T - gap, ...), its name), or (None, None) if the file does not say.
@@ -100,7 +100,7 @@ class Recording:
         """
         with h5py.File(self.path, "r", locking=False) as file:
             name = next((name for name in ("states", "actions") if name in file), None)
-            values = None if name is None else file[name][()]
+            values = None if name is None else rows_of(file, name)
         if name is None or len(self) <= gap:
             return None, None
         rows = self.chunks * self.chunk_frames
@@ -124,7 +124,7 @@ class Recording:
     def frame_index(self):
         """The last video frame that each frame holds, (T,) int64; where the file does not say, its own number."""
         with h5py.File(self.path, "r", locking=False) as file:
-            rows = file["frame_index"][()] if "frame_index" in file else None
+            rows = rows_of(file, "frame_index") if "frame_index" in file else None
         number = np.arange(len(self))
         if rows is None:
             return number
@@ -159,6 +159,7 @@ def inspect(path, source="data", name=None):
                 names = ", ".join(map(str, file)) or "an empty file"
                 raise DataError(f"{path}: no data set `{KEY}`, only {names}")
             shape, kind, attributes = data.shape, data.dtype.kind, {**file.attrs, **data.attrs}
+            attributes = {k: v.decode() if isinstance(v, bytes) else v for k, v in attributes.items()}
             missing = never_written(data, path.parent)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise DataError(f"{path}: not a whole HDF5 file ({reason(error)})") from None
@@ -175,7 +176,7 @@ def inspect(path, source="data", name=None):
         raise DataError(f"{path}: its attribute `causal` is {attributes['causal']}, expected true or false")
     C, H, W = shape[1], *shape[-2:]
     other = None
-    if attributes.get("axes", AXES) not in (AXES, "NCTHW", "NCHW"):
+    if "".join(map(str, np.ravel(attributes.get("axes", AXES)))) not in (AXES, "NCTHW", "NCHW"):
         other = f"its attribute `axes` is {attributes['axes']}"
     elif "axes" not in attributes and "vae" not in attributes:
         if len(shape) == 5 and shape[2] > C:
@@ -187,6 +188,15 @@ def inspect(path, source="data", name=None):
         raise DataError(f"{path}: `{KEY}` {shape} is read as {AXES}, but {other}: {hint}")
     chunk_frames = shape[2] if len(shape) == 5 else 1
     return Recording(source, name or path.stem, path, shape[0], chunk_frames, (C, H, W), attributes)
+
+
+def rows_of(file, name):
+    """All of a small data set; DataError where it is none, or was not written whole."""
+    found = file[name]
+    missing = never_written(found, Path(file.filename).parent) if isinstance(found, h5py.Dataset) else "is a group"
+    if missing:
+        raise DataError(f"{file.filename}: `{name}`: {missing}")
+    return found[()]
 
 
 def never_written(data, folder):

@@ -199,8 +199,10 @@ def main(argv=None):
     # --- model
     checkpoint = common.newest(args.out) if args.resume else None
     split = common.read_json(checkpoint / "data.json") if checkpoint else data.split_of(recordings)
-    changes = data.restore_split(recordings, split) if checkpoint else []
+    changes = data.restore_split(recordings, split)  # which holds out the copies of a held-out recording, too
     training = [recording for recording in recordings if recording.split == "train"]
+    if not training:
+        raise common.DataError("--data: no recording to train on: copies of held-out ones, or none of the run's")
     if checkpoint:  # with its normalisation, whatever the data have become
         model = VVAELatentActionVQVAE.from_pretrained(checkpoint).train()
     else:
@@ -208,6 +210,7 @@ def main(argv=None):
         if args.init:  # its weights expect its normalisation
             mean, std = read_config(args.init).mean, read_config(args.init).std
         flags = {name: value for name, value in vars(args).items() if name in vars(Config())}
+        flags["vae"] = str(data.kind_of(training[0])["vae"])
         model = VVAELatentActionVQVAE(Config(*shape, mean=mean, std=std, **flags))
         if args.init:
             model.load_pretrained(args.init)

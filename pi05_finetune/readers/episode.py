@@ -78,6 +78,11 @@ class EpisodeRef:
     proprio_names: dict = field(default_factory=dict)  # key of a vector -> names of its dims
 
     def load(self, spec):
+        state = [dim for key in spec.required_proprio_keys for dim in self.proprio_names.get(key, [])] if spec else []
+        both = [(self.action_names, spec.action_names), (state, spec.proprio_names)] if spec else []
+        for here, there in both:
+            if here and there and here != there and sorted(here) == sorted(there):
+                raise DataError(f"{self.source}: dims in the order {', '.join(here)}, the spec has {', '.join(there)}")
         return self.read(None if spec is None else {*spec.required_obs_keys, *spec.required_proprio_keys})
 
 
@@ -101,10 +106,13 @@ def check_file(file):
 
 def decode_image(data, where):
     """The bytes of a PNG or JPEG file -> (H, W, 3) uint8."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
-        return np.asarray(Image.open(io.BytesIO(bytes(data))).convert("RGB"))
+        image = Image.open(io.BytesIO(bytes(data)))
+        if image.mode[0] in "IF":
+            raise DataError(f"{where}: a picture of mode {image.mode} (depth?), expected colours or grey")
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, TypeError, ValueError) as error:
         raise DataError(f"{where}: an image cannot be decoded ({short(error)})") from None
 
@@ -155,7 +163,7 @@ def control_rate(timestamps, where):
     middle = float(np.median(gaps))
     if not np.isfinite(middle) or middle <= 0:
         raise DataError(f"{where}: timestamps do not rise from step to step (are they float32 seconds of the epoch?)")
-    if not 0.1 <= 1 / middle <= 2000:
+    if not 0.99 <= 1 / middle <= 2000:
         raise DataError(f"{where}: timestamps tell {1 / middle:.3g} steps per second: are they in seconds?")
     return 1 / middle
 
@@ -176,6 +184,7 @@ def short(error):
 def known_paths(folder, pattern):
     """Visible files below `folder` whose name fits the pattern; links to folders are followed."""
     found = []
-    for place, _, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(place) / name for name in names if fnmatch.fnmatch(name.lower(), pattern)]
     return visible(found)

@@ -34,7 +34,8 @@ def list_hdf5(source, files, rate):
                 expected = "`data` (robosuite, robomimic), or `action` and `observations` (ALOHA)"
                 raise DataError(f"{file}: holds {', '.join(sorted(h5)) or 'nothing'}; expected {expected}")
         for identity, path in places.items():
-            episodes.append(EpisodeRef(source, identity, functools.partial(read_demo, source, file, path, own)))
+            read = functools.partial(read_demo, source, file, path, own, identity)
+            episodes.append(EpisodeRef(source, identity, read))
     return episodes
 
 
@@ -84,16 +85,18 @@ def numbers(dataset, file):
         raise DataError(f"`{dataset.name}` cannot be read ({short(error)}{cure})") from None
 
 
-def read_demo(source, file, path, rate, keys):
+def read_demo(source, file, path, rate, identity, keys):
     """One demonstration: actions, what has a row per step, and the images of `obs` or `observations`."""
     try:
         with opened(file) as h5:
             demo, arrays = h5[path], {}
+            if not isinstance(demo, h5py.Group):
+                raise DataError("is an array, expected a group with `actions`")
             name = "actions" if "actions" in demo else "action"
             if name not in demo:
                 raise DataError(f"has no `actions`, only {', '.join(sorted(demo))}")
             actions = as_rows(numbers(demo[name], file), name)
-            episode = Episode(source, "", actions, np.arange(len(actions)) / rate, {}, {}, [""])
+            episode = Episode(source, identity, actions, np.arange(len(actions)) / rate, {}, {}, [""])
             for group in (demo, demo.get("obs"), demo.get("observations")):
                 arrays |= dict(group or {})
             if isinstance(arrays.get("images"), h5py.Group):
@@ -115,7 +118,6 @@ def read_demo(source, file, path, rate, keys):
         raise DataError(f"{file}, {path}: {error}".replace(f"{file}, {path}: {file}", str(file))) from None
     except (KeyError, ValueError) as error:
         raise DataError(f"{file}, {path}: {short(error)}") from None
-    episode.id = Path(path).name or file.stem
     trim(episode, episode.vectors)
     trim(episode, episode.frames)
     return episode

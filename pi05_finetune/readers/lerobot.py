@@ -117,7 +117,8 @@ class LeRobot:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{tasks} or {rows.name}: a line lacks a whole number or a text ({short(error)})") from None
         for file in known_paths(self.root / "data", "episode_*.parquet"):
-            described.setdefault(int(file.stem[8:]), dict(episode_index=int(file.stem[8:])))
+            if file.stem[8:].isdecimal():  # not "episode_000001 (1)"
+                described.setdefault(int(file.stem[8:]), dict(episode_index=int(file.stem[8:])))
         return [described[index] for index in sorted(described)], texts
 
     def file_of(self, row, key=None):

@@ -20,6 +20,7 @@ import optax
 if __name__ == "__main__":  # vae_distill/ and its parent take the place of vae_distill/teacher/
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 from data import read_clips
+from distill import find_devices
 from env import Imitation
 from model import QUIET, Decoder, Encoder, gaussian_heads, intention
 
@@ -234,6 +235,7 @@ def clone(obs, action, size, steps, seed, batch_size=512):
 
 def make(walker, data, out, mocap_hz, substeps, clip_frames=0, steps=4000, seed=0):
     """Write OUT/walker.xml and OUT/teacher; returns the cloning's mean squared error."""
+    find_devices()
     text, out = unit_motors(walker), Path(out)
     if (out / "walker.xml").resolve() == Path(walker).resolve():
         raise DataError(f"--out {out}: its walker.xml is --walker itself; give another folder")

@@ -121,6 +121,8 @@ def read_teacher(path):
     if not (path / "policy").is_dir():
         raise DataError(f"{path}: the item `policy` is missing")
     arrays = read_arrays(path / "policy")
+    if bad := [name for name, x in arrays.items() if not np.isfinite(x).all()]:
+        raise DataError(f"{path}/policy: array {bad[0]} holds NaN or infinity")
     weights = {name[9:]: np.asarray(x, np.float32) for name, x in arrays.items() if name.startswith("1.params.")}
     params = {part: unflatten(weights).get(part, {}) for part in ("encoder", "decoder")}
     for part, needed in (("encoder", ("hidden_0", "fc2_mean", "fc2_logvar")), ("decoder", ("hidden_0",))):

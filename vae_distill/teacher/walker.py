@@ -13,6 +13,7 @@ TIMING = ("mj_model_timestep", "iterations", "ls_iterations", "mocap_hz", "physi
 NUMBERS = (*(f"env_config.env_args.{key}" for key in TIMING), "reference_config.traj_length")  # above 0
 TABLES = {"env_config.env_args.reset_noise_scale": (int, float), "env_config.reward_weights": dict}
 TABLES |= {f"walker_config.{key}": (list, tuple) for key in ("joint_names", "body_names", "end_eff_names")}
+TOLERANCE = 5e-3  # of the walker's size: kinematics of a right file reproduce its xpos to 1e-6
 
 
 def entry(config, path):
@@ -103,3 +104,45 @@ def velocities(model, qpos, rate):
         mujoco.mj_differentiatePos(model, qvel[t], 1 / rate, rows[t], rows[t + 1])
     qvel[-1] = qvel[-2] if len(qpos) > 1 else 0
     return qvel
+
+
+def check_clip(model, clip, bodies, joints, where):
+    """DataError unless the walker's kinematics put its bodies where the clip has them."""
+    qpos, own = clip["qpos"], [name_of_qpos(model, i) for i in range(model.nq)]
+    if qpos.ndim != 2 or qpos.shape[1] != model.nq or qpos.dtype.kind not in "fiu":
+        shape = f"{qpos.dtype} {qpos.shape}, the walker (frames, {model.nq})"
+        raise DataError(f"{where}: qpos has shape {shape}: another walker?")
+    if "xpos" in clip and (clip["xpos"].shape[2:] != (3,) or len(bodies) not in (0, clip["xpos"].shape[1])):
+        raise DataError(f"{where}: xpos has shape {clip['xpos'].shape}, and names_xpos names {len(bodies)} bodies")
+    for key in ("qpos", "xpos"):
+        if key in clip and not np.isfinite(clip[key]).all():
+            frame = np.argwhere(~np.isfinite(clip[key]))[0][0]
+            raise DataError(f"{where}: {key} holds NaN or infinity at frame {frame}")
+    other = [i for i in range(model.nq) if joints[i] != own[i]] if len(joints) == model.nq else []
+    named = f"names_qpos has {joints[other[0]]!r} at {other[0]}, the walker {own[other[0]]!r}" if other else ""
+    for joint in range(model.njnt):
+        at = model.jnt_qposadr[joint] + 3 * (model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_FREE)
+        if model.jnt_type[joint] in (mujoco.mjtJoint.mjJNT_FREE, mujoco.mjtJoint.mjJNT_BALL):
+            if np.abs(np.linalg.norm(qpos[:, at : at + 4], axis=-1) - 1).max() > 0.01:
+                raise DataError(f"{where}: qpos {at} to {at + 3} is no unit quaternion; {named or 'another walker?'}")
+    if "xpos" not in clip:
+        if named:
+            raise DataError(f"{where}: {named}, and there is no xpos to check the order with")
+        return
+    frames = np.unique(np.linspace(0, len(qpos) - 1, 20).astype(int))
+    count, known = clip["xpos"].shape[1], {name: i for i, name in enumerate(body_names(model))}
+    order = [known.get(name) for name in bodies] if bodies else range(model.nbody - count, model.nbody)
+    pairs = [(at, body) for at, body in enumerate(order) if body is not None and body > 0]
+    if not pairs or (count > model.nbody and not bodies):
+        raise DataError(f"{where}: its {count} bodies are not the walker's {model.nbody}: another walker?")
+    at, body = np.array(pairs).T
+    here = positions(model, qpos[frames])
+    apart = np.linalg.norm(here[:, body] - clip["xpos"][frames][:, at], axis=-1).max(0)
+    size = np.linalg.norm(here[:, 1:] - here[:, 1:].mean(1, keepdims=True), axis=-1).max()
+    if apart.max() > TOLERANCE * size:
+        name, far = body_names(model)[body[apart.argmax()]], apart.max()
+        kinds = "another walker, scale or unit, degrees, another order of joints, or quaternions with w last"
+        raise DataError(
+            f"{where}: the walker's kinematics put body {name!r} {far:.2g} away from its xpos (the walker measures "
+            f"{2 * size:.2g}): {named or kinds}?"
+        )

@@ -22,6 +22,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from common import DataError
+
 GRID = 16  # the first convolution sees the image as GRID x GRID patches, whatever its size
 
 
@@ -57,7 +59,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, C, self.patch = config.hidden_size, config.channels, config.patch_size
+        D, C, self.patch, self.pixels = config.hidden_size, config.channels, config.patch_size, config.pixels
         self.first = nn.Conv2d(3 * self.patch**2, C, 3, padding=1)
         self.second = nn.Conv2d(C + 2, C, 3, stride=2, padding=1)
         self.blocks = nn.ModuleList([nn.Conv2d(C, C, 3, padding=1) for _ in range(4)])
@@ -66,6 +68,8 @@ class ImageEncoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, images, text):
+        if images.shape[-1] != self.pixels:
+            raise DataError(f"--image-size {images.shape[-1]}: this backbone sees {self.pixels} pixels")
         x = F.relu(self.first(F.pixel_unshuffle(images, self.patch)))  # B C 16 16
         line = torch.linspace(-1, 1, x.shape[2], device=x.device, dtype=x.dtype)
         coordinates = torch.stack(torch.meshgrid(line, line, indexing="ij")).expand(len(x), -1, -1, -1)

@@ -41,7 +41,7 @@ from video_vae.vae import open_vae
 
 import common
 
-VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mts", ".webm")
+VIDEOS = tuple(".avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
 MATRICES = {1: 1, 9: 9, 10: 9}  # a video's tag of its colour matrix -> swscale's number; others are BT.601 (5)
 
 
@@ -143,7 +143,8 @@ def frame_times(video, fps):
         with video.open() as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            times = np.array([frame.pts * stream.time_base for frame in container.decode(stream)], float)
+            # sorted: frames come as they are shown, but AVI gives them the times of their packets
+            times = np.array(sorted(frame.pts * stream.time_base for frame in container.decode(stream)), float)
             average = float(stream.average_rate or 0)
     steps = np.diff(times)
     rate = 1 / np.median(steps) if len(steps) and np.median(steps) > 0 else average
