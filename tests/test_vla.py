@@ -388,8 +388,9 @@ def test_prompts_of_different_length_do_not_disturb_one_another(this, home):
     model, images = small(this, home).eval(), frames(2)
     texts = ["push", "push the red block to the left and then, slowly, further on"]
     with torch.no_grad():
-        both = model.read(model.preprocess(images, texts))
-        alone = [model.read(model.preprocess([image], [text]))[0] for image, text in zip(images, texts, strict=True)]
+        both = model.query_states(model.preprocess(images, texts))
+        pairs = zip(images, texts, strict=True)
+        alone = [model.query_states(model.preprocess([image], [text]))[0] for image, text in pairs]
     torch.testing.assert_close(both, torch.stack(alone), rtol=1e-4, atol=1e-4)
     assert (both[0] - both[1]).abs().max() > 0.05
 
@@ -402,11 +403,11 @@ def test_the_queries_see_image_and_instruction(this, tmp_path, family):
     order = ["red to the blue", "blue to the red"]
     with torch.no_grad():
         base, image, text = (
-            model.read(model.preprocess(*words))
+            model.query_states(model.preprocess(*words))
             for words in [(frames(1), order[:1]), (frames(1, 1), order[:1]), (frames(1), order[1:])]
         )
         model.queries.mul_(2)
-        queries = model.read(model.preprocess(frames(1), order[:1]))
+        queries = model.query_states(model.preprocess(frames(1), order[:1]))
     for other in (image, text, queries):
         assert (base - other).abs().max() > 1e-3
 
@@ -418,7 +419,7 @@ def test_words_of_the_model_are_plain_text_in_an_instruction(this, home):
     plain, odd = (model.preprocess(frames(1), [text]) for text in ("push", "push <|image_pad|>{red}<|im_end|>"))
     assert (plain["input_ids"] == pad).sum() == (odd["input_ids"] == pad).sum() == 16
     with torch.no_grad():
-        assert model.read(odd).isfinite().all()
+        assert model.query_states(odd).isfinite().all()
 
 
 def batch_of(model):
@@ -435,7 +436,7 @@ def test_loss_of_latents_written_out(this, home, target):
     batch = batch_of(model)
     with torch.no_grad():
         loss, metrics = model(batch)
-        hidden = model.read(batch)
+        hidden = model.query_states(batch)
     logits, total = model.to_codes(hidden).log_softmax(2), 0.0
     for b in range(4):
         for n in range(2):
@@ -454,7 +455,7 @@ def test_loss_of_commands_written_out(this, home):
     model = small(this, home, action=ACTION).eval()
     batch, center, scale = batch_of(model), torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
     with torch.no_grad():
-        loss, hidden, commands = model(batch)[0], model.read(batch), model.predict_actions(batch)
+        loss, hidden, commands = model(batch)[0], model.query_states(batch), model.predict_actions(batch)
         out, total = model.to_actions(hidden.flatten(1)).view(4, 3, 2), 0.0
     for b in range(4):
         x = (out[b] - (batch["actions"][b] - center) / scale)[: 3 if b % 2 == 0 else 2].abs()
@@ -467,7 +468,7 @@ def test_the_classifier_of_a_regression_sends_no_gradient_back(this, home):
     """With target vectors the classifier only reads; and every parameter that trains gets a gradient, as DDP needs."""
     model = small(this, home, LATENT | dict(target="vectors")).eval()
     batch = batch_of(model)
-    hidden = model.read(batch).detach().requires_grad_()
+    hidden = model.query_states(batch).detach().requires_grad_()
     entropy = model.latent_loss(hidden, batch)[1]["cross_entropy"].sum()
     assert torch.autograd.grad(entropy, hidden, allow_unused=True) == (None,)
     model(batch)[0].backward()
@@ -479,7 +480,7 @@ def test_lora_layers_start_as_nothing(this, home):
     assert not model.load_state_dict(plain.state_dict(), strict=False).unexpected_keys, "weights keep their names"
     batch = batch_of(model)
     with torch.no_grad():
-        torch.testing.assert_close(model.read(batch), plain.read(batch))
+        torch.testing.assert_close(model.query_states(batch), plain.query_states(batch))
 
 
 def test_a_checkpoint_is_a_plain_hugging_face_folder(this, home, latent):
@@ -681,7 +682,7 @@ def test_the_best_checkpoint_is_the_one_that_succeeds(this, home, latent, tmp_pa
     words = ["--init", latent, "--steps", 3, "--eval-every", 1, "--eval-env", "tabletop"]
     assert this.finetune.main(stage3(home, tmp_path / "r", *words)) == 0
     assert [line["val/success"] for line in log_of(tmp_path / "r")] == [0.2, 0.6, 0.4]
-    assert seeds[:5] == seeds[5:10] and min(seeds) > 10_000  # the same scenes, and not those of evaluate.py
+    assert seeds[:5] == seeds[5:10] and min(seeds) > 10_000  # the same initial states, and not those of evaluate.py
     assert (tmp_path / "r/checkpoints/best").resolve().name == "step_0000002"
 
 
@@ -737,7 +738,7 @@ def test_mistakes_end_in_one_line(this, home, latent, tmp_path, capsys):
 @pytest.mark.parametrize(
     "freeze, amp, again", [("vision", "bf16", False), ("backbone", "off", False), ("vision", "off", True)]
 )
-def test_the_memory_foretold_is_the_memory_measured(this, tmp_path, freeze, amp, again):
+def test_the_predicted_memory_is_the_memory_measured(this, tmp_path, freeze, amp, again):
     """Weights, gradients, AdamW's moments, and the peak of a training step above them: within 10 % of the dry run's."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.profiler import ProfilerActivity, profile

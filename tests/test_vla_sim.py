@@ -45,7 +45,7 @@ def metaworld(this, task, **options):
 
 
 def test_the_expert_succeeds_and_chance_does_not(this):
-    """The noisy expert succeeds in at least 90 % of 200 scenes, a random walk in at most 5 %."""
+    """The noisy expert succeeds in at least 90 % of 200 episodes, a random walk in at most 5 %."""
     seeds = [(5, i) for i in range(200)]
     for sd in (0.0, 0.35):
         assert np.mean([episode["success"] for episode in this.tabletop.record(seeds, sd=sd)]) >= 0.9
@@ -62,11 +62,11 @@ def test_the_expert_succeeds_and_chance_does_not(this):
 # --- Meta-World
 
 
-def test_metaworld_is_the_same_scene_for_a_seed_and_its_expert_succeeds(this):
-    """A seed decides the goal; the recorded episode ends with its first success, and its looks differ."""
+def test_metaworld_starts_alike_for_a_seed_and_its_expert_succeeds(this):
+    """A seed decides the goal; the recorded episode ends with its first success, and its appearances differ."""
     env = metaworld(this, "reach", pixels=32)
     episodes = [this.metaworld.record(env, seed, noise=0.0) for seed in (0, 0, 1)]
-    again = metaworld(this, "reach", pixels=32, look="other")
+    again = metaworld(this, "reach", pixels=32, appearance="other")
     other = this.metaworld.record(again, 0, noise=0.0)
     again.close()
     env.close()
@@ -167,7 +167,7 @@ def test_rollouts_score_the_expert_as_it_scores_itself(this):
 
 
 def test_evaluation_counts_by_task_and_repeats(this, tmp_path):
-    """The same seed gives the same summary; another seed other scenes; the video is written."""
+    """The same seed gives the same summary; another seed other initial states; the video is written."""
     envs = [this.environments.Tabletop()]
     (one, videos), (two, _), (other, _) = (
         this.rollout.evaluate(Expert(envs), envs, 3, seed, videos=1, say=lambda text: None) for seed in (0, 0, 1)
@@ -262,7 +262,7 @@ def test_every_number_is_made_of_its_own_stages(this, tmp_path, monkeypatch):
     arms = [arm for arm in experiment.ARMS if arm != "given"]
     tests = {name for name in begun if name.startswith("test-")}
     assert tests == {f"test-{arm}-{seed}-{demos}" for arm in arms for seed in (0, 1) for demos in (2, 5)}
-    assert sum(name.startswith("laq-") for name in begun) == 4  # two looks, two seeds
+    assert sum(name.startswith("laq-") for name in begun) == 4  # two robots, two seeds
     for arm, policy in dict(actions="pretrain-actions-0", vpt="stage3-vpt-0-5").items():
         assert begun[f"test-{arm}-0-5"]["checkpoint"].parts[-3] == policy
 

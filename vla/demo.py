@@ -113,7 +113,7 @@ def main(argv=None):
     add("--videos", default=DEFAULT["videos"], help="videos", **whole)
     add("--demonstrations", default=DEFAULT["demonstrations"], help="labelled demonstrations", **whole)
     add("--body", choices=tabletop.BODIES, default="disc", help="how the videos' robot looks")
-    add("--seed", default=0, help="of scenes, tasks and noise", **whole)
+    add("--seed", default=0, help="of initial states, tasks and noise", **whole)
     add("--with-actions", action="store_true", help="keep the videos' true actions, for the upper bound")
     args = vars(parser.parse_args(argv))
     if min(args["videos"], args["demonstrations"]) < 1 or args["seed"] < 0:

@@ -50,13 +50,14 @@ def parse(argv=None):
     add("--pixels", default=0, help="side of the environment's images; 0: its own", **whole)
     add("--image-key", metavar="KEY", help="the image in a gymnasium observation; without it env.render()")
     add("--state-key", metavar="KEY", help="the state in a gymnasium observation")
-    add("--n-action-steps", default=1, help="commands of a chunk that are carried out before the next chunk", **whole)
+    add("--n-action-steps", default=1, help="actions of a chunk that are executed before the next prediction", **whole)
     add("--temporal-ensemble-coeff", type=float, metavar="X", help="average chunks by exp(-X i), oldest first")
     add("--videos", default=6, help="episodes to show in rollouts.mp4", **whole)
     add("--batch-size", default=64, help="frames at a time", **whole)
     add("--wandb", metavar="PROJECT", help="also log the closed loop to this Weights & Biases project")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (ROCm is cuda)")
-    add("--seed", default=1, help="of the episodes: one seed, the same scenes (0: some of the demo's own)", **whole)
+    seed = "of the episodes: policies with one seed meet the same episodes; 0 repeats some of the demo's"
+    add("--seed", default=1, help=seed, **whole)
     args = parser.parse_args(argv)
     for name in ("stride", "episodes", "n_action_steps", "batch_size"):
         if getattr(args, name) < 1:

@@ -37,7 +37,7 @@ import common
 
 HERE = Path(__file__).resolve().parent
 BETAS = (0.9, 0.95)  # AdamW, as for most transformers
-EVAL_EPISODES, EVAL_SEED = 10, 10**9  # of each task of --eval-env, at each validation; other scenes than evaluate.py's
+EVAL_EPISODES, EVAL_SEED = 10, 10**9  # of each task of --eval-env, at each validation; not evaluate.py's episodes
 
 
 def parse(argv=None):
@@ -45,7 +45,7 @@ def parse(argv=None):
     whole, real = dict(type=int, metavar="N"), dict(type=float, metavar="X")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", metavar="PATH", help="clips with actions: PATH or NAME=PATH; without it the demo's")
+    add("--data", nargs="+", metavar="PATH", help="PATH or NAME=PATH; without it the demo, on data that train.py wrote")
     add("--action-labels", nargs="+", metavar="DIR", help="label shards with actions (sim/idm.py), for --data without")
     add("--instruction", metavar="TEXT", help="for clips that have none")
     add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
@@ -183,7 +183,7 @@ def validate(model, loaders, device, amp):
 
 
 def act(model, envs):
-    """Success in --eval-env, on the same scenes each time. Rank 0 measures it for all ranks."""
+    """Success in --eval-env, from the same initial states each time. Rank 0 measures it for all ranks."""
     wins, policy = [], Policy(model)
     for number in range(EVAL_EPISODES):
         if envs:
@@ -270,9 +270,9 @@ def main(argv=None):
     if checkpoint:
         for line in restore_split(sources, common.read_json(checkpoint / "data.json")):
             log.say(line)
-    loading = {name: getattr(args, name) for name in "batch_size seed steps accum workers val_samples augment".split()}
-    loading |= dict(first=first, rank=rank, world=world, pin_memory=device.type == "cuda")
-    train, validation = prepare_dataloaders(sources, model.preprocess, config, **loading)
+    options = {name: getattr(args, name) for name in "batch_size seed steps accum workers val_samples augment".split()}
+    options |= dict(first=first, rank=rank, world=world, pin_memory=device.type == "cuda")
+    train, validation = prepare_dataloaders(sources, model.preprocess, config, **options)
     batches = iter(train)
     for source in sources:
         log.say(f"{source.name}: {len(source.train)} clips to train on, {len(source.validation)} held out")
@@ -338,7 +338,7 @@ def main(argv=None):
     # --- end
     if not stopped:
         log.say(f"checkpoint: {log.out / 'checkpoints' / ('best' if validation else 'last')}")
-        if (log.out / "figures" / "curves.png").exists():
+        if validation or args.eval_env:
             log.say(f"figure:     {log.out / 'figures' / 'curves.png'}")
     log.close()
     if world > 1:

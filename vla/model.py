@@ -227,7 +227,7 @@ class VLA(nn.Module):
                 parameter.requires_grad_("lora_" in name)
         return self
 
-    def read(self, batch):
+    def query_states(self, batch):
         """A batch with the backbone's tensors -> the last layer at the queries, (B, N, D)."""
         N, model = self.config.num_queries, self.backbone.model
         queries = self.queries.expand(len(batch["input_ids"]), -1, -1)
@@ -246,26 +246,27 @@ class VLA(nn.Module):
 
     def forward(self, batch):
         """A batch of latent actions, or of commands (dict, see data.py) -> (loss, metrics)."""
-        hidden = self.read(batch)
+        hidden = self.query_states(batch)
         with torch.autocast(hidden.device.type, enabled=False):
-            teach = self.latent_loss if "codes" in batch else self.action_loss
-            loss, metrics = teach(hidden.float(), batch)
+            compute_loss = self.latent_loss if "codes" in batch else self.action_loss
+            loss, metrics = compute_loss(hidden.float(), batch)
             loss = loss.mean()
         return loss, {"loss": loss.detach(), **{name: value.detach().mean() for name, value in metrics.items()}}
 
     def latent_loss(self, hidden, batch):
         """Per sample (B,): the loss; token accuracy, exact match, cross-entropy in nats per code, squared error."""
         codes, target = batch["codes"], self.config.latent.target
+        # from detached states, so with "vectors" this cross-entropy trains the classifier alone
         logits = self.to_codes(hidden if target == "codes" else hidden.detach())  # B N K
-        entropy = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").mean(1)
+        cross_entropy = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").mean(1)
         right = (logits.argmax(2) == codes).float()
-        metrics = dict(token_accuracy=right.mean(1), exact_match=right.amin(1), cross_entropy=entropy)
+        metrics = dict(token_accuracy=right.mean(1), exact_match=right.amin(1), cross_entropy=cross_entropy)
         metrics |= {f"token_accuracy_{n}": right[:, n] for n in range(right.shape[1])}
         if target == "codes":
-            return entropy, metrics
+            return cross_entropy, metrics
         error = self.to_vectors(hidden) - (batch["vectors"] - self.mean) / self.std
         metrics["vector_mse"] = (error.square() * self.weight).sum(2).mean(1)
-        return metrics["vector_mse"] + entropy, metrics
+        return metrics["vector_mse"] + cross_entropy, metrics
 
     def action_loss(self, hidden, batch):
         """Per sample (B,): the loss, and the mean absolute error, normalised, over all dims and steps of the chunk."""
@@ -285,7 +286,7 @@ class VLA(nn.Module):
     @torch.no_grad()
     def predict_actions(self, batch):
         """-> commands in robot units (B, H, A)."""
-        return self.predict_chunk(self.read(batch).float()) * self.action_scale + self.action_center
+        return self.predict_chunk(self.query_states(batch).float()) * self.action_scale + self.action_center
 
     # --- files
 

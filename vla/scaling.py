@@ -1,4 +1,4 @@
-"""What large models need: weights and optimizer split over GPUs (FSDP2), and memory foretold before the start.
+"""What large models need: weights and optimizer split over GPUs (FSDP2), and memory predicted before the start.
 
 A checkpoint holds the whole weights as a plain Hugging Face folder. The optimizer state lies in resume.pt, or under
 --fsdp in shards (torch.distributed.checkpoint, folder optimizer/), which any number of ranks can read.
@@ -159,7 +159,7 @@ def activations(model, samples, tokens, amp, checkpointing, split):
     """
     language = model.backbone.model.language_model
     if "inputs_embeds" not in inspect.signature(language.forward).parameters:
-        raise common.DataError(f"--dry-run: it cannot foretell a {type(model.backbone).__name__}")
+        raise common.DataError(f"--dry-run: it cannot predict the memory of a {type(model.backbone).__name__}")
     layers, depth = language.layers, len(language.layers)
     low = split and amp == "bf16"  # FSDP hands its layers bfloat16 weights and inputs
     x = torch.empty(samples, tokens, model.queries.shape[1], dtype=torch.bfloat16 if low else torch.float32)

@@ -153,7 +153,7 @@ class Server:
                 answer = f"bad request: it has no {error}"
             except (ValueError, TypeError) as error:
                 answer = f"bad request: {error}"
-            except Exception as error:  # a fault of the policy: told here and there, the server goes on
+            except Exception as error:  # a fault of the policy: printed, sent to the client, and the server goes on
                 self.say(f"error: {type(error).__name__}: {error}")
                 answer = f"the policy failed: {type(error).__name__}: {error}"
             connection.send(answer)

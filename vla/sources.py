@@ -14,7 +14,7 @@ MEMBERS = dict(latents="latents.npz", actions="actions.npy")
 
 @dataclass
 class Source:
-    """The usable clips of one --data word, split by episode."""
+    """The usable clips of one entry of --data, split by episode."""
 
     name: str
     kind: str  # latents or actions: what its clips teach
@@ -41,7 +41,7 @@ def named_paths(words):
 
 
 def named(values, names, flag):
-    """["g1=3", "droid=5"] or ["3"] -> {name: "3"}; a bare value is for the sources that have none of their own.
+    """["g1=3", "droid=5"] or ["3"] -> {name: "3"}; a bare value is for all other sources.
 
     Several values of one source are joined by commas: lists of episodes, and nothing else.
     """
@@ -55,7 +55,7 @@ def named(values, names, flag):
 
 
 def read_sources(data, kind, labels=None, val_share=0.1, val_episodes=(), instruction=None, say=print):
-    """The sources of --data words whose clips teach `kind`.
+    """The sources of the entries of --data, with those clips that teach `kind`.
 
     labels: their folders of label shards. instruction: for clips that have none. val_episodes: IDS or NAME=IDS, such as
     56-69,80. What cannot be used is named with the reason.
@@ -63,7 +63,7 @@ def read_sources(data, kind, labels=None, val_share=0.1, val_episodes=(), instru
     pairs, sources = named_paths(data), []
     wanted = named(val_episodes, [name for name, _ in pairs], "--val-episodes")
     if kind == "latents" and not labels:
-        raise DataError("--labels is needed: the folders that laq/label.py wrote, one for each word of --data")
+        raise DataError("--labels is needed: the folders that laq/label.py wrote, one for each entry of --data")
     if labels and len(labels) != len(pairs):
         raise DataError(f"--labels names {len(labels)} folders, --data {len(pairs)}: one each, in the same order")
     for (name, path), folder in zip(pairs, labels or [None] * len(pairs), strict=True):

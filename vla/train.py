@@ -43,8 +43,8 @@ def parse(argv=None):
     whole, real = dict(type=int, metavar="N"), dict(type=float, metavar="X")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", metavar="PATH", help="PATH or NAME=PATH; without it the demo runs on its own data")
-    add("--labels", nargs="+", metavar="DIR", help="label shards (laq/label.py), one folder for each word of --data")
+    add("--data", nargs="+", metavar="PATH", help="PATH or NAME=PATH; without it the demo, on data it writes itself")
+    add("--labels", nargs="+", metavar="DIR", help="label shards (laq/label.py), one folder for each entry of --data")
     add("--instruction", metavar="TEXT", help="for clips that have none")
     add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
     add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
@@ -246,9 +246,9 @@ def main(argv=None):
     if checkpoint:
         for line in restore_split(sources, common.read_json(checkpoint / "data.json")):
             log.say(line)
-    loading = {name: getattr(args, name) for name in "batch_size seed steps accum workers val_samples augment".split()}
-    loading |= dict(first=first, rank=rank, world=world, pin_memory=device.type == "cuda")
-    train, validation = prepare_dataloaders(sources, model.preprocess, config, **loading)
+    options = {name: getattr(args, name) for name in "batch_size seed steps accum workers val_samples augment".split()}
+    options |= dict(first=first, rank=rank, world=world, pin_memory=device.type == "cuda")
+    train, validation = prepare_dataloaders(sources, model.preprocess, config, **options)
     batches, references = iter(train), {}
     for source in sources:
         log.say(f"{source.name}: {len(source.train)} clips to train on, {len(source.validation)} held out")
@@ -313,7 +313,7 @@ def main(argv=None):
     # --- end
     if not stopped:
         log.say(f"checkpoint: {log.out / 'checkpoints' / ('best' if validation else 'last')}")
-        if (log.out / "figures" / "curves.png").exists():
+        if validation:
             log.say(f"figure:     {log.out / 'figures' / 'curves.png'}")
     log.close()
     if world > 1:

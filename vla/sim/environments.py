@@ -1,6 +1,6 @@
 """Environments for closed-loop evaluation, each under the same small interface.
 
-    env.reset(seed) -> instruction     the same seed is the same scene
+    env.reset(seed) -> instruction     the same seed is the same initial state
     env.image() -> (H, W, 3) uint8     what the policy sees; rendered when asked for, because it may cost 20 ms
     env.state() -> (S,) float32        the robot's own state, or None
     env.step(action) -> (success, over)

@@ -1,15 +1,15 @@
 """Does pretraining on latent actions pay? The experiment of LAPA in closed loop, from nothing to the table.
 
 Run:
-  python vla/sim/experiment.py --env metaworld --out runs/metaworld            # 3 hours on two quiet cores
+  python vla/sim/experiment.py --env metaworld --out runs/metaworld
   python vla/sim/experiment.py --env metaworld --quick --out runs/quick        # three tasks, one seed: 15 minutes
   python vla/sim/experiment.py --env tabletop --out runs/tabletop              # needs no simulator
 
 Writes videos of scripted experts, trains a tokenizer (laq) on their pixels alone, labels them, pretrains a policy on
 the labels (stage 2), finetunes it on N demonstrations per task (stage 3) and tests it in closed loop on fresh goals.
 ARMS are what it is compared with, with the same demonstrations, steps of stage 3 and test goals; `actions`, the upper
-bound, has no stage 3. A seed is a seed of everything: tokenizer, network, batches, demonstrations. Kill
-it and run it again: it goes on.
+bound, has no stage 3. A seed is of everything but the videos: tokenizer, network, batches,
+demonstrations. Kill it and run it again: it goes on.
 Writes OUT/table.md, tasks.md and results.json; OUT/logs has each stage's output.
 """
 
@@ -143,7 +143,7 @@ class Experiment:
         return self.out / name
 
     def run(self, name, script, **flags):
-        """Run a script once. Of its flags True is a switch, and a list several words."""
+        """Run a script once. Of its flags True is a switch, and a list several values."""
         return self.once(name, functools.partial(self.launch, script, flags))
 
     def launch(self, script, flags, folder):
@@ -174,7 +174,7 @@ class Experiment:
         """Videos of the robot, or of another one."""
         name, flags = "other" if other else "videos", dict(seed=2 * other)
         if self.metaworld:
-            flags |= dict(tasks=self.args.tasks, episodes=self.args.videos, look="other" if other else "robot")
+            flags |= dict(tasks=self.args.tasks, episodes=self.args.videos, appearance="other" if other else "robot")
             return self.run(name, "vla/sim/metaworld.py", **flags)
         flags |= dict(videos=self.args.videos * self.per_task, demonstrations=1, body="light" if other else "disc")
         return self.run(name, "vla/demo.py", with_actions=True, **flags)

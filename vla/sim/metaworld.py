@@ -2,7 +2,7 @@
 
 Run:
   python vla/sim/metaworld.py --out runs/metaworld/videos --episodes 50                  # of each task
-  python vla/sim/metaworld.py --out runs/metaworld/other --look other --seed 1           # another robot's videos
+  python vla/sim/metaworld.py --out runs/metaworld/other --appearance other --seed 1     # another robot's videos
   python vla/sim/metaworld.py --out runs/metaworld/hard --distractors                    # other things move, too
 
 Writes shards of whole clips (KEY.json, KEY.frames.npy, KEY.actions.npy, KEY.state.npy; with distractors KEY.mask.npy,
@@ -50,7 +50,7 @@ HIDDEN = ["controller_box", "pedestal_feet", "torso", "pedestal", "head", "scree
 HIDDEN += ["right_arm_base_link", "right_l0", "right_l1", "right_l1_2", "right_l2"]  # outside the view: half the time
 FINGERS = ("rightpad", "leftpad", "rightclaw", "leftclaw")
 # camera: azimuth, elevation, distance; rgba of arm, fingers and table, None leaves Meta-World's own
-LOOKS = {
+APPEARANCES = {
     "robot": dict(camera=(130, -35, 0.95), arm=None, fingers=None, table=None),
     "other": dict(
         camera=(75, -45, 1.05), arm=(0.15, 0.2, 0.6, 1), fingers=(0.1, 0.1, 0.1, 1), table=(0.75, 0.8, 0.75, 1)
@@ -94,7 +94,7 @@ class MetaWorld:
     things move in the pictures, and `mask` (P, P) bool is where the robot is in the last one.
     """
 
-    def __init__(self, task, pixels=64, look="robot", distracting=False):
+    def __init__(self, task, pixels=64, appearance="robot", distracting=False):
         environments, experts, mujoco = open_package()
         if task not in TASKS:
             raise common.DataError(f"Meta-World task {task!r}: choose from {', '.join(TASKS)}")
@@ -104,7 +104,8 @@ class MetaWorld:
         self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True  # a new goal at each reset, from the seed
         self.env.max_path_length = 10**6  # the limit is the caller's
         self.expert_policy = experts[name]()
-        self.camera, self.pixels, self.distracting, self.mask = self.dress(mujoco, look), pixels, distracting, None
+        self.camera = self.dress(mujoco, APPEARANCES[appearance])
+        self.pixels, self.distracting, self.mask = pixels, distracting, None
         try:
             self.renderer = mujoco.Renderer(self.env.model, pixels, pixels)
         except Exception as error:  # what a missing driver raises depends on the library
@@ -112,9 +113,9 @@ class MetaWorld:
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self.renderer.scene.flags[flag] = 0  # four times as fast on a CPU
 
-    def dress(self, mujoco, look):
-        """Give the model the colours of a look; returns its camera."""
-        look, model = LOOKS[look], self.env.model
+    def dress(self, mujoco, appearance):
+        """Give the model its colours; returns the camera."""
+        model = self.env.model
         bodies = [mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_BODY, body) or "" for body in model.geom_bodyid]
         # of each geom, and at the end of a pixel without one
         self.robot = np.array([body.startswith("right_") or body in ("hand", *FINGERS) for body in bodies] + [False])
@@ -122,14 +123,15 @@ class MetaWorld:
         for geom, body in enumerate(bodies):
             arm, fingers = body.startswith("right_") or body == "hand", body in FINGERS
             table = body == "tablelink"
-            colour = look["arm"] if arm else look["fingers"] if fingers else look["table"] if table else None
+            part = "arm" if arm else "fingers" if fingers else "table" if table else None
+            colour = appearance[part] if part else None
             if body in HIDDEN:
                 colour = (0, 0, 0, 0)
             if colour and (model.geom_rgba[geom, 3] > 0):
                 model.geom_rgba[geom], model.geom_matid[geom] = colour, -1
         camera = mujoco.MjvCamera()
         camera.lookat[:] = 0, 0.68, 0.12  # the middle of the workspace
-        camera.azimuth, camera.elevation, camera.distance = look["camera"]
+        camera.azimuth, camera.elevation, camera.distance = appearance["camera"]
         return camera
 
     def reset(self, seed):
@@ -192,14 +194,14 @@ def record(env, seed, noise=NOISE):
     return arrays | dict(instruction=env.instruction, success=success)
 
 
-def write(folder, tasks, episodes, seed=0, pixels=64, look="robot", distracting=False):
+def write(folder, tasks, episodes, seed=0, pixels=64, appearance="robot", distracting=False):
     """One shard per task with `episodes` successful episodes. A shard that is there already is kept."""
     folder = Path(folder)
     common.make_folder(folder)
     missing = [task for task in tasks if not (folder / f"{task}.tar").exists()]
     with tqdm(total=episodes * len(missing), unit="episode", desc=folder.name, mininterval=5) as bar:
         for task in missing:
-            env, index = MetaWorld(task, pixels, look, distracting), list(TASKS).index(task)
+            env, index = MetaWorld(task, pixels, appearance, distracting), list(TASKS).index(task)
             samples, number = [], 0
             while len(samples) < episodes:
                 episode = record(env, (seed, index, number))
@@ -208,7 +210,8 @@ def write(folder, tasks, episodes, seed=0, pixels=64, look="robot", distracting=
                     if number > 10 * episodes + 20:
                         raise RuntimeError(f"{task}: the expert fails in nine of ten episodes")
                     continue
-                about = dict(instruction=episode["instruction"], fps=FPS, source=f"metaworld-{look}", camera=look)
+                about = dict(instruction=episode["instruction"], fps=FPS)
+                about |= dict(source=f"metaworld-{appearance}", camera=appearance)
                 about |= dict(episode=f"{1000 * index + len(samples):04d}", length=len(episode["frames"]))
                 arrays = {f"{name}.npy": npy(array) for name, array in episode.items() if np.ndim(array)}
                 samples.append({"__key__": f"{task}-{number:04d}", "json": json.dumps(about).encode(), **arrays})
@@ -223,12 +226,12 @@ def main(argv=None):
     add("--out", required=True, metavar="DIR", help="folder to write; shards that are there are kept")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME", help=", ".join(TASKS))
     add("--episodes", type=int, default=50, metavar="N", help="episodes of each task")
-    add("--look", choices=LOOKS, default="robot", help="colours and camera")
+    add("--appearance", choices=APPEARANCES, default="robot", help="colours and camera")
     add("--distractors", action="store_true", help="a moving table, three discs and a shaking camera")
     add("--pixels", type=int, default=64, metavar="N", help="side of a picture")
     add("--seed", type=int, default=0, metavar="N", help="of goals and noise")
     args = parser.parse_args(argv)
-    write(args.out, args.tasks, args.episodes, args.seed, args.pixels, args.look, args.distractors)
+    write(args.out, args.tasks, args.episodes, args.seed, args.pixels, args.appearance, args.distractors)
     return 0
 
 

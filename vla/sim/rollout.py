@@ -50,8 +50,8 @@ def evaluate(policy, envs, episodes, seed=0, videos=0, say=print):
     """`episodes` episodes of each environment's task: (summary, videos).
 
     The seeds are seed * 1,000,000 + 0, 1, 2 ...: a policy compared with another under the same seed meets the same
-    scenes. summary: success with its 95 % interval over all episodes, steps of the successes, the same per task, and a
-    row for each episode.
+    initial states. summary: success with its 95 % interval over all episodes, steps of the successes, the same per
+    task, and a row for each episode.
     videos: (instruction and outcome, frames) of the first `videos` episodes.
     """
     records, shown, start = [], [], time.perf_counter()

@@ -1,7 +1,8 @@
 """A tabletop seen from above: an effector pushes coloured blocks as an instruction says. Plain numpy.
 
 Like Language Table (Lynch et al. 2022, arXiv 2210.06407), small. Lengths are in table widths, x to the right, y
-downwards. An action is the effector's displacement (dx, dy) per step, cut to MAX_STEP. `Tables` runs n tables at once.
+downwards. An action is the effector's displacement (dx, dy) per step, cut to MAX_STEP. `Tables` runs n environments
+at once.
 """
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 BLOCK, EFFECTOR, MAX_STEP, EDGE = 0.07, 0.055, 0.04, 0.08
 COLOURS = dict(red=(0.85, 0.2, 0.15), green=(0.2, 0.65, 0.25), blue=(0.2, 0.35, 0.9), yellow=(0.9, 0.8, 0.1))
 SIDES = dict(left=(-1, 0), right=(1, 0))
-# shape, colour and size of the effector, colour of the table: `light` is another robot's look
+# shape, colour and size of the effector, colour of the table: `light` is another robot
 BODIES = dict(
     disc=("disc", (0.05, 0.05, 0.08), 0.055, (0.82, 0.82, 0.8)),
     light=("square", (1.0, 1.0, 1.0), 0.06, (0.25, 0.25, 0.28)),
@@ -25,7 +26,7 @@ def instruction(task, verb="push"):
 
 
 class Tables:
-    """n tables at once. `reset` draws a task and a scene per table from its seed.
+    """n environments at once. `reset` draws a task and an initial state for each from its seed.
 
     Attributes: effector (n, 2), blocks (n, 4, 2), task (n,) index into TASKS, instructions (n texts), time (n,) steps.
     """
@@ -55,7 +56,7 @@ class Tables:
         return ((block - 0.5) * self.side).sum(1) > 0.5 - BLOCK - EDGE
 
     def step(self, actions):
-        """actions (n, 2) -> frames, success (n,), over (n,): out of time. A table that is over can go on."""
+        """actions (n, 2) -> frames, success (n,), over (n,): out of time. An episode that is over can go on."""
         actions = np.nan_to_num(np.asarray(actions, float))
         length = np.linalg.norm(actions, axis=1, keepdims=True)
         self.effector = self.effector + actions * np.minimum(1, MAX_STEP / np.maximum(length, 1e-9))
