@@ -1,4 +1,4 @@
-"""Write the demo data: latents in the seed's layout in which a blob moves in one of 8 hidden directions each frame.
+"""Write the demo data: latents in the original VVAE layout, where a blob moves in one of 8 hidden directions a frame.
 
 Run:
   python vvae_lam/demo.py --out runs/demo/vvae_lam

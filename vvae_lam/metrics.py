@@ -27,7 +27,7 @@ def assess(model, latents, generator=None):
 
     Mean squared errors: true (with the clip's own codes), shuffled (with those of another transition of the batch),
     random (every code another one; only once codes are quantized), copy (the frame before as prediction). mae: mean
-    absolute error with the true codes. With --flow: flow (what the vectors tell of the optical flow, minus the flow)
+    absolute error with the true codes. With --flow: flow (the optical flow predicted from the vectors, minus the flow)
     and no_flow (minus its mean). codes are None before quantization. generator: of the random codes.
     """
     x = model.normalize(latents)
@@ -58,7 +58,7 @@ def reconstruction_metrics(means):
     relative_mse: squared error over that of the copy baseline (the frame before), below 1 is good;
     relative_mse_shuffled: the same with shuffled codes; code_sensitivity: their difference, 0 where codes are ignored.
     psnr_gain_over_copy: dB. action_sensitivity_l2: error with random codes minus error with the true ones.
-    flow_r2: share of the optical flow that the codes tell.
+    flow_r2: share of the optical flow that the codes explain.
     """
     true, copy = means["true"], max(means["copy"], 1e-12)
     out = dict(relative_mse=true / copy, relative_mse_shuffled=means["shuffled"] / copy)

@@ -43,11 +43,11 @@ class Config:
     num_embeddings: int = 12  # K
     codebook_dim: int = 128  # width of a code
     commitment_weight: float = 0.25
-    flow: bool = False  # the encoder sees the optical flow of its two frames, and the codes have to tell it
+    flow: bool = False  # the encoder sees the optical flow of its two frames, and the codes must predict it
     context: int = 8  # latent frames that the decoder attends to; clips and rollouts may be longer
     mean: tuple = (0.0,)  # per channel; the model works on (latent - mean) / std, and its errors are in those units
     std: tuple = (1.0,)
-    gap: int = 1  # latent frames between two frames of a training sequence
+    gap: int = 1  # latent frames from one frame of a training sequence to the next
     vae: str = "unknown"  # whose latents these are, as the files say
 
 

@@ -5,8 +5,8 @@
 
 Run:
   python vvae_lam/train.py
-  python vvae_lam/train.py @vvae_lam/seed.args --data DIR --out runs/latents
-  torchrun --nproc_per_node 8 vvae_lam/train.py @vvae_lam/seed.args --data DIR --out runs/latents --amp bf16
+  python vvae_lam/train.py @vvae_lam/original.args --data DIR --out runs/latents
+  torchrun --nproc_per_node 8 vvae_lam/train.py @vvae_lam/original.args --data DIR --out runs/latents --amp bf16
 
 --overfit is the sanity check: to train and to validate on there is one batch; the exit code tells if it was learned.
 """
@@ -45,10 +45,10 @@ def parse(argv=None):
     whole, real = dict(type=int, metavar="N"), dict(type=float, metavar="X")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", metavar="PATH", help="PATH or NAME=PATH; without it the demo runs on data of its own")
+    add("--data", nargs="+", metavar="PATH", help="PATH or NAME=PATH; without it the demo, on data it writes itself")
     add("--manifest", metavar="FILE", help="split of the recordings; without it DIR/manifest.json, if there is one")
     add("--sequence-length", default=8, help="latent frames per sequence", **whole)
-    add("--gap", default=1, help="latent frames between two frames of a sequence", **whole)
+    add("--gap", default=1, help="latent frames from one frame of a sequence to the next", **whole)
     add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
     add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
     add("--workers", default=0, help="loader processes per rank; 0 loads in the training process", **whole)
@@ -64,7 +64,7 @@ def parse(argv=None):
     add("--num-codes", default=3, help="codes per transition", **whole)
     add("--num-embeddings", default=12, help="codes in the codebook of each code position", **whole)
     add("--codebook-dim", default=128, help="width of a code", **whole)
-    add("--flow", action="store_true", help="codes also tell the optical flow of the latents, which the encoder sees")
+    add("--flow", action="store_true", help="the encoder sees the optical flow of the latents; codes must predict it")
 
     optimisation = parser.add_argument_group("optimisation")
     add = optimisation.add_argument
