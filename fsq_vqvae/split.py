@@ -39,20 +39,20 @@ def per_source(values, names, flag):
     return {name: ",".join(found) for name in names if (found := table.get(name) or table.get(None))}
 
 
-def held_out_ids(words, ids):
-    """Words such as 56-69, 80 or ep_03 -> (ids that they name, words that name none). 3 also finds ep_03."""
+def held_out_ids(entries, ids):
+    """Entries such as 56-69, 80 or ep_03 -> (ids that they name, entries that name none). 3 also finds ep_03."""
     number = {identity: int(found[0]) for identity in ids if (found := re.findall(r"\d+$", identity))}
     found, unknown = set(), []
-    for word in words:
-        first, dash, last = word.partition("-")
-        if word in ids:
-            named = {word}
+    for entry in entries:
+        first, dash, last = entry.partition("-")
+        if entry in ids:
+            named = {entry}
         elif first.isdecimal() and (last.isdecimal() if dash else True):
             named = {identity for identity, n in number.items() if int(first) <= n <= int(last or first)}
         else:
             named = set()
         found |= named
-        unknown += [] if named else [word]
+        unknown += [] if named else [entry]
     return found, unknown
 
 

@@ -103,11 +103,11 @@ def validation_metrics(rows, K, quantizing):
 
 
 def advice(metrics, K):
-    """What a run should be told, in a line: "good enough to label ..." or what is missing and what helps."""
+    """Advice on a run, in a line: "good enough to label ..." or what is missing and what helps."""
     if "mse" not in metrics:
         return "no held-out pair could be read"
     if "usage" not in metrics:
-        return "not yet: the codes have not started; train on"
+        return "not yet: quantization has not begun; train on"
     names = ("psnr_gain_over_copy", "code_sensitivity", "perplexity", "top1_frequency")
     (gain, sensitivity, perplexity, frequency), wrong = (metrics[name] for name in names), []
     if gain <= 0:

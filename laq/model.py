@@ -4,7 +4,7 @@
     first frame + codes -> decoder: the first frame's tokens attend to the codes -> second frame
 
 What differs from the publication: patches are embedded by a small convolution, and the second frame's also see what
-changed and a coarse optical flow by block matching. The codes also get the flow directly and have to tell it: that
+changed and a coarse optical flow by block matching. The codes also get the flow directly and must predict it: that
 carries over from a few recordings to new ones. Position comes from depthwise convolutions alone (PEG); tokens are
 averaged before the codes, so that a motion means the same everywhere.
 
@@ -24,7 +24,7 @@ from torch import nn
 from common import DataError, load
 
 FLOW_SIDE, FLOW_REACH = 64, 5  # optical flow: found in pictures of at most so many pixels, up to so many of them
-FLOW_GRID = 8  # of the flow that the codes tell, with `flow_weight`
+FLOW_GRID = 8  # of the flow that the codes predict, with `flow_weight`
 MOVED = 0.05  # a pixel that changes by more, of 1, has moved: `motion_weight`, where no mask tells the robot's pixels
 ACTION_WEIGHT = 0.01  # of the labelled pairs' loss: ten times as much drowns the pixels, and nothing is learned
 
@@ -39,7 +39,7 @@ class LAQConfig:
     codebook_size: int = 8  # K: codes to choose from, at each position
     code_dim: int = 32  # width of a position's vector before quantization
     motion_weight: float = 0.0  # w in the loss mean((1 + w [pixel moved, or the robot's]) error^2)
-    flow_weight: float = 0.0  # w in the loss + w (flow told by the codes - flow)^2; they then get it directly, too
+    flow_weight: float = 0.0  # w in the loss + w (flow that the codes predict - flow)^2; they then get it directly
     action_dim: int = 0  # A of the supervised head on labelled pairs (LAOM, arXiv 2502.00379); 0: none
 
 

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import nn
 
 DECAY = 0.98  # of the moving average, per optimizer step
-CHECK, STEPS = 40, 10  # vectors per code, and updates, at least between two looks for dead codes
+CHECK, STEPS = 40, 10  # vectors per code, and updates, at least between two checks for dead codes
 RECLUSTER = 5  # every so many checks rotation and codebooks are computed anew
 LIMIT = 8192  # vectors at most that a rank keeps for one update, and that k-means sees
 
@@ -94,7 +94,7 @@ class Quantizer(nn.Module):
         super().__init__()
         N, K, D = self.shape = code_seq_len, codebook_size, code_dim
         self.quantizing, self.restarts, self.checks, self.filled = False, 0, 0, 0
-        self.seen, self.age = 0, 0  # vectors and updates since the last look for dead codes
+        self.seen, self.age = 0, 0  # vectors and updates since the last check for dead codes
         self.fresh = None  # vectors of this rank since the last update, LIMIT rows at most
         self.register_buffer("codebook", torch.zeros(N, K, D))
         self.register_buffer("counts", torch.ones(N, K))

@@ -1,4 +1,4 @@
-"""What the words of --data name: the clips of each source, the range of its gap, and the episodes held out."""
+"""What the entries of --data name: the clips of each source, the range of its gap, and the episodes held out."""
 
 import json
 import re
@@ -71,7 +71,7 @@ def named_paths(data):
 
 
 def named(values, names, flag):
-    """["g1=30", "droid=15"] or ["30"] -> {name: "30"}; a bare value is for the sources that have none of their own.
+    """["g1=30", "droid=15"] or ["30"] -> {name: "30"}; a bare value is for all other sources.
 
     Several values of one source are joined by commas: lists of episodes, and nothing else.
     """
@@ -96,7 +96,7 @@ def parse_gap(text):
 
 
 def read_sources(data, gap, val_share=0.1, val_episodes=(), say=print):
-    """The sources of the flags' words. data: NAME=PATH or PATH; gap: 0.6s, 3 or g1=18."""
+    """The sources that the flags name. data: NAME=PATH or PATH; gap: 0.6s, 3 or g1=18."""
     pairs, sources = named_paths(data), []
     names = [name for name, _ in pairs]
     held, gap = named(val_episodes, names, "--val-episodes"), named(gap, names, "--gap")

@@ -33,7 +33,7 @@ import common
 
 HERE = Path(__file__).resolve().parent
 BETAS = (0.9, 0.99)  # AdamW, as published
-SENSITIVITY_EVERY = 20  # steps between two looks whether quantization can start
+SENSITIVITY_EVERY = 20  # steps between two checks whether quantization can start
 MOST = 1e12  # of any flag
 QUANTIZE_BY = 0.5  # it starts after this share of the steps in any case
 
@@ -43,10 +43,11 @@ def parse(argv=None):
     whole, real = dict(type=int, metavar="N"), dict(type=float, metavar="X")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", metavar="PATH", help="shards, PATH or NAME=PATH; without it the demo writes its own")
+    add("--data", nargs="+", metavar="PATH", help="PATH or NAME=PATH; without it the demo, on data it writes itself")
     add("--gap", nargs="+", default=["0.6s"], metavar="T", help="between the frames: 3, 0.6s, 0.4s-1.2s, or g1=18 b=3")
-    add("--reuse", default=8, help="pairs taken from a decoded part of a clip, one per step", **whole)
-    add("--crop", default=0.9, help="side of the smallest random crop, of 1; both frames alike; 1: off", **real)
+    add("--reuse", default=8, help="pairs drawn from each decoded window of a clip, one per step", **whole)
+    about = "smallest random crop, as a fraction of the side; the same for both frames; 1: off"
+    add("--crop", default=0.9, help=about, **real)
     add("--jitter", default=0.1, help="random brightness, contrast and saturation, both frames alike; 0: off", **real)
     add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
     add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
@@ -72,9 +73,10 @@ def parse(argv=None):
     add("--weight-decay", default=0.01, help="AdamW weight decay of matrices", **real)
     add("--clip", default=1.0, help="largest norm of the gradient", **real)
     add("--motion-weight", default=0.0, help="extra weight of pixels that change, or that KEY.mask.npy marks", **real)
-    add("--flow-weight", default=3.0, help="weight of the optical flow, which the codes have to tell; 0: none", **real)
+    add("--flow-weight", default=3.0, help="weight of the optical flow, which the codes must predict; 0: none", **real)
     add("--label-share", default=0.0, help="share of the episodes whose actions are seen (LAOM); 0: none", **real)
-    add("--quantize-after", default=0.25, help="code sensitivity at which quantization starts; -1: at step 20", **real)
+    about = "code sensitivity at which quantization starts, by half of --steps at the latest; -1: by step 20"
+    add("--quantize-after", default=0.25, help=about, **real)
     add("--seed", default=0, help="of weights, batches, augmentation and noise", **whole)
 
     add = parser.add_argument_group("run").add_argument

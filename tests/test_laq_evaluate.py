@@ -128,9 +128,9 @@ def test_advice_names_what_is_missing(laq):
         ("perplexity", 3.0, "--codebook-size"),
         ("top1_frequency", 0.9, "90 %"),
     ):
-        told = laq.metrics.advice(good | {name: value}, 8)
-        assert told.startswith("not yet") and word in told
-    assert "have not started" in laq.metrics.advice(dict(mse=0.01, psnr_gain_over_copy=2.0), 8)
+        advice = laq.metrics.advice(good | {name: value}, 8)
+        assert advice.startswith("not yet") and word in advice
+    assert "quantization has not begun" in laq.metrics.advice(dict(mse=0.01, psnr_gain_over_copy=2.0), 8)
 
 
 # --- reports

@@ -67,8 +67,8 @@ def entries(source, root):
 
 
 def is_depth(feature):
-    told = [feature, feature.get("info") or {}, feature.get("video_info") or {}]
-    return any(table.get(name) for table in told for name in ("is_depth_map", "video.is_depth_map"))
+    tables = [feature, feature.get("info") or {}, feature.get("video_info") or {}]
+    return any(table.get(name) for table in tables for name in ("is_depth_map", "video.is_depth_map"))
 
 
 def read_lines(path):
@@ -114,7 +114,7 @@ def read_tasks(root, version):
 
 
 def tasks_of(episode, names):
-    """The one task of an episode, or "" where its rows have to tell (none is told, or several)."""
+    """The one task of an episode, or "" where its rows name it (there is none, or there are several)."""
     tasks = episode.get("tasks") or []
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     return str(names.get(tasks[0], tasks[0])) if len(tasks) == 1 or (tasks and not names) else ""
@@ -184,13 +184,13 @@ def read_table(entry):
     rows = {name: as_rows(f"{entry.table}: {name}", table[c].to_pylist()) for name, c in spelled.items()}
     times = np.arange(len(table)) / entry.fps
     if "timestamp" in more and len(table) > 1:
-        told = np.array(table["timestamp"].to_pylist(), float).reshape(len(table))
-        told = told - told[0]
-        if not np.abs(told - times).max() < 0.5 / entry.fps:
-            rate = (len(told) - 1) / told[-1] if told[-1] > 0 else np.inf
+        stamps = np.array(table["timestamp"].to_pylist(), float).reshape(len(table))
+        stamps = stamps - stamps[0]
+        if not np.abs(stamps - times).max() < 0.5 / entry.fps:
+            rate = (len(stamps) - 1) / stamps[-1] if stamps[-1] > 0 else np.inf
             why = f"make {rate:.3g} rows a second, info.json says {entry.fps:g} fps: are they in seconds?"
             raise DataError(f"{entry.table}: the timestamps of episode {entry.episode} {why}")
-        times = told
+        times = stamps
     instruction = entry.instruction
     if "task_index" in more:
         instruction = [str(entry.tasks.get(str(index), "")) for index in table["task_index"].to_pylist()]

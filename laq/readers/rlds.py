@@ -93,16 +93,16 @@ def is_camera(key, values):
 
 
 def instructions(example, length):
-    """The text of each step, from the first language feature that tells one; "" if none does."""
+    """The text of each step, from the first language feature that has one; "" if none does."""
     for key in LANGUAGE:
         values = example.get(f"steps/{key}") or [b""]
         if not isinstance(values[0], bytes):  # Language Table has its letters as numbers
             texts = [bytes(values).partition(b"\0")[0].decode("utf-8", "replace").strip()]
         else:
             texts = [value.decode("utf-8", "replace").strip() for value in values]
-        told = [text for text in texts if text]
-        if told:
-            return [text or told[0] for text in texts] if len(texts) == length else told[0]
+        found = [text for text in texts if text]
+        if found:
+            return [text or found[0] for text in texts] if len(texts) == length else found[0]
     return ""
 
 

@@ -45,7 +45,7 @@ def entries(source, root, files, grouped):
         episode, camera = relative(stem, root), ""
         if grouped:
             episode, _, camera = episode.rpartition("/")
-        groups = [None]  # a video, or pictures whose names tell no series: all are one
+        groups = [None]  # a video, or pictures whose names form no series: all are one
         if folder and min(map(len, series[path].values())) > 1:
             groups = list(series[path])
         for group in groups:
@@ -54,8 +54,8 @@ def entries(source, root, files, grouped):
             found.append(Entry(source, episode or root.name, "pictures" if folder else "video", str(path), **more))
     other = Counter(file.suffix.lower() or "no ending" for file in files)
     other = {end: n for end, n in other.items() if end not in VIDEOS | PICTURES | BESIDE}
-    told = ", ".join(f"{count} {ending}" for ending, count in sorted(other.items()))
-    return found, [f"ignored files of other kinds: {told}"] if other else []
+    kinds = ", ".join(f"{count} {ending}" for ending, count in sorted(other.items()))
+    return found, [f"ignored files of other kinds: {kinds}"] if other else []
 
 
 def group_of(file):
@@ -79,11 +79,11 @@ def describe(entry):
             entry.more["instructions"] = lines
     if not facts.is_file():
         return
-    told = {name: value for name, value in read_json(facts).items() if isinstance(value, str | int | float)}
+    given = {name: value for name, value in read_json(facts).items() if isinstance(value, str | int | float)}
     for name in ("instruction", "episode", "camera", "actions"):
-        setattr(entry, name, plain(str(told.pop(name, getattr(entry, name)))))
-    entry.fps = told.pop("fps", None)
-    entry.more |= told
+        setattr(entry, name, plain(str(given.pop(name, getattr(entry, name)))))
+    entry.fps = given.pop("fps", None)
+    entry.more |= given
     if entry.actions not in KINDS:
         raise DataError(f"{facts}: actions {entry.actions}, expected {' or '.join(KINDS)}")
     if entry.fps is not None and not (type(entry.fps) in (int, float) and 0 < entry.fps < 1e6):
@@ -135,9 +135,9 @@ class Timeline:
                 packets.pop(0)
             shown = [packet for packet in packets if not packet.is_discard]
             self.clean = len(shown) == stream.frames if stream.frames else len(shown) == len(packets)
-            told = [packet.pts for packet in shown]
+            stamps = [packet.pts for packet in shown]
             self.start = float((stream.start_time or 0) * stream.time_base)
-            self.times = None if None in told or not told else np.sort(np.array(told) * float(stream.time_base))
+            self.times = None if None in stamps or not stamps else np.sort(np.array(stamps) * float(stream.time_base))
             self.fps, self.constant = fps or float(stream.average_rate or stream.guessed_rate or 0), True
             self.codec = stream.codec_context.name, stream.codec_context.pix_fmt
             self.alone = len(video.streams) == 1
@@ -157,12 +157,12 @@ def open_video(entry):
     rows, frames, turned = sidecar_rows(entry, notes), decoded(entry.path), False
     if not timeline.constant:
         steps = np.diff(timeline.times)
-        told = f"frames {steps.min():.3f} to {steps.max():.3f} s apart"
+        spacing = f"frames {steps.min():.3f} to {steps.max():.3f} s apart"
         if rows:
-            notes.append(f"{told}, but rows go with frames: taken as {timeline.fps:g} a second")
+            notes.append(f"{spacing}, but rows go with frames: taken as {timeline.fps:g} a second")
         else:
             frames = resample(frames, timeline)
-            notes.append(f"{told}: shown at {timeline.fps:g} a second, as a player does")
+            notes.append(f"{spacing}: shown at {timeline.fps:g} a second, as a player does")
     length = len(timeline.times) if timeline.times is not None and timeline.constant else None
     if rows:
         total = len(timeline.times) if timeline.times is not None else max(map(len, rows.values()))
@@ -192,9 +192,9 @@ def decoded(path, start=None):
             if frame.pts is not None:
                 end = float((frame.pts + (frame.duration or 0)) * frame.time_base)
             yield frame
-        told = duration(video, stream)
-        if end is not None and told - end > 2.5 / float(stream.average_rate or 25):
-            raise DataError(f"truncated: its frames end at {end:.2f} s of {told:.2f} s")
+        length = duration(video, stream)
+        if end is not None and length - end > 2.5 / float(stream.average_rate or 25):
+            raise DataError(f"truncated: its frames end at {end:.2f} s of {length:.2f} s")
 
 
 def duration(video, stream):
