@@ -52,7 +52,8 @@ def parse(argv=None):
     add("--rollouts", default=100, help="episodes in closed loop; of a LIBERO task at most 50", **whole)
     add("--tasks", nargs="+", type=int, metavar="N", help="just these tasks of a LIBERO suite, from 0")
     add("--max-steps", help="end an episode of LIBERO after N steps; as openpi does", **whole)
-    add("--n-action-steps", help="actions of a chunk between two predictions; all, in LIBERO 5", **whole)
+    executed = "actions of a chunk that are executed before the next prediction; without it all, in LIBERO 5"
+    add("--n-action-steps", help=executed, **whole)
     add("--val-stride", help="steps between two predictions; half a chunk", **whole)
     add("--max-episodes", help="predict for the first N episodes only", **whole)
     add("--chunk", default=50, help="actions per prediction of --mock-model", **whole)
@@ -116,7 +117,7 @@ def step_size(x, mask):
 def baselines(places, chunk, mean):
     """{name: predictions (N, chunk, A)} of two policies that look at nothing. places: (episode, step) of each.
 
-    last action: the action of the step before, held (at an episode's first step: the recorded one, which flatters it).
+    last action: the action of the step before (of an episode's first step: the recorded one, which flatters it).
     """
     last = np.stack([episode.actions[max(step - 1, 0)] for episode, step in places])
     return {
@@ -203,7 +204,7 @@ def summary(name, source):
     for method in (source["methods"]["model"], source["methods"]["last action"]):
         ends = "{:.3g} to {:.3g}".format(*method["interval"]) if method["interval"] else "one episode: no interval"
         words.append(f"{method['mse_normalised']:.3g} ({ends})")
-    return f"{name}: normalised MSE {words[0]}, of the last action held {words[1]}"
+    return f"{name}: normalised MSE {words[0]}, last-action baseline {words[1]}"
 
 
 def report(args, loop, sources):

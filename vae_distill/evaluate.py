@@ -46,7 +46,7 @@ def parse(argv=None):
     add("--batch-size", default=256, help="episodes at a time", **whole)
     add("--seconds", default=10.0, type=float, metavar="S", help="length of an episode without a reference")
     add("--physics", choices=["mjx", "mujoco"], help="as in train.py; without it the run's")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu or gpu")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1")
     add("--compile-cache", default="runs/compiled", metavar="DIR", help="where compiled programs are kept")
     add("--seed", default=0, help="of starts and of latent samples", **whole)
     args = parser.parse_args(argv)
@@ -237,9 +237,14 @@ def report(args, card, teacher):
 def main(argv=None):
     args = parse(argv)
     keep_compiled(args.compile_cache)
-    if args.device != "auto":
-        jax.config.update("jax_platforms", dict(gpu="cuda").get(args.device, args.device))
+    name, _, index = args.device.partition(":")
+    if name != "auto":
+        jax.config.update("jax_platforms", dict(gpu="cuda").get(name, name))
     find_devices()
+    try:
+        jax.config.update("jax_default_device", jax.devices()[int(index)] if index else None)
+    except (IndexError, ValueError):
+        raise common.DataError(f"--device {args.device}: JAX has {len(jax.devices())} such devices here") from None
     given = {name: getattr(args, name) for name in ("teacher", "walker", "data", "clip_frames", "physics")}
     student, params, env, clips, teacher = open_run(args.checkpoint, **given)
     common.make_folder(Path(args.out) / "figures")

@@ -46,14 +46,12 @@ def parse(argv=None):
     whole, real = dict(type=int, metavar="N"), dict(type=float, metavar="X")
 
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--data", nargs="+", metavar="PATH", help="PATH or NAME=PATH; without it the demo runs on data it writes itself"
-    )
+    add("--data", nargs="+", metavar="PATH", help="PATH or NAME=PATH; without it the demo, on data it writes itself")
     add("--teacher", metavar="DIR", help="a track-mjx run, or one PPONetwork_<step> folder of it")
     add("--walker", metavar="FILE", help="MJCF of the walker that the teacher was trained on")
     add("--val-share", default=0.1, help="share of the episodes held out, by a hash of their names", **real)
     add("--val-episodes", nargs="+", default=[], metavar="IDS", help="hold out just these: 56-69,80 or g1=56-69 b=3")
-    add("--clip-frames", default=0, help="frames per clip, if the file does not tell", **whole)
+    add("--clip-frames", default=0, help="frames per clip; 0: as the file says", **whole)
     shift = "1: track the next body, as teachers of 2025 learnt to; see Imitation in env.py"
     add("--physics", choices=["mjx", "mujoco"], default="mjx", help="mujoco: in C on one core, nothing to compile")
     add("--body-shift", choices=["auto", "0", "1"], default="auto", help=shift)
@@ -139,9 +137,9 @@ def setup(args):
         devices = jax.devices() if name == "auto" else jax.devices(platform)
         devices = [devices[int(index)]] if index else devices
     except (RuntimeError, IndexError, ValueError, AssertionError) as error:
-        told = f" (JAX_PLATFORMS is {os.environ['JAX_PLATFORMS']})" if os.environ.get("JAX_PLATFORMS") else ""
+        platforms = f" (JAX_PLATFORMS is {os.environ['JAX_PLATFORMS']})" if os.environ.get("JAX_PLATFORMS") else ""
         text = f"{(str(error) or 'no backend').splitlines()[0][:100]}; for a GPU: pip install 'jax[cuda12]'"
-        raise common.DataError(f"--device {args.device}: JAX has no such device here{told}: {text}") from None
+        raise common.DataError(f"--device {args.device}: JAX has no such device here{platforms}: {text}") from None
     if args.devices > len(devices):
         raise common.DataError(f"--devices {args.devices}: there are {len(devices)} here")
     devices = devices[: args.devices or None]

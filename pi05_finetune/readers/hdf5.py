@@ -19,11 +19,11 @@ def list_hdf5(source, files, rate):
     episodes = []
     for file in files:
         with opened(file) as h5:
-            told = control_freq(h5)
-            if (own := rate or told) is None:
-                raise DataError(f"{file}: does not tell its control rate: give --rate (robosuite 20, ALOHA 50)")
-            if told and abs(own / told - 1) > 0.1:
-                raise DataError(f"--rate {rate:g}: {file} tells {told:g} steps a second")
+            stored = control_freq(h5)
+            if (own := rate or stored) is None:
+                raise DataError(f"{file}: does not say its control rate: give --rate (robosuite 20, ALOHA 50)")
+            if stored and abs(own / stored - 1) > 0.1:
+                raise DataError(f"--rate {rate:g}: {file} says {stored:g} steps a second")
             if "data" in h5 and isinstance(h5["data"], h5py.Group):
                 names = sorted(h5["data"], key=lambda name: int("0" + "".join(filter(str.isdigit, name))))
                 stem = f"{file.stem}_" if len(files) > 1 else ""

@@ -1,1 +1,1 @@
-"""Everything about the teacher: track-mjx checkpoints, its walker, and a teacher made from a control law."""
+"""Everything about the teacher: track-mjx checkpoints, its walker, and a teacher made from an expert controller."""

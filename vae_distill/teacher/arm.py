@@ -1,11 +1,11 @@
-"""Make a teacher for an arm whose every joint has a motor: a control law, cloned into a track-mjx checkpoint.
+"""Make a teacher for an arm whose every joint has a motor: an expert controller, cloned into a track-mjx checkpoint.
 
 Run:
   python vae_distill/teacher/arm.py --walker arm.xml --data CLIPS.h5 --mocap-hz 200 --out runs/arm
 
 Writes OUT/walker.xml (motors scaled to [-1, 1]; Euler steps, no contacts and joint limits, for MJX's sake) and
-OUT/teacher, a run in track-mjx's flat layout. The law is computed torque: the acceleration of a quadratic through the
-reference frames ahead, plus a critically damped spring to it, through the inverse dynamics.
+OUT/teacher, a run in track-mjx's flat layout. The controller is computed torque: the acceleration of a quadratic
+through the reference frames ahead, plus a critically damped spring to it, through the inverse dynamics.
 """
 
 import sys
@@ -42,7 +42,7 @@ def parse(argv=None):
     add("--out", required=True, metavar="DIR", help="folder to write walker.xml and teacher/ into")
     add("--mocap-hz", type=float, required=True, metavar="X", help="frames per second of the clips")
     add("--substeps", default=5, help="physics steps per control step; one control step per frame", **whole)
-    add("--clip-frames", default=0, help="frames per clip, if the file does not tell", **whole)
+    add("--clip-frames", default=0, help="frames per clip; 0: as the file says", **whole)
     add("--steps", default=4000, help="optimizer steps of the cloning", **whole)
     add("--seed", default=0, help="of the weights and the visited states", **whole)
     args = parser.parse_args(argv)
@@ -136,7 +136,7 @@ def describe(model, clips, mocap_hz, substeps):
     )
 
 
-# --- the control law
+# --- the expert controller
 
 
 def computed_torque(model, error, qvel, qpos, frame_time):
@@ -158,7 +158,7 @@ def computed_torque(model, error, qvel, qpos, frame_time):
 
 
 def visit(env, clips, count, rng):
-    """Observations (count N) of states that the law visits under noise, and its commands (count A) there.
+    """Observations (count N) of states that the controller visits under noise, and its commands (count A) there.
 
     Episodes begin as the task's do, at rest on a frame of a clip, a quarter of them on the first. What the joints are
     driven with is the command plus noise of a scale of its own per episode, so that the clone learns to come back.
@@ -271,7 +271,7 @@ def main(argv=None):
     error = make(
         args.walker, args.data, args.out, args.mocap_hz, args.substeps, args.clip_frames, args.steps, args.seed
     )
-    print(f"{args.out}/teacher: the clone's mean squared error to the control law is {error:.2g}")
+    print(f"{args.out}/teacher: the clone's mean squared error to the expert controller is {error:.2g}")
     return 0
 
 
