@@ -32,7 +32,8 @@ FORBIDDEN = [
 ]
 DIALECT = re.compile(
     r"\b(gauges?|whole\.json|use_of_codes|commonest|skeleton|pointing|report card|liveliest|ancestor|verdict|LowRank"
-    r"|put_on|dsnr|seed 00\d)\b|\bcodes wait\b|\bas told\b|\bof one's own\b"
+    r"|put_on|dsnr|seed 00\d|foretold|none of their own|the seed's|code words)\b"
+    r"|\bcodes wait\b|\bas told\b|\bof one's own\b"
 )
 HERE = [name for name in FOLDERS if (ROOT / name / "train.py").exists()]
 FILES = [str(file.relative_to(ROOT)) for name in HERE for file in sorted((ROOT / name).rglob("*.py"))]
