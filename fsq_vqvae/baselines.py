@@ -141,7 +141,9 @@ def fast(train, chunks, scale):
     decoded = [codec.decode(some) for some in tokens]
     undecodable = sum(chunk is None for chunk in decoded)
     decoded = np.stack([np.zeros(codec.shape) if chunk is None else chunk for chunk in decoded])
-    return Coded("FAST", decoded, np.array(list(map(len, tokens))), math.log2(FAST_VOCABULARY), undecodable)
+    return Coded(
+        f"FAST, scale {scale}", decoded, np.array(list(map(len, tokens))), math.log2(FAST_VOCABULARY), undecodable
+    )
 
 
 class RegisterTokenizer(nn.Module):

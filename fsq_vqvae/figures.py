@@ -57,7 +57,7 @@ def rate_distortion(tables):
     for axis, (name, rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
         others = [(row["method"].partition(", ")[0], row["bits"], row["mse"]) for row in rows]
         for i, method in enumerate(dict.fromkeys(name for name, *_ in others if name != "this")):
-            points = sorted(point for name, *point in others if name == method)
+            points = sorted((point for name, *point in others if name == method), key=lambda point: -point[1])
             style = dict(color=OURS, zorder=2) if method == "closed form" else dict(color=f"C{i + 1}")
             if points[0][0]:
                 axis.plot(*zip(*points, strict=True), marker="o", ms=4, lw=1.2, label=method, **style)

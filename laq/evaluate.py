@@ -23,12 +23,10 @@ import metrics
 from data import between, read_pairs, some
 from model import LAQ, block_flow
 from shards import key_of, read_clips
-from sources import Source, fingerprint, named, named_paths, parse_gap
+from sources import Source, named, named_paths, owner, parse_gap
 from train import setup
 
 import common
-
-BASELINES = ("first frame", "pixel difference", "optical flow", "shuffled codes")
 
 
 def parse(argv=None):
@@ -65,10 +63,8 @@ def open_sources(args):
     gaps, known = named(args.gap, [name for name, _ in pairs], "--gap"), {spec["gap"] for spec in specs.values()}
     usual = known.pop() if len(known) == 1 else "0.6s"
     for name, path in pairs:
-        clips, where = read_clips(path), Path(path).resolve()
-        places = {str(where), str(where.parent if where.is_file() else where)}  # one shard of the run's folder, too
-        own = [spec for spec in specs.values() if spec["fingerprint"] == fingerprint(clips) or spec["path"] in places]
-        own = own[0] if own else None
+        clips = read_clips(path)
+        own = owner(clips, specs)
         gap = gaps.get(name) or (own or specs.get(name, {})).get("gap", usual)
         source = Source(name, path, clips, *parse_gap(gap))
         source.evaluated = set(own["held_out"]) if own else {clip.episode for clip in clips}
@@ -273,9 +269,6 @@ def main(argv=None):
         raise common.DataError("nothing to evaluate: hold out episodes with train.py --val-share, or give other --data")
 
     out, drawn = Path(args.out), {f"codes_{key_of(name)}": figures.codes({name: e}) for name, e in sheets.items()}
-    probed = {name: report for name, report in reports.items() if "probe" in report}
-    if probed:
-        drawn["probe"] = figures.probes(probed, BASELINES)
     for name, figure in drawn.items():
         with common.atomic(out / "figures" / f"{name}.png") as path:
             figure.savefig(path, format="png")

@@ -67,10 +67,14 @@ def codes(examples):
         for axis in row:
             axis.axis("off")
         if position == 0:
-            for axis, key in zip(row, ("first", "second", "decoded"), strict=False):
+            titles = dict(first="frame t", second="frame t + gap", decoded="decoded")
+            for axis, (key, title) in zip(row, titles.items(), strict=False):
                 axis.imshow(example[key], interpolation="nearest")
-                axis.set_title(key, fontsize=7)
+                axis.set_title(title, fontsize=7)
         dims, arrows = mean_motion(example, position)
+        if dims:
+            for axis in row:
+                axis.set_ylim(1.5 * len(example["first"]), -0.5)
         share = histogram(example["all_codes"], int(example["all_codes"].max()) + 1)[position]
         for axis, code, image, arrow in zip(
             row[3:], example["shown"][position], example["effects"][position], arrows, strict=False
@@ -79,10 +83,10 @@ def codes(examples):
             often = 100 * share[code] if code < len(share) else 0
             axis.set_title(f"code {code}: {often:.0f} %", fontsize=7)
             outline(axis, example["first"], image)
-            center, size = (len(image) - 1) / 2, len(image)
-            if np.isfinite(arrow).all() and np.hypot(*arrow) > 0.05:
+            size = len(image)
+            if np.isfinite(arrow).all() and np.hypot(*arrow) > 0.05:  # below the picture, which it would hide
                 style = dict(color="tab:red", width=0.02 * size, head_width=0.1 * size, length_includes_head=True)
-                axis.arrow(center, center, *(0.4 * size * arrow), **style)
+                axis.arrow(*(np.array([0.5, 1.25]) * size - 0.2 * size * arrow), *(0.4 * size * arrow), **style)
         label = f"{name}, position {position}" + (f"\narrows: motion of dims {dims[0]}, {dims[1]}" if dims else "")
         place = dict(va="center", ha="right", transform=row[0].transAxes)
         row[0].text(-0.12, 0.5, label, rotation=90, fontsize=6, **place)
@@ -115,20 +119,3 @@ def outline(axis, before, after, least=0.06):
 
 
 # --- the report
-
-
-def probes(reports, baselines):
-    """R2 of every probe of {source: report}, with its interval over episodes."""
-    figure = Figure(figsize=(1 + 5 * len(reports), 3.6), layout="constrained")
-    figure.suptitle("how much of the robot's motion each tells, held-out episodes (higher is better)")
-    for axis, (source, report) in zip(figure.subplots(1, len(reports), squeeze=False)[0], reports.items(), strict=True):
-        table = {name: scores for name, scores in report["probe"].items() if scores["r2"] is not None}
-        values = np.array([scores["r2_weighted"] for scores in table.values()])
-        ends = [scores.get("r2_weighted_interval", [scores["r2_weighted"]] * 2) for scores in table.values()]
-        bars = np.abs(np.array(ends).reshape(-1, 2).T - values)
-        colours = [TRUE if name in baselines else MODEL for name in table]
-        axis.barh(list(table), values.clip(-0.5), color=colours, xerr=bars, error_kw=dict(lw=1))
-        axis.invert_yaxis()
-        axis.axvline(0, color="black", lw=0.8)
-        axis.set(title=source, xlabel="R2, dims weighted by their motion (shown from -0.5)", xlim=(-0.55, 1))
-    return figure

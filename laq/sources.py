@@ -1,6 +1,5 @@
 """What the entries of --data name: the clips of each source, the range of its gap, and the episodes held out."""
 
-import json
 import re
 import zlib
 from dataclasses import dataclass, field
@@ -45,13 +44,21 @@ class Source:
     def spec(self):
         """What a checkpoint keeps of it."""
         unit, episodes = "s" if self.seconds else "", len({clip.episode for clip in self.clips})
-        about = dict(path=str(Path(self.path).resolve()), fingerprint=fingerprint(self.clips), episodes=episodes)
+        about = dict(path=str(Path(self.path).resolve()), clips=clip_marks(self.clips), episodes=episodes)
         return about | dict(gap=f"{self.low:g}{unit}-{self.high:g}{unit}", held_out=self.held_out)
 
 
-def fingerprint(clips):
-    """A number that tells whether the clips are the same, wherever they lie."""
-    return zlib.crc32(json.dumps(sorted((clip.key, len(clip)) for clip in clips)).encode())
+def clip_marks(clips):
+    """A number for each clip, by which it is known again, wherever it lies and whatever lies beside it."""
+    return sorted(zlib.crc32(f"{clip.key} {len(clip)}".encode()) for clip in clips)
+
+
+def owner(clips, split):
+    """What data.json of a checkpoint keeps of the source that has one of these clips, or None."""
+    if any("clips" not in known for known in split.values()):
+        raise DataError("the checkpoint is of an earlier version: its data.json does not list the clips of its data")
+    marks = set(clip_marks(clips))
+    return next((known for known in split.values() if marks.intersection(known["clips"])), None)
 
 
 # --- flags: NAME=PATH, gaps, split
@@ -115,12 +122,12 @@ def restore_split(sources, specs):
 
     A source is known by its name, or else by its clips.
     """
-    lines, known = [], {spec["fingerprint"]: spec for spec in specs.values()}
+    lines = []
     for source in sources:
-        now, unknown = source.spec(), dict(episodes=0, fingerprint=0, held_out=[])
-        before = specs.get(source.name) or known.get(now["fingerprint"], unknown)
+        now, unknown = source.spec(), dict(episodes=0, clips=[], held_out=[])
+        before = specs.get(source.name) or owner(source.clips, specs) or unknown
         source.split(before["held_out"])
-        if before["fingerprint"] != now["fingerprint"]:
+        if before.get("clips") != now["clips"]:
             episodes = f"{now['episodes']} episodes, {before['episodes']} when the run began"
             lines.append(f"{source.name}: its clips have changed: {episodes}; the same are held out")
     return lines

@@ -59,32 +59,31 @@ def traces(examples):
 
 
 def closed_loop(report, examples):
-    """Success rates as bars; beside them the gripper's paths over the tables of six rollouts.
+    """Success rates as bars; beside them six scenes with the gripper's paths under both instructions.
 
-    examples: (image (H, W, 3) of [-1.1, 1.1] squared, colour of the target, {instruction: path (T, 3)}).
+    examples: (image (H, W, 3) of [-1.1, 1.1] squared, colour first named, {instruction: path (T, 3)}).
     """
     figure = Figure(figsize=(13, 4.6), layout="constrained")
-    bars, tables = figure.subfigures(1, 2, width_ratios=[1, 2.2])
-    axis, names = bars.subplots(), ("right instruction", "swapped instruction")
-    for place, (name, colour) in enumerate(zip(names, (PREDICTED, TRUE), strict=True)):
+    bars, scenes = figure.subfigures(1, 2, width_ratios=[1, 2.2])
+    axis, names = bars.subplots(), ("one block named", "the other named")
+    for place, name in enumerate(names):
         rate, (low, high) = report[name]["success"], report[name]["interval"]
-        axis.bar(place, rate, 0.6, color=colour)
+        axis.bar(place, rate, 0.5, color=PREDICTED)
         axis.errorbar(place, rate, [[rate - low], [high - rate]], color="0.2", capsize=4)
         axis.text(place, high + 0.02, f"{100 * rate:.0f} %", ha="center", fontsize=12)
     axis.axhline(0.5, color="0.2", ls=":", lw=1)
-    axis.text(1.4, 0.51, "words ignored", ha="right")
+    axis.text(0.5, 0.51, "ignores\nthe words", ha="center")
     axis.set_xticks(range(2), names)
-    axis.set(ylim=(0, 1.15), ylabel="grasped the block meant", title=f"success, {report['rollouts']} rollouts each")
-    for axis, (image, target, paths) in zip(tables.subplots(2, 3).flat, examples, strict=False):
+    axis.set(ylim=(0, 1.15), ylabel="grasped the named block", title=f"success, {report['rollouts']} rollouts each")
+    for axis, (image, target, paths) in zip(scenes.subplots(2, 3).flat, examples, strict=False):
         axis.imshow(image, extent=(-1.1, 1.1, 1.1, -1.1))
-        for (name, path), style in zip(paths.items(), ("-", ":"), strict=True):
-            axis.plot(path[:, 0], path[:, 1], "k" + style, lw=1.6, label=name)
-            axis.plot(*path[-1, :2], "ko", ms=5, mfc="w" if style == ":" else "k")
-        axis.set_title(f"meant: {target}")
-        axis.set_xticks([])
-        axis.set_yticks([])
-    tables.axes[0].legend(frameon=False, fontsize=7, loc="upper left")
-    figure.suptitle("closed loop: where the gripper goes and closes; told the other colour, it should go elsewhere")
+        for (name, path), style, fill in zip(paths.items(), ("-", ":"), ("k", "w"), strict=True):
+            axis.plot(path[:, 0], path[:, 1], "k" + style, lw=1.6, label=f"path, {name}")
+            axis.plot(*path[-1, :2], "ko", ms=5, mfc=fill, label="closes there")
+        axis.set(title=f"{target} is named, then the other", xlim=(-1.1, 1.1), ylim=(1.1, -1.1), xticks=[], yticks=[])
+    handles = scenes.axes[0].get_legend_handles_labels()
+    scenes.legend(*handles, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
+    figure.suptitle("closed loop: the gripper should close on the block that is named")
     return figure
 
 

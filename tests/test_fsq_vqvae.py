@@ -4,10 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import h5py
 import numpy as np
@@ -836,44 +832,6 @@ def test_users_own_loaders(this, tmp_path):
         file.write_text(text) if text is not None else None
         with pytest.raises(DataError, match=message):
             this.data.read_source("x", f"module:{file}")
-
-
-@pytest.mark.slow
-def test_two_ranks_train_as_one_process(tmp_path):
-    """Same weights and normalisation, with a user's own loaders too."""
-    (tmp_path / "mine.py").write_text(MODULE)
-    folder = write_npz(tmp_path / "data", [30] * 8)
-    for name, data in (("npz", f"a={folder}"), ("module", f"a=module:{tmp_path / 'mine.py'}")):
-        for ranks in (1, 2):
-            words = flags(folder, tmp_path / f"{name}{ranks}", "--dropout", 0)
-            words[1] = data
-            done = launch(ROOT / "fsq_vqvae" / "train.py", *words, ranks=ranks)
-            assert done.returncode == 0, done.stderr
-        one, two = (weights(tmp_path / f"{name}{ranks}") for ranks in (1, 2))
-        assert torch.equal(one["coders.0.center"], two["coders.0.center"])
-        for key in one:
-            torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, number, code):
-    """SIGKILL, or SIGTERM to the whole process group with loader processes, then --resume: the same weights."""
-    folder = write_npz(tmp_path / "data", [30] * 8)
-    more = ["--steps", 80, "--save-every", 10, "--eval-every", 20, "--workers", 2]
-    script, out = ROOT / "fsq_vqvae" / "train.py", tmp_path / "run"
-    assert launch(script, *flags(folder, tmp_path / "one", *more)).returncode == 0
-    words = [sys.executable, script, *flags(folder, out, *more)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not (out / "checkpoints" / "step_0000010").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, number)
-    assert process.wait(60) == code
-    done = launch(script, *flags(folder, out, *more, "--resume"))
-    assert done.returncode == 0, done.stderr
-    assert equal(weights(out), weights(tmp_path / "one"))
-    assert [line["step"] for line in log_of(out)] == [line["step"] for line in log_of(tmp_path / "one")]
 
 
 @pytest.mark.slow

@@ -2,12 +2,7 @@
 
 import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -576,39 +571,6 @@ def spoil(clip):
     with open(shard, "r+b") as file:
         file.seek(offset)
         file.write(b"broken")
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(lab, tmp_path):
-    """SIGKILL, and SIGTERM to the whole process group with loader processes: 75, saved, resumed to equal bits."""
-    more = ["--steps", 60, "--save-every", 10, "--eval-every", 20, "--workers", 2]
-    assert launch(SCRIPT, *flags(lab, tmp_path / "one", *more)).returncode == 0
-    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75)):
-        out = tmp_path / f"run{int(number)}"
-        words = [sys.executable, str(SCRIPT), *flags(lab, out, *more)]
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while not (out / "checkpoints" / "step_0000010").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.killpg(process.pid, number)
-        assert process.wait(60) == code
-        done = launch(SCRIPT, *flags(lab, out, *more, "--resume"))
-        assert done.returncode == 0, done.stderr
-        assert weights_of(out) == weights_of(tmp_path / "one")
-        assert [line["step"] for line in log_of(out)] == [line["step"] for line in log_of(tmp_path / "one")]
-
-
-@pytest.mark.slow
-def test_two_ranks_train_one_codebook(lab, tmp_path):
-    """200 steps with restarts on two ranks and two micro-steps give the curve of one process."""
-    more = ["--steps", 200, "--eval-every", 100, "--save-every", 200, "--lr", "1e-3"]
-    for name, ranks, extra in (("one", 1, []), ("two", 2, ["--accum", 2])):
-        done = launch(SCRIPT, *flags(lab, tmp_path / name, *more, *extra), ranks=ranks)
-        assert done.returncode == 0, done.stderr
-    one, two = (log_of(tmp_path / name) for name in ("one", "two"))
-    assert one[-1]["train/restarts"] > 0
-    losses = [[line["train/loss"] for line in log if "train/loss" in line] for log in (one, two)]
-    np.testing.assert_allclose(*losses, rtol=2e-3)
 
 
 @pytest.mark.slow

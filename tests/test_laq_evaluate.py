@@ -202,7 +202,7 @@ def test_report_on_a_perfect_model(laq, monkeypatch, tmp_path):
     assert rows["first frame"]["r2"] < 0.1 and rows["shuffled codes"]["r2"] < 0.1
     text = (tmp_path / "report.md").read_text()
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
-    assert drawn == {"probe", "codes_w"} and all(f"figures/{name}.png" in text for name in drawn)
+    assert drawn == {"codes_w"} and all(f"figures/{name}.png" in text for name in drawn)
     assert "good enough to label" in text and "the codes tell more" in text
 
 
@@ -238,10 +238,12 @@ def run(laq, tmp_path_factory):
 
 
 def test_which_episodes_are_evaluated(laq, run, tmp_path):
-    """Of the run's own data, under any name, those that its checkpoint held out; of other data all."""
+    """Of the run's own data, under any name and grown since, those that its checkpoint held out; of other data all."""
     checkpoint, new = run / "run/checkpoints/best", rolling(laq, tmp_path / "new", episodes=3, name="lab")
     held = len(json.loads((checkpoint / "data.json").read_text())["w"]["held_out"])
-    for words, count in (([], held), (["--data", f"other={run / 'data'}"], held), (["--data", new], 3)):
+    grown = rolling(laq, tmp_path / "grown", episodes=14)
+    cases = ([], held), (["--data", f"other={run / 'data'}"], held), (["--data", grown], held), (["--data", new], 3)
+    for words, count in cases:
         words = ["--checkpoint", checkpoint, "--device", "cpu", *words]
         assert laq.evaluate.main([str(word) for word in words]) == 0
         (found,) = json.loads((run / "run/report/report.json").read_text())["sources"].values()

@@ -1081,3 +1081,59 @@ def test_stored_frames_are_read_one_by_one(laq, tmp_path):
     assert seen == [n % 256 for n in range(1000)] and tracemalloc.get_traced_memory()[1] < 20e6
     tracemalloc.stop()
     assert clip.frames(None, [700, 3])[:, 0, 0, 0].tolist() == [700 % 256, 3]
+
+
+def test_a_picture_beside_two_series(laq, tmp_path, capsys):
+    """The series stay apart, and the picture is named as ignored."""
+    (tmp_path / "d").mkdir()
+    for name, n in [("cover", 9), *((f"{side}{n}", n + 10 * (side == "r")) for side in "lr" for n in range(4))]:
+        (tmp_path / f"d/{name}.png").write_bytes(picture(grey([n])[0]))
+    clips, _ = run(laq, tmp_path / "out", "--data", f"d={tmp_path / 'd'}", "--fps", 5)
+    assert [numbers(clip.frames()) for clip in clips.values()] == [[0, 1, 2, 3], [10, 11, 12, 13]]
+    assert "ignored pictures beside videos or other series: 1" in capsys.readouterr().out
+
+
+def test_texts_of_other_encodings(laq, tmp_path):
+    """Windows-1252 is read; UTF-16 without a mark and UTF-32 are named."""
+    for name, text, encoding in (("a", "push", "utf-16-le"), ("b", "push", "utf-32"), ("c", "don’t …", "cp1252")):
+        write_video(tmp_path / f"d/{name}.mp4", grey(range(3)))
+        (tmp_path / f"d/{name}.txt").write_bytes(text.encode(encoding))
+    clips, summary = run(laq, tmp_path / "out", "--data", f"d={tmp_path / 'd'}")
+    assert [clip.meta["instruction"] for clip in clips.values()] == ["don’t …"]
+    assert all("zero bytes" in why for why in summary["d"]["broken"].values())
+
+
+def test_packets_without_times(laq, tmp_path):
+    """As in a bare stream of h264: every frame is read."""
+    write_video(tmp_path / "a.mkv", grey(range(20)), g=8, bf=2)
+    (tmp_path / "d").mkdir()
+    words = f"ffmpeg -v error -i {tmp_path}/a.mkv -c copy -f h264 {tmp_path}/d/a.mpeg"
+    subprocess.run(words.split(), check=True)
+    (clip,) = run(laq, tmp_path / "out", "--data", f"d={tmp_path / 'd'}")[0].values()
+    assert numbers(clip.frames()) == list(range(20))
+
+
+def test_a_depth_video_is_no_colour_video(laq, tmp_path):
+    write_video(tmp_path / "d/a.mkv", grey(range(4)), "ffv1", pix_fmt="gray16le")
+    with pytest.raises(DataError, match="none of the 1"):
+        run(laq, tmp_path / "out", "--data", f"d={tmp_path / 'd'}")
+
+
+def test_rows_of_another_task_than_the_episode(laq, tmp_path):
+    lerobot_v21(tmp_path, {0: 4})
+    lines = [dict(task_index=n, task=text) for n, text in enumerate(("task 0", "close"))]
+    (tmp_path / "meta/tasks.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lerobot_table(tmp_path / "data/chunk-000/episode_000000.parquet", {0: 4}, task_index=[0, 0, 1, 1])
+    with pytest.raises(DataError, match="none of the 2"):
+        run(laq, tmp_path / "out", "--data", f"d={tmp_path}")
+
+
+def test_rlds_says_what_it_does_not_read(laq, tmp_path, example, capsys):
+    """A file that is no tfrecord, a camera with an empty picture, actions under another name."""
+    path, frames = tmp_path / "x/b.tfrecord", [b"", *map(jpeg, grey(range(3)))]
+    write_tfrecord(path, example, [record(range(4), **{"steps/observation/wrist": frames, "steps/actions": [0.0] * 4})])
+    (tmp_path / "x/a.tfrecord").write_bytes(b"\xff" * 64)
+    clips, summary = run(laq, tmp_path / "out", "--data", f"x={tmp_path / 'x'}", "--fps", 5)
+    broken = " ".join(summary["x"]["broken"].values())
+    assert len(clips) == 1 and "truncated" in broken and "wrist" in broken
+    assert "no actions: its features are steps/actions" in capsys.readouterr().out

@@ -6,10 +6,7 @@ import math
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import av
@@ -25,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 HOME = ROOT / "pi05_finetune"
 SCRIPTS = "checkpoint compute_norms convert demo evaluate lerobot_patch policy processor validate".split()
-READERS = "dataset download_mechalabs episode hdf5 lerobot libero npz spec video".split()
+READERS = "dataset episode hdf5 lerobot libero npz spec video".split()
 CORE = "model."
 VLM = "model.paligemma_with_expert.paligemma.model."
 EXPERT = "model.paligemma_with_expert.gemma_expert."
@@ -1351,9 +1348,9 @@ class Expert:
         return torch.tensor(np.array(chunks))
 
 
-@pytest.mark.parametrize("listens, right, swapped", [(True, 1.0, 0.0), (False, 0.5, 0.5)])
-def test_closed_loop_tells_who_listens(this, monkeypatch, listens, right, swapped):
-    """A policy that follows the words succeeds, and fails when they are swapped; one that does not is at chance."""
+@pytest.mark.parametrize("listens, success", [(True, 1.0), (False, 0.5)])
+def test_closed_loop_tells_who_listens(this, monkeypatch, listens, success):
+    """A policy that follows the instruction grasps whichever block it names; one that does not is at chance."""
     policy = this.policy.Policy(Expert(listens))
     run = policy.run
 
@@ -1364,8 +1361,8 @@ def test_closed_loop_tells_who_listens(this, monkeypatch, listens, right, swappe
 
     monkeypatch.setattr(policy, "run", watched)
     report, examples = this.demo.closed_loop(policy, 60, 7)
-    for name, expected in (("right instruction", right), ("swapped instruction", swapped)):
-        assert report[name]["success"] == pytest.approx(expected, abs=0.2 * (expected == 0.5))
+    for name in ("one block named", "the other named"):
+        assert report[name]["success"] == pytest.approx(success, abs=0.2 * (success == 0.5))
     assert len(examples) == 6 and "60 rollouts" in this.demo.summary(report)
 
 
@@ -1711,34 +1708,6 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, ranks):
-    """SIGKILL, or SIGTERM to the whole group, loader processes included: 75, saved, resumed to equal weights."""
-    folder, script = write_data(tmp_path / "data"), HOME / "train.py"
-    more = ["--steps", 40, "--save-every", 10, "--eval-every", 20, "--log-every", 1, "--workers", 2]
-    done = launch(script, *flags(folder, tmp_path / "one", *more), ranks=ranks)
-    assert done.returncode == 0, done.stderr
-    for number in (signal.SIGKILL, signal.SIGTERM) if ranks == 1 else (signal.SIGTERM,):
-        out = tmp_path / f"run{int(number)}"
-        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"] * (ranks > 1)
-        words = [sys.executable, *torchrun, script, *flags(folder, out, *more)]
-        process = subprocess.Popen(
-            words, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
-        )
-        deadline = time.monotonic() + 200
-        while not (out / "checkpoints" / "step_0000010").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.killpg(process.pid, number)
-        code = process.wait(100)
-        assert code == (-9 if number == signal.SIGKILL else 75) or ranks > 1
-        assert number == signal.SIGKILL or (out / "checkpoints" / "last").exists()
-        assert not (out / "checkpoints" / "step_0000040").exists()
-        done = launch(script, *flags(folder, out, *more, "--resume"), ranks=ranks)
-        assert done.returncode == 0, done.stderr
-        assert weights_of(out) == weights_of(tmp_path / "one") and log_of(out) == log_of(tmp_path / "one")
-
-
-@pytest.mark.slow
 def test_compiled_and_logged_to_wandb_offline(tmp_path):
     """--compile and --wandb run; loader processes give the same weights as none."""
     folder, script = write_data(tmp_path / "data"), HOME / "train.py"
@@ -1772,7 +1741,6 @@ def test_the_verbs_refuse_and_leave_nothing_half_made(this, copied, tmp_path, ca
         ("validate", ["--data", tmp_path / "absent", "--report", out], "no such folder"),
         ("compute_norms", ["--data", folder, "--out", "/dev/full/x"], "/dev/full"),
         ("convert", ["--data", folder, "--to", "npz", "--out", tmp_path / "file"], "is there already"),
-        ("download_mechalabs", ["--out", out], "CRPlab/MechaLabs: cannot be fetched"),
     ):
         with refuses(message):
             getattr(this, script).main([str(word) for word in words])
@@ -1786,21 +1754,6 @@ def test_the_verbs_refuse_and_leave_nothing_half_made(this, copied, tmp_path, ca
         with pytest.raises(SystemExit):
             getattr(this, script).parse(words.split())
         assert words.split()[-2] in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_folder_copied_into_another_project_runs_its_demo(tmp_path):
-    """A host project with its own model.py, data.py and common.py on the path must not get in the way."""
-    host = tmp_path / "host"
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "pi05_finetune", host / "third_party" / "pi05", ignore=ignore)
-    shutil.copy(ROOT / "common.py", host / "third_party")
-    for name in ("model.py", "data.py", "common.py", "figures.py", "demo.py", "processor.py", "checkpoint.py"):
-        (host / name).write_text("raise SystemExit('the host project was imported')\n")
-    more = ["--steps", 4, "--eval-every", 2, "--save-every", 2, "--log-every", 2]
-    done = launch(host / "third_party" / "pi05" / "train.py", *more, cwd=host, env=dict(PYTHONPATH=str(host)))
-    assert done.returncode == 0, done.stderr
-    assert list(host.glob("runs/*/001/checkpoints/best/config.json"))
 
 
 @pytest.mark.slow
@@ -1909,7 +1862,7 @@ def test_accumulation_trains_the_same_model(this, tmp_path):
 
 @pytest.mark.slow
 def test_real_g1_validates_trains_and_reports(this, tmp_path):
-    """The seed's whole path on real episodes with video, from validation to the report."""
+    """The whole path on real episodes with video, from validation to the report."""
     g1 = shared("g1_lerobot_v21/converted/lerobot_v30")
     assert this.validate.main(["--data", str(g1), "--report", str(tmp_path / "v.json")]) == 0
     split = ["--data", f"g1={g1}", "--val-episodes", "1"]

@@ -906,3 +906,34 @@ def test_killed_runs_go_on(home, tmp_path, how, more):
     done = launch(script, *stage2(home, tmp_path / "b", *steps, *more, "--resume"), ranks=ranks)
     assert done.returncode == 0, done.stderr[-2000:]
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+
+
+def test_clips_of_a_smaller_gap_than_the_largest(this, tmp_path):
+    """A gap in seconds is of fewer frames where the rate is lower: such clips of a source are trained on."""
+    labels = write_labels(this, tmp_path / "l", gap=2)
+    (labels / "labels.json").write_text((labels / "labels.json").read_text().replace('"gap": 2', '"gap": 4'))
+    source, _ = read(this, write(this, tmp_path / "d"), labels)
+    assert len(this.sources.read_latents(source.train[0], source.labels)[0]) == 6
+
+
+def test_text_that_a_tokenizer_would_not_take(this, home):
+    """What UTF-8 cannot hold, and the model's own words in the prompt, are plain text."""
+    model = small(this, home, prompt="<|image_pad|> do {instruction}")
+    (image,) = frames(1)
+    batch = model.preprocess([image], ["cut \ud83d off"])
+    model.query_states(batch)
+
+
+def test_a_run_knows_its_clips_under_any_name(this, tmp_path):
+    """A part of the run's data under another name is the run's; other data of its name is not."""
+    (one,) = this.sources.read_sources([f"a={write(this, tmp_path / 'd', 20)}"], "actions", None, 0.3)
+    split, (part,) = (
+        this.sources.split_of([one]),
+        this.sources.read_sources([f"b={tmp_path / 'd'}"], "actions", None, 0),
+    )
+    part.train = part.train[:15]
+    assert "held out" in this.sources.split_for_report(part, split) and set(part.held_out) == set(one.held_out)
+    (new,) = this.sources.read_sources([f"a={write(this, tmp_path / 'n', 4, key='n{}')}"], "actions", None, 0)
+    assert "new data" in this.sources.split_for_report(new, split)
+    this.sources.restore_split([part], split)
+    assert set(part.held_out) == set(one.held_out)

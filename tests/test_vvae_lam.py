@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, free_port, launch, load, log_of, shared, weights_of
+from conftest import ROOT, launch, load, log_of, shared, weights_of
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -784,43 +783,6 @@ def test_init_takes_weights_codes_and_normalisation(this, latents, tmp_path):
     assert two.quantizer.quantizing and one.config.std == two.config.std
     with pytest.raises(DataError, match="num_embeddings is 4, but 5 here"):
         this.train.main(flags(latents, tmp_path / "three", "--init", init, "--num-embeddings", 5))
-
-
-@pytest.mark.slow
-def test_two_ranks_and_micro_steps_give_the_model_of_one_process(this, latents, tmp_path):
-    """After 24 steps, of which the last four have codes; reduced once per optimizer step."""
-    late = ["--steps", 24, "--eval-every", 24, "--save-every", 24, "--lr", 1e-3]
-    script = FOLDER / "train.py"
-    one = launch(script, *flags(latents, tmp_path / "one", *late))
-    two = launch(script, *flags(latents, tmp_path / "two", *late, "--accum", 2), ranks=2)
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    load_model = this.model.VVAELatentActionVQVAE.from_pretrained
-    a, b = (load_model(tmp_path / name / "checkpoints" / "last") for name in ("one", "two"))
-    for x, y in zip(a.parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(a.quantizer.codebook, b.quantizer.codebook, rtol=1e-3, atol=1e-5)
-    assert log_of(tmp_path / "two")[-1]["train/vq_loss"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_terminated_as_a_group_with_workers_and_resumed_equals_uninterrupted(latents, tmp_path, ranks):
-    """SIGTERM to the whole process group, loader processes too: saved, exit code 75, resumed bit for bit."""
-    more = ["--steps", 80, "--save-every", 10, "--eval-every", 40, "--workers", 1]
-    script, out = FOLDER / "train.py", tmp_path / "run"
-    assert launch(script, *flags(latents, tmp_path / "one", *more), ranks=ranks).returncode == 0
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), script, *flags(latents, out, *more)]
-    process = start(*command)
-    wait_until(lambda: (out / "checkpoints" / "step_0000010").exists())
-    os.killpg(process.pid, signal.SIGTERM)
-    code = process.wait(90)
-    assert code == 75 if ranks == 1 else code != 0  # torchrun has a code of its own
-    assert not (out / "checkpoints" / "step_0000080").exists()
-    done = launch(script, *flags(latents, out, *more, "--resume"), ranks=ranks)
-    assert done.returncode == 0, done.stderr
-    assert weights_of(out) == weights_of(tmp_path / "one")
-    assert [line["step"] for line in log_of(out)] == [line["step"] for line in log_of(tmp_path / "one")]
 
 
 @pytest.mark.slow

@@ -142,9 +142,10 @@ class Preprocessor:
         """images (B x (H, W, 3) uint8), instructions (B texts) -> dict of tensors, N placeholder tokens at the end."""
         texts = []
         for instruction in instructions:
-            for token in self.special:  # <|image_pad|> in an instruction is text, not an image
-                instruction = instruction.replace(token, f"{token[:1]} {token[1:]}")
-            content = [dict(type="image"), dict(type="text", text=self.prompt.replace("{instruction}", instruction))]
+            text = self.prompt.replace("{instruction}", instruction).encode("utf-8", "replace").decode()
+            for token in self.special:  # <|image_pad|> in a text is no image
+                text = text.replace(token, f"{token[:1]} {token[1:]}")
+            content = [dict(type="image"), dict(type="text", text=text)]
             talk = [dict(role="user", content=content)]
             texts.append(self.processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
         tensors = self.processor(text=texts, images=[[image] for image in images], padding=True, return_tensors="pt")

@@ -1,6 +1,7 @@
 """Which clips a run uses and which it holds out: shards.py reads clips, data.py makes batches of them."""
 
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,8 +133,8 @@ def read_latents(clip, labels):
         valid = found["valid"].astype(bool) if "valid" in found else np.ones(len(codes), bool)
     except (KeyError, ValueError, TypeError) as error:
         raise DataError(f"{name}: needs codes, vectors and gap ({error})") from None
-    if codes.dtype.kind not in "iu" or gap != labels["gap"]:
-        raise DataError(f"{name}: {codes.dtype} codes, gap {gap}; expected whole numbers, gap {labels['gap']}")
+    if codes.dtype.kind not in "iu" or not 0 < gap <= labels["gap"]:  # a gap in seconds differs with the rate
+        raise DataError(f"{name}: {codes.dtype} codes, gap {gap}; expected whole numbers, gap {labels['gap']} at most")
     codes, shape = codes.astype(np.int64), (max(0, len(clip) - gap), labels["code_seq_len"], labels["code_dim"])
     if codes.shape != shape[:2] or vectors.shape != shape or valid.shape != shape[:1]:
         shapes = f"codes {codes.shape}, vectors {vectors.shape}; expected vectors {shape} for a gap of {gap}"
@@ -148,12 +149,26 @@ def read_latents(clip, labels):
 
 
 def split_of(sources):
-    """What a checkpoint keeps of the data: {source: its number of episodes, the names of those held out}."""
+    """What a checkpoint keeps of the data: {source: its number of episodes, those held out, clip_marks}."""
     table = {}
     for source in sources:
-        episodes = len({clip.episode for clip in source.train + source.validation})
-        table[source.name] = dict(episodes=episodes, held_out=source.held_out)
+        clips = source.train + source.validation
+        episodes = len({clip.episode for clip in clips})
+        table[source.name] = dict(episodes=episodes, held_out=source.held_out, clips=clip_marks(clips))
     return table
+
+
+def clip_marks(clips):
+    """A number for each clip, by which it is known again, wherever it lies and whatever lies beside it."""
+    return sorted(zlib.crc32(f"{clip.key} {len(clip)}".encode()) for clip in clips)
+
+
+def owner(clips, split):
+    """What data.json of a checkpoint keeps of the source that has one of these clips, or None."""
+    if any("clips" not in known for known in split.values()):
+        raise DataError("the checkpoint is of an earlier version: its data.json does not list the clips of its data")
+    marks = set(clip_marks(clips))
+    return next((known for known in split.values() if marks.intersection(known["clips"])), None)
 
 
 def hold_out(source, names):
@@ -167,7 +182,8 @@ def restore_split(sources, split):
     """Hold out what the checkpoint held out, in place. Returns a line for each source that has changed since."""
     lines = []
     for source, now in zip(sources, split_of(sources).values(), strict=True):
-        before = split.get(source.name, dict(episodes=0, held_out=[]))
+        clips = source.train + source.validation
+        before = split.get(source.name) or owner(clips, split) or dict(episodes=0, held_out=[])
         hold_out(source, before["held_out"])
         if before["episodes"] != now["episodes"]:
             lines.append(f"{source.name}: {now['episodes']} episodes, {before['episodes']} when the run began")
@@ -179,9 +195,7 @@ def split_for_report(source, split):
 
     Returns a line that tells which.
     """
-    names = {clip.episode for clip in source.train + source.validation}
-    own = [one for one in split.values() if one["episodes"] == len(names)]
-    own = [one for one in own if not one["held_out"] or names.intersection(one["held_out"])]
-    own = [split[source.name]] if source.name in split else own
-    hold_out(source, own[0]["held_out"] if own else sorted(names))
+    clips = source.train + source.validation
+    own = owner(clips, split)
+    hold_out(source, own["held_out"] if own else sorted({clip.episode for clip in clips}))
     return f"{source.name}: {'the episodes that training held out' if own else 'new data, all episodes'} are measured"

@@ -57,7 +57,7 @@ def entries(source, root):
                         check_span(episode, video, start, fps, root)
                 tasks = tasks_of(episode, names)
                 about |= dict(instruction=tasks, length=episode.get("length"), start=start, camera=short(camera))
-                about |= dict(tasks={str(index): task for index, task in names.items()} if not tasks else None)
+                about |= dict(tasks={str(index): task for index, task in names.items() if tasks in ("", task)})
                 found.append(Entry(source, str(number), "lerobot", path, **about))
     except (KeyError, TypeError, AttributeError, ValueError, pyarrow.ArrowException) as error:
         why = f"no {error}" if isinstance(error, KeyError) else error
@@ -193,7 +193,10 @@ def read_table(entry):
         times = stamps
     instruction = entry.instruction
     if "task_index" in more:
-        instruction = [str(entry.tasks.get(str(index), "")) for index in table["task_index"].to_pylist()]
+        told = list(map(str, table["task_index"].to_pylist()))
+        if not set(told) <= entry.tasks.keys():
+            raise DataError(f"{entry.table}: task_index of episode {entry.episode} is not that of its tasks in meta")
+        instruction = [str(entry.tasks[index]) for index in told]
     return rows, times, instruction, table[entry.column].to_pylist() if entry.column in more else None
 
 

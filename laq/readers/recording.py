@@ -107,14 +107,16 @@ def check_file(path):
 
 
 def read_text(path):
-    """A text file in UTF-8, with or without a byte order mark, UTF-16 with one, or else Latin-1."""
+    """A text file in UTF-8, with or without a byte order mark, UTF-16 with one, or else Windows' Latin-1."""
     data = Path(path).read_bytes()
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") and b"\0\0" not in data:
         return data.decode("utf-16", "replace")
+    if b"\0" in data:
+        raise DataError(f"{path}: holds zero bytes: save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return data.decode("latin-1")
+        return data.decode("cp1252", "replace")
 
 
 def read_json(path):

@@ -36,6 +36,8 @@ def records(file):
             first = stream.tell()
             last = first + int.from_bytes(header[:8], "little")
             yield first, last
+            if last > os.path.getsize(file):  # cut off, or no tfrecord
+                return
             stream.seek(last + 4)
 
 
@@ -76,19 +78,21 @@ def opened(entry):
     actions, action_parts = numbers(example, "steps/action", length)
     state, state_parts = numbers(example, "steps/observation/state", length)
     rows = {name: as_rows(name, table) for name, table in (("actions", actions), ("state", state)) if table is not None}
+    missing = [name for name in ("actions", "state") if name not in rows]
+    notes = [f"no {name}: its features are {', '.join(sorted(example))}" for name in missing]
     parts = dict(actions_parts=action_parts, state_parts=state_parts)
     more = {name: names for name, names in parts.items() if len(names) > 1}
     for camera in cameras:
         cells, name = example[camera], camera.removeprefix("steps/observation/")
         frames = (picture(cell, f"{name} of step {step}") for step, cell in enumerate(cells))
-        about = dict(length=len(cells), camera=name, more=dict(more))
+        about = dict(length=len(cells), camera=name, more=dict(more), notes=list(notes))
         yield Recording(frames, entry.fps, instructions(example, length), rows, **about)
 
 
 def is_camera(key, values):
     """Whether a feature holds pictures of 8 bits (a depth map has 16)."""
-    head = values[0][:25] if values and isinstance(values[0], bytes) else b""
-    png = head.startswith(b"\x89PNG") and head[24:] == b"\x08"
+    head = next((value for value in values if value), b"") if values and isinstance(values[0], bytes) else b""
+    png = head.startswith(b"\x89PNG") and head[24:25] == b"\x08"
     return key.startswith("steps/observation/") and (png or head.startswith(b"\xff\xd8\xff"))
 
 

@@ -33,7 +33,7 @@ ARRAYS = dict(actions=("actions", "action"), state=("state", "states", "observat
 
 def entries(source, root, files, grouped):
     """Every video and every series of pictures is a clip; in a grouped source a folder of them is an episode."""
-    clips, series, found = [file for file in files if file.suffix.lower() in VIDEOS], {}, []
+    clips, series, found, alone = [file for file in files if file.suffix.lower() in VIDEOS], {}, [], 0
     for file in files:
         if file.suffix.lower() in PICTURES:
             series.setdefault(file.parent, {}).setdefault(group_of(file), []).append(file)
@@ -46,16 +46,20 @@ def entries(source, root, files, grouped):
         if grouped:
             episode, _, camera = episode.rpartition("/")
         groups = [None]  # a video, or pictures whose names form no series: all are one
-        if folder and min(map(len, series[path].values())) > 1:
-            groups = list(series[path])
+        several = [group for group, pictures in series.get(path, {}).items() if len(pictures) > 1]
+        if folder and len(several) > len(series[path]) / 2:
+            groups = several
+            alone += len(series[path]) - len(several)
         for group in groups:
             name = "-".join(part for part in (camera, group if len(groups) > 1 else "") if part) or "video"
             more = dict(camera=name, column=group, actions="delta")
             found.append(Entry(source, episode or root.name, "pictures" if folder else "video", str(path), **more))
-    other = Counter(file.suffix.lower() or "no ending" for file in files)
-    other = {end: n for end, n in other.items() if end not in VIDEOS | PICTURES | BESIDE}
+    endings = [file.suffix if file.suffix.lower() in BESIDE else file.suffix.lower() for file in files]  # no A.TXT
+    other = Counter(end or "no ending" for end in endings if end not in VIDEOS | PICTURES | BESIDE)
     kinds = ", ".join(f"{count} {ending}" for ending, count in sorted(other.items()))
-    return found, [f"ignored files of other kinds: {kinds}"] if other else []
+    notes = [f"ignored files of other kinds: {kinds}"] if other else []
+    alone += sum(file.suffix.lower() in PICTURES and file.parent in beside_videos for file in files)
+    return found, notes + ([f"ignored pictures beside videos or other series: {alone}"] if alone else [])
 
 
 def group_of(file):
@@ -140,6 +144,8 @@ class Timeline:
             self.times = None if None in stamps or not stamps else np.sort(np.array(stamps) * float(stream.time_base))
             self.fps, self.constant = fps or float(stream.average_rate or stream.guessed_rate or 0), True
             self.codec = stream.codec_context.name, stream.codec_context.pix_fmt
+            if re.match("gray(9|1|f)", self.codec[1] or ""):
+                raise DataError(f"{self.codec[1]}: more than 8 bits of grey, a depth map, no colours")
             self.alone = len(video.streams) == 1
         if self.times is not None and len(self.times) > 1 and not fps:
             steps, mean = np.diff(self.times), (len(self.times) - 1) / max(np.ptp(self.times), 1e-9)
@@ -165,10 +171,10 @@ def open_video(entry):
             notes.append(f"{spacing}: shown at {timeline.fps:g} a second, as a player does")
     length = len(timeline.times) if timeline.times is not None and timeline.constant else None
     if rows:
-        total = len(timeline.times) if timeline.times is not None else max(map(len, rows.values()))
+        total = len(timeline.times) if timeline.times is not None else sum(1 for _ in decoded(entry.path))
         length = common_part(total, rows, notes)
         rows, frames = {name: table[:length] for name, table in rows.items()}, itertools.islice(frames, length)
-    copy = timeline.clean and length in (None, len(timeline.times))
+    copy = timeline.clean and timeline.times is not None and length in (None, len(timeline.times))
     copy = copy and timeline.constant and timeline.alone and Path(entry.path).suffix.lower() == ".mp4"
     copy = copy and timeline.codec == ("h264", "yuv420p")
     if copy:
@@ -241,6 +247,8 @@ def picture(data, name):
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                raise DataError(f"{name} holds {image.n_frames} pictures: make a video, or a file of each")
             if image.mode.startswith("I") or image.mode == "F":
                 raise DataError(f"{name} has 16 bits or more a pixel: a depth map, no colours")
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))

@@ -128,8 +128,9 @@ def torchrun_sigterm(folder, scratch):
 
 
 @pytest.mark.slow
-def test_sigterm_under_torchrun(tmp_path):
-    torchrun_sigterm("fsq_vqvae", tmp_path)
+@pytest.mark.parametrize("folder", ["fsq_vqvae", "vvae_lam", "pi05_finetune"])
+def test_sigterm_under_torchrun(folder, tmp_path):
+    torchrun_sigterm(folder, tmp_path)
 
 
 # --- the number of processes
@@ -174,8 +175,9 @@ def ranks_agree(folder, scratch, worlds):
 
 
 @pytest.mark.slow
-def test_two_processes_agree_with_one(tmp_path):
-    ranks_agree("fsq_vqvae", tmp_path, worlds=(2,))
+@pytest.mark.parametrize("folder", ["fsq_vqvae", "vvae_lam", "laq", "vae_distill"])
+def test_two_processes_agree_with_one(folder, tmp_path):
+    ranks_agree(folder, tmp_path, worlds=(2,))
 
 
 @pytest.mark.campaign
