@@ -58,13 +58,15 @@ def rate_distortion(tables):
         others = [(row["method"].partition(", ")[0], row["bits"], row["mse"]) for row in rows]
         for i, method in enumerate(dict.fromkeys(name for name, *_ in others if name != "this")):
             points = sorted((point for name, *point in others if name == method), key=lambda point: -point[1])
-            style = dict(color=OURS, zorder=2) if method == "closed form" else dict(color=f"C{i + 1}")
+            style = dict(color=f"C{i + 1}", label=method)
+            if method == "closed form":
+                style = dict(color=OURS, zorder=2, label="ours, closed form")
             if points[0][0]:
-                axis.plot(*zip(*points, strict=True), marker="o", ms=4, lw=1.2, label=method, **style)
+                axis.plot(*zip(*points, strict=True), marker="o", ms=4, lw=1.2, **style)
             else:
-                axis.axhline(points[0][1], lw=1, ls="--", label=method, **style)
+                axis.axhline(points[0][1], lw=1, ls="--", **style)
         style = dict(ls="", marker="*", ms=14, color=OURS, zorder=3)
-        axis.plot(rows[0]["bits"], rows[0]["mse"], label="this checkpoint, with its network", **style)
+        axis.plot(rows[0]["bits"], rows[0]["mse"], label="ours, with its network", **style)
         axis.set(xscale="log", yscale="log", xlabel="bits per chunk", title=name)
         axis.set_ylabel("mean squared error (normalised)")
         axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

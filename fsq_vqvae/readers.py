@@ -74,7 +74,10 @@ def check_file(path):
 
 def rate_of(timestamps, where):
     """Hz from timestamps in seconds; DataError where they stand still or cannot be seconds."""
-    steps = np.diff(np.asarray(timestamps, np.float64).ravel())
+    timestamps = np.asarray(timestamps)
+    if timestamps.dtype.kind not in "fiu":
+        raise DataError(f"{where}: `timestamps` are {timestamps.dtype}, expected seconds")
+    steps = np.diff(timestamps.astype(np.float64).ravel())
     if len(steps) == 0:
         return None
     median = np.median(steps)

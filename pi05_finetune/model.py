@@ -53,7 +53,7 @@ class Pi05Config:
             raise DataError("Pi05 reads at least one camera: name it in the spec's required_obs_keys")
         if max(self.action_dim, self.state_dim) > MAX_DIM:
             dims = f"{self.action_dim} action dims and {self.state_dim} state dims"
-            raise DataError(f"{dims}: Pi05 has room for {MAX_DIM} of each; convert.py --dims selects some")
+            raise DataError(f"{dims}: Pi05 has room for {MAX_DIM} of each: convert.py --dims, required_proprio_keys")
 
     def lerobot(self, device):
         """The same as LeRobot's PI05Config."""

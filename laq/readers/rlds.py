@@ -74,7 +74,7 @@ def opened(entry):
     cameras = [key for key, values in sorted(example.items()) if is_camera(key, values)]
     if not cameras:
         raise DataError("its record has no pictures of 8 bits")
-    length = len(example[cameras[0]])
+    length = len(example.get("steps/is_first") or example[cameras[0]])
     actions, action_parts = numbers(example, "steps/action", length)
     state, state_parts = numbers(example, "steps/observation/state", length)
     rows = {name: as_rows(name, table) for name, table in (("actions", actions), ("state", state)) if table is not None}
@@ -85,7 +85,7 @@ def opened(entry):
     for camera in cameras:
         cells, name = example[camera], camera.removeprefix("steps/observation/")
         frames = (picture(cell, f"{name} of step {step}") for step, cell in enumerate(cells))
-        about = dict(length=len(cells), camera=name, more=dict(more), notes=list(notes))
+        about = dict(length=length, camera=name, more=dict(more), notes=list(notes))
         yield Recording(frames, entry.fps, instructions(example, length), rows, **about)
 
 

@@ -83,7 +83,10 @@ def describe(entry):
             entry.more["instructions"] = lines
     if not facts.is_file():
         return
-    given = {name: value for name, value in read_json(facts).items() if isinstance(value, str | int | float)}
+    given = read_json(facts)
+    if isinstance(given.get("instruction"), list):
+        raise DataError(f"{facts}: `instruction` is a list: put paraphrases into {text.name}, one a line")
+    given = {name: value for name, value in given.items() if isinstance(value, str | int | float)}
     for name in ("instruction", "episode", "camera", "actions"):
         setattr(entry, name, plain(str(given.pop(name, getattr(entry, name)))))
     entry.fps = given.pop("fps", None)

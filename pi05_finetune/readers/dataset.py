@@ -24,7 +24,7 @@ def list_episodes(source, root):
     """All episodes of a folder as EpisodeRef, in order; only the descriptions are read."""
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"--data {root}: no such folder")
+        raise DataError(f"--data {root}: {'a file; give its folder' if root.is_file() else 'no such folder'}")
     if (root / "meta" / "info.json").exists():
         return list_lerobot(source, root)
     files = [file for folder in (root / "episodes", root) if folder.is_dir() for file in visible(folder.iterdir())]

@@ -117,12 +117,12 @@ def decode_image(data, where):
         raise DataError(f"{where}: an image cannot be decoded ({short(error)})") from None
 
 
-def as_rows(array, name):
+def as_rows(array, name, dtype=np.float32):
     """A vector per step: (T,) or (T, D) numbers -> (T, D) float32."""
     array = np.asarray(array)
     if array.ndim not in (1, 2) or array.dtype.kind not in "fiub":
         raise DataError(f"`{name}` has shape {array.shape} and type {array.dtype}, expected numbers (T, D)")
-    return (array[:, None] if array.ndim == 1 else array).astype(np.float32)
+    return (array[:, None] if array.ndim == 1 else array).astype(dtype)
 
 
 def as_tasks(array, steps, name="task"):

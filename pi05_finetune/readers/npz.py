@@ -67,7 +67,7 @@ def list_npz(source, files):
 def read_npz(source, file, keys):
     """The Episode of one file. keys: the observations to read; None reads all."""
     check_file(file)
-    vectors, frames, fingerprint = {}, {}, {}
+    vectors, frames, fingerprint, left_out = {}, {}, {}, []
     try:
         with np.load(file, allow_pickle=False) as arrays, zipfile.ZipFile(file) as archive:
             there = [name.removeprefix("obs.") for name in arrays if name.startswith("obs.")]
@@ -75,18 +75,21 @@ def read_npz(source, file, keys):
                 if name not in arrays:
                     raise DataError(f"has no array `{name}`, only {', '.join(arrays)}")
             actions = as_rows(arrays["actions"], "actions")
-            timestamps = np.asarray(arrays["timestamps"], np.float64).reshape(-1)
+            timestamps = as_rows(arrays["timestamps"], "timestamps", np.float64).reshape(-1)
             for key in there if keys is None else sorted(keys):
                 info, array = archive.getinfo(f"obs.{key}.npy"), npz_array(str(file), f"obs.{key}")
                 if array.ndim == 4:
                     if array.shape[3] != 3 or array.dtype != np.uint8:
                         if keys is None and 3 not in (array.shape[1], array.shape[3]):
-                            continue  # depth or latents: nothing that a policy sees
+                            left_out.append(f"{key} {array.shape[1:]} is no colour camera (depth?) and is left out")
+                            continue
                         raise DataError(f"`obs.{key}` is {array.dtype} {array.shape}, expected uint8 (T, H, W, 3)")
                     frames[key] = ArrayFrames(str(file), f"obs.{key}", len(array))
                     fingerprint[key] = (info.CRC, info.file_size)
                 elif array.ndim in (1, 2) or keys is not None:
                     vectors[key] = as_rows(array, f"obs.{key}")
+                else:
+                    left_out.append(f"{key} {array.shape[1:]} is no colour camera and no vector, and is left out")
             named = next((name for name in ("task", "instruction") if name in arrays), None)
             tasks = as_tasks(arrays[named], len(actions), named) if named else [""]
     except DataError as error:
@@ -96,6 +99,7 @@ def read_npz(source, file, keys):
         reason = "holds pickled objects, which can run code; save plain arrays" if pickled else short(error)
         raise DataError(f"{file}: {reason}") from None
     episode = Episode(source, file.stem, actions, timestamps, vectors, frames, tasks, fingerprint)
+    episode.notes += left_out
     trim(episode, vectors)
     trim(episode, frames)
     return episode
