@@ -64,7 +64,7 @@ def open_sources(args):
     usual = known.pop() if len(known) == 1 else "0.6s"
     for name, path in pairs:
         clips = read_clips(path)
-        own = owner(clips, specs)
+        own = owner(name, clips, specs)
         gap = gaps.get(name) or (own or specs.get(name, {})).get("gap", usual)
         source = Source(name, path, clips, *parse_gap(gap))
         source.evaluated = set(own["held_out"]) if own else {clip.episode for clip in clips}

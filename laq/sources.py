@@ -53,12 +53,16 @@ def clip_marks(clips):
     return sorted(zlib.crc32(f"{clip.key} {len(clip)}".encode()) for clip in clips)
 
 
-def owner(clips, split):
-    """What data.json of a checkpoint keeps of the source that has one of these clips, or None."""
-    if any("clips" not in known for known in split.values()):
-        raise DataError("the checkpoint is of an earlier version: its data.json does not list the clips of its data")
+def owner(name, clips, split):
+    """What data.json of a checkpoint keeps of the source that has one of these clips, or None.
+
+    Checkpoints of earlier versions do not list their clips: there the name decides.
+    """
     marks = set(clip_marks(clips))
-    return next((known for known in split.values() if marks.intersection(known["clips"])), None)
+    for key, known in split.items():
+        if marks.intersection(known["clips"]) if "clips" in known else key == name:
+            return known
+    return None
 
 
 # --- flags: NAME=PATH, gaps, split
@@ -125,7 +129,7 @@ def restore_split(sources, specs):
     lines = []
     for source in sources:
         now, unknown = source.spec(), dict(episodes=0, clips=[], held_out=[])
-        before = specs.get(source.name) or owner(source.clips, specs) or unknown
+        before = specs.get(source.name) or owner(source.name, source.clips, specs) or unknown
         source.split(before["held_out"])
         if before.get("clips") != now["clips"]:
             episodes = f"{now['episodes']} episodes, {before['episodes']} when the run began"

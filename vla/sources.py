@@ -163,12 +163,16 @@ def clip_marks(clips):
     return sorted(zlib.crc32(f"{clip.key} {len(clip)}".encode()) for clip in clips)
 
 
-def owner(clips, split):
-    """What data.json of a checkpoint keeps of the source that has one of these clips, or None."""
-    if any("clips" not in known for known in split.values()):
-        raise DataError("the checkpoint is of an earlier version: its data.json does not list the clips of its data")
+def owner(name, clips, split):
+    """What data.json of a checkpoint keeps of the source that has one of these clips, or None.
+
+    Checkpoints of earlier versions do not list their clips: there the name decides.
+    """
     marks = set(clip_marks(clips))
-    return next((known for known in split.values() if marks.intersection(known["clips"])), None)
+    for key, known in split.items():
+        if marks.intersection(known["clips"]) if "clips" in known else key == name:
+            return known
+    return None
 
 
 def hold_out(source, names):
@@ -183,7 +187,7 @@ def restore_split(sources, split):
     lines = []
     for source, now in zip(sources, split_of(sources).values(), strict=True):
         clips = source.train + source.validation
-        before = split.get(source.name) or owner(clips, split) or dict(episodes=0, held_out=[])
+        before = split.get(source.name) or owner(source.name, clips, split) or dict(episodes=0, held_out=[])
         hold_out(source, before["held_out"])
         if before["episodes"] != now["episodes"]:
             lines.append(f"{source.name}: {now['episodes']} episodes, {before['episodes']} when the run began")
@@ -196,6 +200,6 @@ def split_for_report(source, split):
     Returns a line that tells which.
     """
     clips = source.train + source.validation
-    own = owner(clips, split)
+    own = owner(source.name, clips, split)
     hold_out(source, own["held_out"] if own else sorted({clip.episode for clip in clips}))
     return f"{source.name}: {'the episodes that training held out' if own else 'new data, all episodes'} are measured"

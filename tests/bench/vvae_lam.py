@@ -138,7 +138,7 @@ def measure(kind, B, T):
 
 def bench_step():
     rows = {kind: measure(kind, **FULL) for kind in ("ours", "dense", "sdpa")}
-    yield f"\nTraining step, B {FULL['B']}, T {FULL['T']}, 16x64x64, widths of the seed\n"
+    yield f"\nTraining step, B {FULL['B']}, T {FULL['T']}, 16x64x64, the original widths\n"
     yield "| | parameters | s / step | speed-up of ours | peak MB | ours / it | above start-up |"
     yield "| --- " + "| ---: " * 6 + "|"
     ours = rows["ours"]
