@@ -545,7 +545,7 @@ def test_spec_reads_every_field_of_the_seed(this, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(action_dims=3), "unknown field 'action_dims'; did you mean action_dim"),
+        (dict(action_dims=3), "unknown field 'action_dims'; there are name, action_dim"),
         (dict(action_min=[0, 0]), "expected 3 numbers"),
         (dict(action_type="velocity"), "absolute or delta"),
         (dict(clip_actions=True, action_min=None), "clip_actions"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import DataError
+from common import DataError, warn
 
 from .episode import MissingFile, control_rate, visible
 from .lerobot import list_lerobot
@@ -58,7 +58,9 @@ def find_spec(data, path=None):
 
 def spec_of(episode, ref, name, rate):
     """What an episode and its description tell. The state: `state`, or every vector that looks like a measurement."""
-    vectors = episode.vectors
+    vectors = {key: value for key, value in episode.vectors.items() if len(value) == len(episode)}
+    for key in episode.vectors.keys() - vectors.keys():
+        warn(f"{name}: {key} has {len(episode.vectors[key])} rows for {len(episode)} actions, so it is no state")
     keys = ["state"] if "state" in vectors else sorted(key for key in vectors if not NO_STATE.search(key))
     names = [dim for key in keys for dim in ref.proprio_names.get(key, [None] * vectors[key].shape[1])]
     return DatasetSpec(

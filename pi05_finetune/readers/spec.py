@@ -1,7 +1,6 @@
 """The spec: what every episode of a data set must hold."""
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,8 +95,7 @@ def load_spec(path):
     known = {part.name: part for part in dataclasses.fields(DatasetSpec)}
     for name in fields:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, 1)
-            raise DataError(f"{path}: unknown field {name!r}{f'; did you mean {close[0]}?' if close else ''}")
+            raise DataError(f"{path}: unknown field {name!r}; there are {', '.join(known)}")
     required = [name for name, part in known.items() if part.default is dataclasses.MISSING]
     missing = [name for name in required if name not in fields]
     if missing:
