@@ -410,9 +410,9 @@ def checkpoint(out, step, best=False, keep=2):
         sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         (folder / "manifest.json").write_text(json.dumps(dict(step=step, best=best, files=sizes), indent=1))
     link(root / f"step_{step:07d}", best)
-    linked = {(root / "last").resolve(), *[old.resolve() for old in step_folders(out) if was_best(old)][-1:]}
+    kept = [root / f"step_{step:07d}", *[old for old in step_folders(out) if was_best(old)][-1:]]
     for old in step_folders(out)[:-keep]:
-        if old.resolve() not in linked:
+        if old not in kept:
             remove(old / "manifest.json")  # killed in here: not taken for a complete checkpoint
             remove(old)
 
