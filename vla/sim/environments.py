@@ -102,7 +102,7 @@ class Libero:
     """One task of a LIBERO or LIBERO-PRO suite. Actions (7,): six of the end effector's pose, one of the gripper.
 
     seed chooses one of the suite's initial states. The image is the front camera's, upright. The state (8,): position,
-    axis-angle rotation (of the quaternion with w >= 0: the sign of a quaternion carries no meaning), two fingers.
+    axis-angle rotation (the quaternion's sign is robosuite's, as in LIBERO's published data), two fingers.
     """
 
     WAIT = 10  # steps in which objects fall into place, as in LIBERO's own evaluation
@@ -130,9 +130,9 @@ class Libero:
         return np.ascontiguousarray(self.obs["agentview_image"][::-1, ::-1])
 
     def state(self):
-        x, y, z, w = self.obs["robot0_eef_quat"] * (1 if self.obs["robot0_eef_quat"][3] >= 0 else -1)
+        x, y, z, w = self.obs["robot0_eef_quat"]
         sine = np.sqrt(max(1 - w * w, 0))
-        rotation = np.array([x, y, z]) / max(sine, 1e-8) * 2 * np.arccos(min(w, 1.0))
+        rotation = np.array([x, y, z]) / max(sine, 1e-8) * 2 * np.arccos(np.clip(w, -1, 1))
         return np.float32([*self.obs["robot0_eef_pos"], *rotation, *self.obs["robot0_gripper_qpos"]])
 
     def step(self, action):
