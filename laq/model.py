@@ -113,7 +113,7 @@ class PairAttention(Attention):
             rearrange(self.kv_proj(y), "b t (two h d) -> two b t h d", two=2, h=self.heads) for y in (first, x)
         )
         score = (q * (k2 - k1)).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
-        return self.out_proj(rearrange(v1.lerp(v2, score.sigmoid()), "b t h d -> b t (h d)"))
+        return self.out_proj(rearrange(v1.lerp(v2, score.sigmoid().type_as(v1)), "b t h d -> b t (h d)"))
 
 
 class PEG(nn.Module):

@@ -134,19 +134,22 @@ def read_lerobot_config(folder):
     steps = read_json(folder / "policy_preprocessor.json")["steps"]
     own = next((step for step in steps if step.get("registry_name") == "normalizer_processor"), {})
     kinds = {name: str(config["normalization_mapping"].get(name)) for name in ("STATE", "ACTION")}
-    if config["type"] != "pi05" or "state_file" not in own or set(kinds.values()) != {"QUANTILES"}:
-        raise DataError(f"{folder}: expected a pi05 policy with QUANTILES statistics, found {config['type']}, {kinds}")
-    if relative := [step["registry_name"] for step in steps if "relative" in step.get("registry_name", "")]:
+    file = folder / own.get("state_file", "no statistics")  # pi05_base has none
+    if config["type"] != "pi05" or not file.is_file() or set(kinds.values()) != {"QUANTILES"}:
+        found = f"{config['type']}, {kinds}" + ("" if file.is_file() else f", and {file.name} is not there")
+        raise DataError(f"{folder}: expected a pi05 policy with QUANTILES statistics, found {found}")
+    on = [step.get("registry_name", "") for step in steps if step.get("config", {}).get("enabled", True)]
+    if relative := [name for name in on if "relative" in name]:  # LeRobot >= 0.5.1 writes the step, on or off
         raise DataError(f"{folder}: its actions pass through {relative[0]}, which is not read here")
     stats, inputs = {"observation.state": {}, "action": {}}, config["input_features"]
-    for name, value in load_file(folder / own["state_file"]).items():
+    for name, value in load_file(file).items():
         key, _, stat = name.rpartition(".")
         if key in stats:
             stats[key][stat] = value.flatten().tolist()
     cameras = [name.removeprefix("observation.images.") for name in inputs if name.startswith("observation.images.")]
     return dict(
         cameras=[name for name in cameras if not name.startswith("empty_camera")],
-        state_dim=inputs["observation.state"]["shape"][0],
+        state_dim=len(stats["observation.state"]["q01"]),  # config.json: pi05_base's 32 under --policy.path
         action_dim=config["output_features"]["action"]["shape"][0],
         stats=stats,
         size="tiny" if TINY_TAG in (config["tags"] or []) else "full",

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, launch, load, log_of, weights_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common import DataError
 
@@ -672,3 +673,12 @@ def test_labelling_on_two_ranks_writes_the_same_files(this, trained, tmp_path):
         assert done.returncode == 0 and "9 clips labelled" in done.stdout + done.stderr, done.stderr
     for path in (tmp_path / "1").iterdir():
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
+
+
+def test_mixed_precision_as_a_gpu_has_it(this, monkeypatch):
+    """CUDA's autocast keeps sums in float32, a CPU's does not; tensors without data show it without a GPU."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
+    with FakeTensorMode(), torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):
+        model = this.model.LAQ(this.model.LAQConfig(image_size=32, patch=8, dim=64, depth=1))
+        assert model(dict(frames=torch.zeros(2, 2, 3, 32, 32)))[0].dtype == torch.float32

@@ -1,5 +1,6 @@
 """pi05_finetune: Pi05 on stock transformers, what it reads, readers, validator, norms, batches, loop, verbs."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -450,6 +451,25 @@ def test_folders_that_others_wrote_open(this, toy, saved, copied):
         this.model.Pi05.from_pretrained(copied, tokenizer=toy)
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_folder_of_lerobot_0_5_1_opens_unless_its_actions_are_relative(this, toy, copied, enabled):
+    """It always writes the step; under --policy.path=lerobot/pi05_base config.json keeps that one's 32 state dims."""
+    (copied / "pi05_finetune.json").unlink()
+    edit_json(
+        copied / "policy_preprocessor.json",
+        lambda f: f["steps"].insert(2, dict(registry_name="relative_actions_processor", config=dict(enabled=enabled))),
+    )
+    edit_json(copied / "config.json", lambda f: f["input_features"]["observation.state"].update(shape=[32]))
+    with refuses("relative_actions") if enabled else contextlib.nullcontext():
+        assert this.model.Pi05.from_pretrained(copied, tokenizer=toy).config.state_dim == 3
+
+
+def edit_json(file, change):
+    fields = json.loads(file.read_text())
+    change(fields)
+    file.write_text(json.dumps(fields))
+
+
 def with_weights(edit):
     """function(folder) that applies edit(state dict) to its weights."""
 
@@ -753,6 +773,16 @@ def retell(root, change):
     for file in root.rglob("*.parquet"):
         columns = change(pyarrow.parquet.read_table(file).to_pydict())
         pyarrow.parquet.write_table(pyarrow.table(columns), file)
+
+
+def test_language_columns_of_lerobot_0_6_are_left_out(this, v30, tmp_path):
+    root = shutil.copytree(v30[1], tmp_path / "l")
+    said = dict(role="user", content="wait", style="interjection")
+    retell(root / "data", lambda c: c | dict(language_events=[[said] * (i == 3) for i in range(len(c["index"]))]))
+    info = json.loads((root / "meta" / "info.json").read_text())
+    info["features"]["language_events"] = dict(dtype="language", shape=[1], names=None)
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    assert len(this.lerobot.list_lerobot("x", root)[0].load(None)) == 8
 
 
 OPENPI = {"action": "actions", "observation.state": "state", "observation.images.camera": "image"}

@@ -722,6 +722,7 @@ def test_a_student_is_a_track_mjx_policy_too(this, arm, tmp_path):
     words = ["--checkpoint", tmp_path / "student", "--out", tmp_path / "policy", "--track-mjx"]
     assert this.export.main([str(word) for word in words]) == 0
     again = this.checkpoint.read_teacher(tmp_path / "policy" / "PPONetwork_0")
+    assert "critic_layer_sizes" in again.config["network_config"]  # track-mjx builds one
     obs = np.random.default_rng(0).normal(size=(9, arm.env.obs_size)).astype(np.float32)
     own, mean = obs[:, arm.env.reference_size :], student.posterior(params, obs).mean
     x = (np.concatenate([obs, own], -1) - again.mean) / again.std

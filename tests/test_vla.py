@@ -518,6 +518,18 @@ def test_what_is_saved_comes_back_where_it_fits(this, home, tmp_path):
         this.model.VLA.from_pretrained(home / "small")
 
 
+def test_a_tokenizer_that_is_missing_or_of_transformers_5_is_one_line(this, home, tmp_path):
+    for name in ("none", "v5"):
+        folder = shutil.copytree(home / "small", tmp_path / name)
+        for file in ("tokenizer.json", "vocab.json", "merges.txt") if name == "none" else ():
+            (folder / file).unlink()
+        fields = json.loads((folder / "tokenizer_config.json").read_text())
+        more = dict(extra_special_tokens=["<|im_end|>"]) if name == "v5" else {}
+        (folder / "tokenizer_config.json").write_text(json.dumps(fields | more))
+        with pytest.raises(DataError, match="not a vision-language model"):
+            this.model.open_backbone(folder)
+
+
 def test_what_is_no_vision_language_model_is_refused(this, home, tmp_path):
     """An unknown name, a language model, a processor without images, a weights file that is cut off."""
     with pytest.raises(DataError, match="not a vision-language model"):
@@ -937,3 +949,30 @@ def test_a_run_knows_its_clips_under_any_name(this, tmp_path):
     assert "new data" in this.sources.split_for_report(new, split)
     this.sources.restore_split([part], split)
     assert set(part.held_out) == set(one.held_out)
+
+
+def test_a_template_with_bos_gives_one(this, home):
+    """Gemma's chat template writes <bos>, and its tokenizer would add another."""
+    from tokenizers.processors import TemplateProcessing
+
+    model, mark = small(this, home), "<|endoftext|>"
+    tokenizer, number = model.processor.tokenizer, model.processor.tokenizer.convert_tokens_to_ids(mark)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(f"{mark} $A", special_tokens=[(mark, number)])
+    tokenizer.bos_token, model.processor.chat_template = mark, mark + model.processor.chat_template
+    assert (model.preprocess(frames(1), ["push"])["input_ids"] == number).sum() == 1
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_fsdp_in_bf16_computes_a_layer_again_as_before(this, tmp_path, family):
+    this.tiny.build(tmp_path / "small", [" red"], family, width=32, depth=2, vision_width=32)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    norms, config = [], small(this, tmp_path, LATENT | dict(target="vectors")).config
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = this.scaling.build(tmp_path / "small", config, torch.device("cpu"), "bf16", "none").train()
+        model.checkpoint_activations() if again else None
+        with torch.autocast("cpu", torch.bfloat16):
+            model(batch_of(model))[0].backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()))
+    torch.distributed.destroy_process_group()
+    assert norms[0] == norms[1]

@@ -1094,6 +1094,16 @@ def vaes(tmp_path_factory):
     made = dict(
         cogvideox=diffusers.AutoencoderKLCogVideoX(latent_channels=16, **small),
         wan=diffusers.AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        wan22=diffusers.AutoencoderKLWan(
+            base_dim=4,
+            z_dim=16,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            is_residual=True,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+        ),
         image=diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=2, **image, **up),
         svd=diffusers.AutoencoderKLTemporalDecoder(block_out_channels=(32, 32), **image),
     )
@@ -1105,8 +1115,9 @@ def vaes(tmp_path_factory):
 STUB = """
 import torch
 class VAE(torch.nn.Module):
-    def __init__(self, ddconfig, ppconfig):
+    def __init__(self, ddconfig, ppconfig, lossconfig):
         super().__init__()
+        self.loss = torch.nn.PReLU() if "PReLU" in lossconfig["target"] else torch.nn.Identity()
         self.gain = torch.nn.Parameter(torch.ones(()))
     def encode(self, x, sample_posterior=True):
         assert not sample_posterior
@@ -1124,11 +1135,36 @@ def plus(tmp_path_factory):
     (checkout / "configs" / "inference").mkdir(parents=True)
     (checkout / "stub_models").mkdir()
     (checkout / "stub_models" / "vae.py").write_text(STUB)
-    params = "    ckpt_path: absent.ckpt\n    ddconfig: {}\n    ppconfig: {}\n"
+    params = (
+        "    ckpt_path: absent.ckpt\n    ddconfig: {}\n    ppconfig: {}\n    lossconfig: {target: torch.nn.PReLU}\n"
+    )
     config = f"model:\n  target: stub_models.vae.VAE\n  params:\n{params}"
     (checkout / "configs" / "inference" / "config_16z.yaml").write_text(config)
     torch.save(dict(state_dict=dict(gain=torch.tensor(3.0))), folder / "w.ckpt")
     return folder / "w.ckpt", checkout
+
+
+def test_sizes_that_a_vae_does_not_take_are_named(encode, vaes):
+    """Wan2.2 takes multiples of 16 only."""
+    with pytest.raises(DataError, match="another --size"):
+        encode.open_vae(vaes / "wan22").encode(np.zeros((9, 36, 36, 3), np.uint8))
+
+
+def test_decoders_of_single_frames_take_a_few_at_a_time(encode, vaes, monkeypatch):
+    """Two hundred at once would not fit a GPU."""
+    one, seen = encode.open_vae(vaes / "svd"), []
+    decode = one.module.decode
+    monkeypatch.setattr(one.module, "decode", lambda z, **more: seen.append(len(z)) or decode(z, **more))
+    assert len(one.decode(torch.zeros(30, 4, 2, 2))) == 30 and seen == [14, 14, 2]
+
+
+def test_a_lerobot_dataset_is_no_folder_of_videos(encode, tmp_path):
+    """v3 puts many episodes into one video."""
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/info.json").write_text("{}")
+    write_video(encode, tmp_path / "a.mp4")
+    with pytest.raises(DataError, match="LeRobotDataset"):
+        encode.find_videos(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -1379,6 +1415,9 @@ def test_real_droid_latents_and_states(sources, tmp_path):
     assert len(found) == 21 and {i for i, r in found.items() if r.split != "train"} == {f"3_cam{c}" for c in "012"}
     published = np.load(root.parents[1] / "converted" / "droid_train_3_cam0_latents.npy")
     assert found["3_cam0"].shape == (4, 24, 40) and len(found["3_cam0"]) == 80
+    assert found["3_cam0"].attributes["scaling"].tolist() == [
+        float(np.float32(0.18215))
+    ]  # as encode_videos.py writes it
     assert np.array_equal(found["3_cam0"].read(np.arange(80)), published)
     states = np.asarray(json.loads((root / "annotation" / "train" / "3.json").read_text())["states"], np.float32)
     motion, _ = found["3_cam0"].motion(1)
@@ -1429,3 +1468,13 @@ def test_avi_with_b_frames(encode, tmp_path):
         video.mux([packet for image in [*images, None] for packet in stream.encode(image)])
     video = encode.Video(tmp_path / "a.avi", "a")
     assert encode.frame_times(video, 4.0)[2].tolist() == list(range(0, 24, 2))
+
+
+def test_every_rank_takes_the_codebook_of_rank_0(monkeypatch):
+    """k-means adds in another order on every GPU."""
+    sent = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda x, source: sent.append((x, source)))
+    quantizer = load("vvae_lam", "quantizer").quantizer.VectorQuantizer(4, 2, 3)
+    quantizer.init_codebook(torch.randn(64, 2, 3), 0)
+    assert sent[0][0] is quantizer.codebook and sent[0][1] == 0

@@ -45,6 +45,7 @@ def intention_policy(student, params):
         arch_name="intention",
         encoder_layer_sizes=list(config.encoder_hidden_sizes),
         decoder_layer_sizes=list(config.decoder_hidden_sizes),
+        critic_layer_sizes=list(config.decoder_hidden_sizes),  # not saved, but track-mjx builds one
         intention_size=config.latent_dim,
         observation_size=len(student.mean) + config.proprioception_size,
         reference_obs_size=len(student.mean),

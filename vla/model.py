@@ -117,7 +117,7 @@ def open_backbone(path, device=None):
         else:
             with torch.device(device):
                 backbone, found = Auto.from_config(AutoConfig.from_pretrained(path), **options), dict(missing_keys=[])
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of a dozen kinds, as for a missing file or one of another version
         text = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: not a vision-language model that transformers can load ({text})") from None
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
@@ -148,7 +148,10 @@ class Preprocessor:
             content = [dict(type="image"), dict(type="text", text=text)]
             talk = [dict(role="user", content=content)]
             texts.append(self.processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
-        tensors = self.processor(text=texts, images=[[image] for image in images], padding=True, return_tensors="pt")
+        bos, more = self.processor.tokenizer.bos_token, dict(padding=True, return_tensors="pt")
+        if bos and texts[0].startswith(bos):  # Gemma's template has it, and its tokenizer would add another
+            more["add_special_tokens"] = False
+        tensors = self.processor(text=texts, images=[[image] for image in images], **more)
         tensors = {name: value for name, value in tensors.items() if name in self.names}
         last = dict(input_ids=self.processor.tokenizer.eos_token_id, attention_mask=1)
         shape = tensors["input_ids"].shape

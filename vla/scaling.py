@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._pytree import tree_map_only
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py, one folder up
 from model import VLA, open_backbone
@@ -45,6 +46,8 @@ def build(start, config, device, amp, freeze):
     options = dict(mesh=mesh, mp_policy=low if amp == "bf16" else MixedPrecisionPolicy())
     for layer in layers_of(model):
         fully_shard(layer, **options)
+        if amp == "bf16":
+            layer.register_forward_pre_hook(to_bfloat16, with_kwargs=True)
     embeddings, output = model.backbone.get_input_embeddings(), model.backbone.get_output_embeddings()
     if output is not None and output.weight is not embeddings.weight:  # else both are in the root's group
         fully_shard(embeddings, **options)
@@ -57,6 +60,11 @@ def build(start, config, device, amp, freeze):
     for buffer in model.buffers():  # rotary frequencies and statistics are in no state dict
         torch.distributed.broadcast(buffer, 0)
     return model
+
+
+def to_bfloat16(layer, args, kwargs):
+    """Inputs as FSDP hands them to a layer: it does so once, but not where --checkpointing computes the layer again."""
+    return tree_map_only(torch.Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, (args, kwargs))
 
 
 def layers_of(model):
@@ -138,9 +146,9 @@ def memory(model, samples, tokens, patches, amp, checkpointing, shards=1):
     if shards > 1:  # two layers and the gradients of one; the embeddings and theirs; what is in no group, in float32
         layers, low = layers_of(model), 2 if amp == "bf16" else 4
         embeddings, output = model.backbone.get_input_embeddings(), model.backbone.get_output_embeddings()
-        apart = [embeddings] if output is None or output.weight is embeddings.weight else [embeddings, output]
+        apart = [] if output is None or output.weight is embeddings.weight else [embeddings, output]
         rest = total - count(*layers, *apart)
-        parts["gathered"] = (2 * low + 4) * max(map(count, layers)) + (low + 4) * count(embeddings) + 8 * rest
+        parts["gathered"] = (2 * low + 4) * max(map(count, layers)) + (low + 4) * count(*apart[:1]) + 8 * rest
     kept, layer = activations(model, samples, tokens, amp, checkpointing, shards > 1)
     parts["activations"] = kept
     blocks = getattr(model.vision_encoder(), "blocks", ())

@@ -157,10 +157,9 @@ def validate(model, loaders, device, amp):
         for batch in loader:
             batch = {key: value.to(device) for key, value in batch.items()}
             with amp:
-                metrics = model(batch)[1]
+                metrics = {f"val/{name}/{key}": value.item() for key, value in model(batch)[1].items()}
             for key, value in metrics.items():
-                key = f"val/{name}/{key}"
-                totals[key] = totals.get(key, 0.0) + value.item() * len(batch["input_ids"])
+                totals[key] = totals.get(key, 0.0) + value * len(batch["input_ids"])
                 counts[key] = counts.get(key, 0) + len(batch["input_ids"])
     model.train()
     metrics = common.mean(totals, counts)
@@ -188,6 +187,7 @@ def configure(args, sources, say):
 def main(argv=None):
     # --- setup
     args = parse(argv)
+    os.environ.setdefault("DIST_TIMEOUT", "7200")  # a checkpoint of tens of gigabytes takes minutes, the others wait
     if args.dry_run:  # WORLD_SIZE=8 python ... --dry-run: as if for eight processes, of which this is the only one
         rank, world, device = 0, int(os.environ.get("WORLD_SIZE", 1)), None
     else:

@@ -116,6 +116,8 @@ class VectorQuantizer(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for position, rows in enumerate(vectors.transpose(0, 1)):
             self.codebook[position] = kmeans(rows, self.codebook.shape[1], generator)
+        if torch.distributed.is_initialized():  # a GPU adds in no fixed order: one rank's choice among equal trials
+            torch.distributed.broadcast(self.codebook, 0)
         self.idle.zero_()
         self.quantizing, self.age = True, 0
 

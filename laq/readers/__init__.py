@@ -16,7 +16,7 @@ def entries(source, path, grouped=False):
 
     grouped: videos side by side in a folder are the cameras of one episode, not episodes of their own.
     """
-    root = Path(path).resolve()
+    root = Path(path).resolve() if Path(path).is_dir() else Path(path).absolute()  # a link may bear the ending
     if not root.exists():
         raise DataError(f"--data {source}={path}: no such file or folder")
     if (root / "meta/info.json").exists():

@@ -71,11 +71,9 @@ class LeRobot:
         self.action = next((key for key in ("action", "actions") if key in self.features), None)
         if self.action is None:
             raise DataError(f"{path}: no feature `action` or `actions`, only {', '.join(sorted(self.features))}")
-        skipped = {self.action, *BOOKKEEPING}
-        skipped |= {
-            name for name, feature in self.features.items() if feature["dtype"] == "string" or is_depth(feature)
-        }
-        self.keys = {name.removeprefix("observation."): name for name in self.features if name not in skipped}
+        features = {name: f for name, f in self.features.items() if name not in {self.action, *BOOKKEEPING}}
+        features = {name: f for name, f in features.items() if f["dtype"] not in ("string", "language")}
+        self.keys = {name.removeprefix("observation."): name for name, f in features.items() if not is_depth(f)}
         self.rows, self.tasks = self.read_v3() if self.is_v3 else self.read_v2()
 
     def read_v3(self):

@@ -312,6 +312,15 @@ def test_lapa_is_a_chain(place):
         getattr(load(folder, verb), verb).parse(words)
 
 
+def test_a_script_that_shares_nothing_out_is_one_process(place):
+    """Whatever GPUs the job has: eight of them would refuse each other's folder, or do the work eight times."""
+    several = {"laq/videos_to_shards.py": False, "vae_distill/evaluate.py": False, "laq/label.py": True}
+    for script, expected in several.items():
+        place.job(script, "--out", "p", SLURM_GPUS_ON_NODE=4, SRUN="true")
+        words = place.calls("srun")[-1]
+        assert ("--nproc_per_node" in " ".join(words)) == expected and "--ntasks=1" in words
+
+
 @pytest.mark.slow
 def test_two_nodes_train(place):
     """What train.sbatch starts on two nodes meets and trains: the stand-in runs the real commands here."""

@@ -43,8 +43,8 @@ def convert(latents_file, states_file, target, episode):
         raise common.DataError(f"{latents_file}: latents {latents.shape} do not go with states {states.shape}")
     with common.atomic(target) as path, h5py.File(path, "w") as file:
         file["embeddings"], file["states"] = latents[:, :, None], states
-        file.attrs.update(vae="AutoencoderKLTemporalDecoder", scaling=0.18215, fps=FPS, causal=True)
-        file.attrs["episode"] = episode
+        file.attrs.update(vae="AutoencoderKLTemporalDecoder", fps=FPS, causal=True, episode=episode)
+        file.attrs.update(scaling=np.float32([0.18215]), shift=[0.0])  # as encode_videos.py writes them
 
 
 def main(argv=None):

@@ -99,6 +99,8 @@ def find_videos(root):
     """The videos below a folder (links followed, hidden files left out), in a folder's shards, or the one file."""
     if root.is_file() and root.suffix != ".tar":
         return [Video(root, root.stem)]
+    if (root / "meta/info.json").exists():  # v3 puts many episodes into one video, and cameras are files of their own
+        raise common.DataError(f"--data {root}: a LeRobotDataset: make shards of it (laq/videos_to_shards.py)")
     shards = [root] if root.is_file() else sorted(p for p in root.glob("*.tar") if p.name[0] != ".")
     found = [video for shard in shards for video in videos_of(shard)]
     if not found:

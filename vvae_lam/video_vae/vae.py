@@ -17,6 +17,7 @@ import torch
 
 from common import DataError
 
+PART = 14  # frames that a per-frame VAE decodes together, as SVD's pipeline: 200 of 192x320 at once take 85 GB
 # frames per latent, frames of the first latent where it differs, frames that must be encoded together
 RULES = {
     "AutoencoderKLCogVideoX": dict(ratio=4, lead=0, unit=8),
@@ -48,12 +49,16 @@ class VideoVAE:
         if (len(frames) - self.lead) % self.unit or len(frames) <= self.lead:
             raise DataError(f"{self.name} takes {self.unit} k + {self.lead} frames at a time, not {len(frames)}")
         x = torch.as_tensor(np.asarray(frames), device=self.device).permute(3, 0, 1, 2)[None] / 127.5 - 1  # B C T H W
-        if self.name == "VideoVAE+":
-            z = self.module.encode(x, sample_posterior=False)[0]
-        elif self.ratio == 1:
-            z = self.module.encode(x[0].transpose(0, 1)).latent_dist.mode().transpose(0, 1)[None]
-        else:
-            z = self.module.encode(x).latent_dist.mode()
+        try:
+            if self.name == "VideoVAE+":
+                z = self.module.encode(x, sample_posterior=False)[0]
+            elif self.ratio == 1:
+                z = self.module.encode(x[0].transpose(0, 1)).latent_dist.mode().transpose(0, 1)[None]
+            else:
+                z = self.module.encode(x).latent_dist.mode()
+        except (RuntimeError, ValueError) as error:  # a size that it does not take, or too long for the memory
+            what = f"frames of shape {np.shape(frames)}: another --size? ({str(error).splitlines()[0][:150]})"
+            raise DataError(f"{self.name} cannot encode {what}") from None
         return (z[0].transpose(0, 1).float() - self.mean)[self.lead :] / self.std
 
     @torch.no_grad()
@@ -68,9 +73,9 @@ class VideoVAE:
         z = torch.cat([z[:1], z]) if self.lead else z
         z = torch.cat([z, z[-1:].expand(-(len(z) - (self.lead > 0)) % each, -1, -1, -1)])
         if self.name == "AutoencoderKLTemporalDecoder":
-            x = self.module.decode(z, num_frames=len(z)).sample
+            x = torch.cat([self.module.decode(part, num_frames=len(part)).sample for part in z.split(PART)])
         elif self.ratio == 1:
-            x = self.module.decode(z).sample
+            x = torch.cat([self.module.decode(part).sample for part in z.split(PART)])
         else:
             x = self.module.decode(z.transpose(0, 1)[None])
             x = (x if torch.is_tensor(x) else x.sample)[0].transpose(0, 1)  # T C H W
@@ -118,6 +123,7 @@ def open_videovae_plus(weights, checkout):
     try:
         config = yaml.safe_load(config_file.read_text())["model"]
         params = {key: value for key, value in config["params"].items() if not key.startswith("ckpt_path")}
+        params["lossconfig"] = dict(target="torch.nn.Identity")  # its own is for training: not in `own`, downloads VGG
         module_name, _, class_name = config["target"].rpartition(".")
     except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise DataError(f"--checkout {checkout}: no readable {config_file.name} of VideoVAE+ ({error})") from None
