@@ -58,7 +58,7 @@ def held_out_ids(entries, ids):
 
 def episode_hash(identity):
     """A number in [0, 1) that depends on the recording's own name alone: the same in every run and every folder."""
-    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(identity.encode(errors="surrogateescape")).digest()[:8], "big") / 2**64
 
 
 def fingerprints(source):

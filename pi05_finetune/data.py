@@ -157,7 +157,7 @@ class EpisodeDataset(Dataset):
     def __getitem__(self, index):
         number, *draw = index if isinstance(index, tuple) else (index,)
         episode, start = self.locate(number)
-        name = hashlib.sha256(f"{episode.id}/{start}".encode()).digest()
+        name = hashlib.sha256(f"{episode.id}/{start}".encode(errors="surrogateescape")).digest()
         rng = np.random.default_rng([int.from_bytes(name[:8], "big"), self.seed, *draw])
         end = min(start + self.sequence.seq_len, len(episode))
         seen = slice(start, start + 1 if self.for_policy else end)

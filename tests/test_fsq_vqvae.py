@@ -20,7 +20,7 @@ CONTEXT = dict(none=0, action=1, state=4)  # rows
 
 @pytest.fixture(scope="module")
 def this():
-    return load("fsq_vqvae", "transform_coding", "fsq", "readers", "baselines", "metrics", "evaluate")
+    return load("fsq_vqvae", "transform_coding", "fsq", "readers", "baselines", "metrics", "evaluate", "split")
 
 
 def described(name="arm", action_dim=4, chunk=12):
@@ -970,6 +970,13 @@ def test_a_pause_is_told(this, tmp_path, capsys):
     np.savez(tmp_path / "e.npz", actions=np.zeros((18, 2)), timestamps=np.r_[:9, 59:68] / 10)
     assert this.readers.read(tmp_path).rates == [pytest.approx(10)]
     assert "e.npz: 5.1 s pass between two steps of 0.1 s" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf8_are_read(this, tmp_path):
+    write_npz(tmp_path, [30] * 4, rate=10)
+    os.rename(tmp_path / "ep00.npz", os.fsencode(tmp_path) + b"/caf\xe9.npz")
+    source = this.data.read_source("x", tmp_path, "5")
+    assert len(source.ids) == 4 and all(0 <= this.split.episode_hash(name) < 1 for name in source.ids)
 
 
 def test_actions_of_one_dim_without_its_axis(this, tmp_path):

@@ -198,7 +198,7 @@ def labels(files):
 
 def episode_hash(name):
     """A number in [0, 1) that depends on the clip's own name (stem of its file, number) alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8], "big") / 2**64
 
 
 def by_hash(names, share):

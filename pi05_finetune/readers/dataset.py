@@ -90,7 +90,7 @@ def named_paths(data):
 
 def episode_hash(episode):
     """A number in [0, 1) that depends on the episode's id alone."""
-    return int.from_bytes(hashlib.sha256(episode.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(episode.encode(errors="surrogateescape")).digest()[:8], "big") / 2**64
 
 
 def select_ids(words, name, ids):
