@@ -1035,6 +1035,22 @@ def test_wrong_flags_end_in_one_line_and_leave_no_run(this, arm, tmp_path, capsy
 
 
 @pytest.mark.slow
+def test_two_processes_are_one(arm, tmp_path):
+    """torchrun starts two processes of two devices each; their losses and weights are those of one device."""
+    env, more = dict(XLA_FLAGS="--xla_force_host_platform_device_count=2"), ["--steps", "8", "--eval-every", "8"]
+    script = ROOT / "vae_distill" / "train.py"
+    for name, ranks, count in (("one", 1, "1"), ("two", 2, "0")):
+        words = words_of(arm, tmp_path / name, *more, "--devices", count, "--device", "cpu", "--physics", "mjx")
+        done = launch(script, *words, ranks=ranks, env=env, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for (_, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    one, two = (np.load(tmp_path / name / "checkpoints/last/weights.npz") for name in ("one", "two"))
+    for key in one:
+        np.testing.assert_allclose(one[key], two[key], atol=1e-5, err_msg=key)
+
+
+@pytest.mark.slow
 def test_a_cluster_that_asks_for_cuda_where_jax_has_none(arm, tmp_path):
     """JAX_PLATFORMS=cuda ends in one line that names it."""
     words = words_of(arm, tmp_path / "out", "--steps", "4")
