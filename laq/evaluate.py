@@ -22,8 +22,8 @@ import figures
 import metrics
 from data import between, read_pairs, some
 from model import LAQ, block_flow
-from shards import key_of, read_clips
-from sources import Source, named, named_paths, owner, parse_gap
+from shards import key_of, owner, read_clips
+from sources import Source, named, named_paths, parse_gap
 from train import setup
 
 import common

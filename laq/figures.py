@@ -116,6 +116,3 @@ def outline(axis, before, after, least=0.06):
     change = np.abs(after - before).max(2)
     if change.max() > least:
         axis.contour(change, [least], colors=MODEL, linewidths=0.6)
-
-
-# --- the report

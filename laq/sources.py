@@ -1,11 +1,10 @@
 """What the entries of --data name: the clips of each source, the range of its gap, and the episodes held out."""
 
 import re
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shards import held_out, read_clips
+from shards import clip_marks, held_out, owner, read_clips
 
 from common import DataError
 
@@ -46,23 +45,6 @@ class Source:
         unit, episodes = "s" if self.seconds else "", len({clip.episode for clip in self.clips})
         about = dict(path=str(Path(self.path).resolve()), clips=clip_marks(self.clips), episodes=episodes)
         return about | dict(gap=f"{self.low:g}{unit}-{self.high:g}{unit}", held_out=self.held_out)
-
-
-def clip_marks(clips):
-    """A number for each clip, by which it is known again, wherever it lies and whatever lies beside it."""
-    return sorted(zlib.crc32(f"{clip.key} {len(clip)}".encode()) for clip in clips)
-
-
-def owner(name, clips, split):
-    """What data.json of a checkpoint keeps of the source that has one of these clips, or None.
-
-    Checkpoints of earlier versions do not list their clips: there the name decides.
-    """
-    marks = set(clip_marks(clips))
-    for key, known in split.items():
-        if marks.intersection(known["clips"]) if "clips" in known else key == name:
-            return known
-    return None
 
 
 # --- flags: NAME=PATH, gaps, split

@@ -186,9 +186,9 @@ def labels(files):
     """A short name for every file: its stem, or as much of its path as tells it from the others."""
     known = {}
     for file in files:
-        if file.resolve() in known:
-            raise DataError(f"--data names a file twice: {known[file.resolve()]} and {file}")
-        known[file.resolve()] = file
+        first = known.setdefault(file.resolve(), file)
+        if first is not file:
+            raise DataError(f"--data names a file twice: {first} and {file}")
     for name in (lambda f: f.stem, lambda f: f.name, lambda f: f"{f.parent.name}/{f.name}", str):
         names = [name(file) for file in files]
         if len(set(names)) == len(names):

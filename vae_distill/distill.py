@@ -154,8 +154,8 @@ def find_devices():
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        told = (str(error) or "no backend").splitlines()[0][:150]
-        raise DataError(f"JAX has no device here (JAX_PLATFORMS is {jax.config.jax_platforms}): {told}") from None
+        text = (str(error) or "no backend").splitlines()[0][:150]
+        raise DataError(f"JAX has no device here (JAX_PLATFORMS is {jax.config.jax_platforms}): {text}") from None
 
 
 def replicate(mesh, tree):

@@ -1,12 +1,11 @@
 """Which clips a run uses and which it holds out: shards.py reads clips, data.py makes batches of them."""
 
 import json
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from shards import held_out, read_clips
+from shards import clip_marks, held_out, owner, read_clips
 
 from common import DataError
 
@@ -156,23 +155,6 @@ def split_of(sources):
         episodes = len({clip.episode for clip in clips})
         table[source.name] = dict(episodes=episodes, held_out=source.held_out, clips=clip_marks(clips))
     return table
-
-
-def clip_marks(clips):
-    """A number for each clip, by which it is known again, wherever it lies and whatever lies beside it."""
-    return sorted(zlib.crc32(f"{clip.key} {len(clip)}".encode()) for clip in clips)
-
-
-def owner(name, clips, split):
-    """What data.json of a checkpoint keeps of the source that has one of these clips, or None.
-
-    Checkpoints of earlier versions do not list their clips: there the name decides.
-    """
-    marks = set(clip_marks(clips))
-    for key, known in split.items():
-        if marks.intersection(known["clips"]) if "clips" in known else key == name:
-            return known
-    return None
 
 
 def hold_out(source, names):

@@ -45,6 +45,7 @@ class Recording:
 
     def __post_init__(self):
         self.every = self.chunk_frames == 1 or str(self.attributes.get("causal")).lower() in ("true", "1")
+        self.mark = None  # fingerprint(), once it has been read from the file
 
     def __len__(self):
         return self.chunks * self.chunk_frames if self.every else self.chunks
@@ -87,9 +88,11 @@ class Recording:
 
     def fingerprint(self):
         """What tells the recording from others, whatever its file is called: number of latents, and some chunks."""
-        step = max(1, (self.chunks - 1) // 2)
-        some = self.stored(slice((self.chunks - 1) % step, None, step))  # with the last: episodes may begin alike
-        return f"{self.chunks * self.chunk_frames}-{zlib.crc32(some.astype(np.float32).tobytes()):08x}"
+        if self.mark is None:
+            step = max(1, (self.chunks - 1) // 2)
+            some = self.stored(slice((self.chunks - 1) % step, None, step))  # with the last: episodes may begin alike
+            self.mark = f"{self.chunks * self.chunk_frames}-{zlib.crc32(some.astype(np.float32).tobytes()):08x}"
+        return self.mark
 
     def motion(self, gap):
         """(what happens from frame t to t + gap (T - gap, ...), its name), or (None, None) if the file does not say.

@@ -193,10 +193,10 @@ def read_table(entry):
         times = stamps
     instruction = entry.instruction
     if "task_index" in more:
-        told = list(map(str, table["task_index"].to_pylist()))
-        if not set(told) <= entry.tasks.keys():
+        indices = list(map(str, table["task_index"].to_pylist()))
+        if not set(indices) <= entry.tasks.keys():
             raise DataError(f"{entry.table}: task_index of episode {entry.episode} is not that of its tasks in meta")
-        instruction = [str(entry.tasks[index]) for index in told]
+        instruction = [str(entry.tasks[index]) for index in indices]
     return rows, times, instruction, table[entry.column].to_pylist() if entry.column in more else None
 
 
